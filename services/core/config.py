@@ -1,0 +1,125 @@
+"""The environment, read once, into one frozen object.
+
+Nothing else reads the environment. ``.env`` in the current directory is read too; the environment wins.
+Every field's description is what a user is told when the value is wrong, and what ``.env.example`` says.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.core.errors import ConfigurationError
+
+Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(min_length=1)]
+Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+
+
+class Settings(BaseSettings):
+    """All settings; the names are the environment variables' names in lower case."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
+
+    temperature_interval: Minutes = Field(10, description="width of a temperature interval: whole minutes, at least 1")
+    humidity_interval: Minutes = Field(20, description="width of a humidity interval: whole minutes, at least 1")
+
+    postgre_host: Name = Field("localhost", description="host name or address of PostgreSQL with TimescaleDB")
+    postgre_port: Port = Field(5432, description="port of PostgreSQL: 1 to 65535")
+    postgre_user: Name = Field("postgres", description="role to connect as")
+    postgre_password: SecretStr = Field(SecretStr("postgres"), description="password of that role")
+    postgre_dbname: Name = Field("sensors", description="name of the database")
+    postgre_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
+        "prefer", description="TLS to PostgreSQL: disable, allow, prefer, require, verify-ca or verify-full"
+    )
+    postgre_sslrootcert: str = Field("", description="file with the CA that signed PostgreSQL's certificate")
+
+    kafka_host: Name = Field("localhost", description="host name or address of a Kafka broker")
+    kafka_port: Port = Field(9092, description="port of the Kafka broker: 1 to 65535")
+    kafka_topic: Topic = Field("sensor_data", description="topic of the readings: letters, digits, '.', '_' and '-'")
+    kafka_partitions: int = Field(6, ge=1, le=10000, description="partitions the topic is created with: at least 1")
+    kafka_replication_factor: int = Field(1, ge=1, le=100, description="copies of each partition: at least 1")
+    kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to talk to Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="SASL mechanism: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
+    )
+    kafka_sasl_username: str = Field("", description="SASL user name")
+    kafka_sasl_password: SecretStr = Field(SecretStr(""), description="SASL password")
+    kafka_ssl_ca_location: str = Field("", description="file with the CA that signed the broker's certificate")
+
+    parquet_url: Name = Field(
+        "data/measurements.parquet",
+        description="file, directory or glob of Parquet files: a local path, or s3:// or gs://",
+    )
+    data_feature_date: Name = Field("time_hour", description="column of the Parquet file with the time")
+    data_feature_temp: Name = Field("temp", description="column of the Parquet file with the temperature")
+    data_feature_humid: Name = Field("humid", description="column of the Parquet file with the humidity")
+    data_feature_sensor: str = Field(
+        "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
+    )
+
+    consumer_batch_rows: int = Field(
+        10_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
+    )
+    consumer_batch_seconds: float = Field(
+        0.5, gt=0, le=60, description="age in seconds at which a smaller batch is written: above 0, at most 60"
+    )
+    max_message_bytes: int = Field(
+        65_536, ge=256, le=1_000_000, description="longer messages are dead letters: 256 to 1000000 bytes"
+    )
+    max_future_seconds: int = Field(
+        86_400,
+        ge=0,
+        le=10**9,
+        description="readings further than this ahead of the clock are dead letters: 0 or more seconds",
+    )
+    etl_poll_seconds: float = Field(
+        1.0, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
+    )
+    startup_timeout_seconds: float = Field(
+        15, ge=0, le=3600, description="how long to wait at the start for Kafka and PostgreSQL: 0 or more seconds"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="text, json, or auto: text on a terminal, json elsewhere"
+    )
+
+    @cached_property
+    def dead_letter_topic(self) -> str:
+        """Where messages go that are not readings."""
+        return f"{self.kafka_topic}.dlq"
+
+    @cached_property
+    def bootstrap_servers(self) -> str:
+        """``host:port`` of the broker, as librdkafka takes it."""
+        return f"{self.kafka_host}:{self.kafka_port}"
+
+
+def load_settings() -> Settings:
+    """Read the environment and ``.env``.
+
+    Raises ConfigurationError with one line for each wrong variable: its name, its value, what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            field = str(problem["loc"][0])
+            info = Settings.model_fields.get(field.lower())
+            secret = info is not None and info.annotation is SecretStr
+            value = "***" if secret else problem["input"]
+            allowed = info.description if info is not None else problem["msg"]
+            lines.append(f"{field.upper()}={value} is not allowed ({allowed})")
+        raise ConfigurationError("; ".join(lines)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f".env cannot be read: {error}") from error

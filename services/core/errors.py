@@ -1,0 +1,44 @@
+"""The error tree.
+
+    PipelineError
+    |-- ConfigurationError     a user's mistake; one line, exit code 2
+    |-- TransientError         a server is away or busy; wait and try again
+    |-- PermanentError         no retry can help; one line, exit code 1
+    `-- MalformedMessage       one message is not a reading; it becomes a dead letter
+
+Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class or
+SQLSTATE. Each message is one line: what is wrong, which setting or file, what to do.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Any error that this project raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigurationError(PipelineError):
+    """A setting, a file or a server address is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class TransientError(PipelineError):
+    """A server is unreachable, restarting, or out of a resource."""
+
+
+class PermanentError(PipelineError):
+    """A missing table, a missing permission, messages that could not be delivered."""
+
+
+class MalformedMessage(PipelineError):  # noqa: N818 - it is about the message, not about us
+    """A message that is not a reading.
+
+    ``reason`` is one of a few stable words, fit for a metric label; the text says what was found.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason

@@ -1,0 +1,87 @@
+"""Kafka: client settings, topics, reachability."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from services.core.backoff import pauses
+from services.core.config import Settings
+from services.core.errors import ConfigurationError, PermanentError
+from services.core.logs import fields
+from services.core.shutdown import Shutdown
+
+log = logging.getLogger("kafka")
+
+# Dead letters keep the original message whole and add headers, so their topic must take more than ours.
+DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
+
+ClientSettings = dict[str, Any]
+
+
+def client_settings(settings: Settings, role: str) -> ClientSettings:
+    """librdkafka settings that every client shares: address, security, a name for the broker's logs."""
+    shared: ClientSettings = {
+        "bootstrap.servers": settings.bootstrap_servers,
+        "client.id": f"sensor-pipeline-{role}",
+        "security.protocol": settings.kafka_security_protocol,
+        # librdkafka tries IPv6 first on many systems; both families are fine.
+        "broker.address.family": "any",
+        "reconnect.backoff.max.ms": 2000,
+        "logger": logging.getLogger(f"librdkafka.{role}"),
+    }
+    if settings.kafka_security_protocol.startswith("SASL"):
+        shared["sasl.mechanism"] = settings.kafka_sasl_mechanism
+        shared["sasl.username"] = settings.kafka_sasl_username
+        shared["sasl.password"] = settings.kafka_sasl_password.get_secret_value()
+    if settings.kafka_ssl_ca_location:
+        shared["ssl.ca.location"] = settings.kafka_ssl_ca_location
+    return shared
+
+
+def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
+    """An admin client of a cluster that answers.
+
+    Waits up to STARTUP_TIMEOUT_SECONDS; then raises ConfigurationError.
+    """
+    admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0})
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    for pause in pauses():
+        try:
+            admin.list_topics(timeout=max(1.0, min(5.0, settings.startup_timeout_seconds)))
+        except KafkaException as error:
+            if time.monotonic() + pause > deadline or shutdown.wait(pause):
+                raise ConfigurationError(
+                    f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
+                    "start it, or correct the address"
+                ) from error
+        else:
+            return admin
+    raise AssertionError("pauses() has no end")
+
+
+def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic) -> None:
+    """Create the topic of readings, its dead letters, and ``topics``, where they do not exist."""
+    wanted = [
+        NewTopic(settings.kafka_topic, settings.kafka_partitions, settings.kafka_replication_factor),
+        NewTopic(
+            settings.dead_letter_topic,
+            1,
+            settings.kafka_replication_factor,
+            config={"max.message.bytes": str(DEAD_LETTER_MAX_BYTES), "retention.ms": "-1"},
+        ),
+        *topics,
+    ]
+    for name, future in admin.create_topics(wanted, request_timeout=15).items():
+        try:
+            future.result()
+        except KafkaException as error:
+            cause: KafkaError = error.args[0]
+            if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                continue
+            raise PermanentError(f"Kafka topic {name} cannot be created: {cause.str()}") from error
+        log.info("topic_created", extra=fields(topic=name))

@@ -1,0 +1,82 @@
+"""The message contract: one reading a message, JSON, keyed by sensor.
+
+    {"sensor_id": "s0042", "time": "2024-01-01T00:00:00.000Z", "temperature": 20.41, "humidity": 50.12}
+
+``time`` is RFC 3339 with an offset. ``temperature`` and ``humidity`` may be null or absent, not both.
+Unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import msgspec
+
+from services.core.errors import MalformedMessage
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EARLIEST = datetime(1, 1, 3, tzinfo=UTC)  # every offset of an earlier time still has a UTC form
+LONGEST_SENSOR_ID = 255
+
+SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_SENSOR_ID)]
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """One reading: the sensor, an aware time, degrees and per cent as the sensor gives them."""
+
+    sensor_id: SensorId
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
+    temperature: float | None = None
+    humidity: float | None = None
+
+
+_decoder = msgspec.json.Decoder(Reading)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(reading: Reading) -> bytes:
+    """The message value of a reading."""
+    return _encoder.encode(reading)
+
+
+class Decoder:
+    """Turns message values into readings, or says why a value is not one.
+
+    ``max_bytes`` bounds a message, ``max_future`` bounds how far ahead of ``now`` (aware) a reading may be:
+    one device with a wrong clock must not create chunks in the year 2999.
+    """
+
+    def __init__(self, *, max_bytes: int, max_future: timedelta) -> None:
+        self._max_bytes = max_bytes
+        self._max_future = max_future
+        self.latest = EPOCH
+        self.set_clock(datetime.now(UTC))
+
+    def set_clock(self, now: datetime) -> None:
+        """Set the time that "future" is measured from; called once a batch."""
+        self.latest = min(now, datetime.max.replace(tzinfo=UTC) - self._max_future) + self._max_future
+
+    def decode(self, value: bytes | None) -> Reading:
+        """The reading in ``value``. Raises MalformedMessage, nothing else, whatever the bytes."""
+        if not value:
+            raise MalformedMessage("empty", "the message has no value")
+        if len(value) > self._max_bytes:
+            raise MalformedMessage(
+                "too_large", f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}"
+            )
+        try:
+            reading = _decoder.decode(value)
+        except msgspec.ValidationError as error:
+            raise MalformedMessage("invalid_reading", str(error)) from error
+        except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
+            raise MalformedMessage("invalid_json", str(error)) from error
+        if reading.temperature is None and reading.humidity is None:
+            raise MalformedMessage("no_measurement", "temperature and humidity are both missing or null")
+        if reading.time > self.latest:
+            raise MalformedMessage(
+                "future_time", f"{reading.time.isoformat()} is later than MAX_FUTURE_SECONDS allows"
+            )
+        if reading.time < EARLIEST:
+            raise MalformedMessage("time_out_of_range", f"{reading.time.isoformat()} is before the year 1")
+        return reading

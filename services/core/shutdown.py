@@ -1,0 +1,37 @@
+"""SIGTERM and SIGINT become one event that every loop waits on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Shutdown:
+    """Set once, never cleared. ``wait`` replaces every sleep of a service."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def listen(self) -> Shutdown:
+        """Turn SIGTERM and SIGINT into ``request``; a second signal ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.request()
+
+    def request(self) -> None:
+        """Ask every loop to end."""
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        """Whether the service shall end."""
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Pause for ``seconds`` at most; True as soon as the service shall end."""
+        return self._event.wait(seconds)
