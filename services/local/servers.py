@@ -1,0 +1,344 @@
+"""Kafka and TimescaleDB as processes of this machine: start, await, stop, kill, start again on the same data.
+
+Each server listens on 127.0.0.1 only, keeps its data, log and pid file below the stack's directory, and runs
+under a supervisor (supervisor.py) that stops it when its starter dies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from base64 import urlsafe_b64encode
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import psycopg
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from services.core.errors import ConfigurationError, PermanentError
+from services.local import supervisor
+from services.local.runtime import Runtime
+from services.local.supervisor import Order, PidFile
+
+HOST = "127.0.0.1"
+_SUPERVISOR = Path(supervisor.__file__)
+_PROBE_PAUSE_S = 0.05
+
+_quiet = logging.getLogger("services.local.probe")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+
+class Server:
+    """One server process. Subclasses say what to run and how to tell that it is ready."""
+
+    name: ClassVar[str]
+    port_setting: ClassVar[str]
+    stop_timeout_s: ClassVar[float] = 20.0
+
+    def __init__(self, directory: Path, port: int, runtime: Runtime | None = None) -> None:
+        self.port = port
+        self.runtime = runtime
+        self.data_path = directory / self.name
+        self.log_path = directory / "logs" / f"{self.name}.log"
+        self._pid_path = directory / f"{self.name}.pid"
+        self._lock_path = directory / f"{self.name}.lock"
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    # -- state
+
+    @property
+    def pid(self) -> int | None:
+        """The running server's process id."""
+        process = self._process()
+        return process.pid if process else None
+
+    @property
+    def running(self) -> bool:
+        return self._process() is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the server ended without being asked to."""
+        return self._pid_path.exists() and not self.running
+
+    def _process(self) -> psutil.Process | None:
+        record = PidFile.read(self._pid_path)
+        return record.server.alive() if record else None
+
+    # -- life
+
+    def check_port(self) -> None:
+        """Raise `ConfigurationError` when another program has the port."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, self.port))
+            except OSError as error:
+                raise ConfigurationError(
+                    f"{self.port_setting}: port {self.port} of {HOST} cannot be used ({error.strerror}); "
+                    f"stop the program that has it, or set {self.port_setting} to a free port"
+                ) from error
+
+    def start(self) -> None:
+        """Start the server on its data; returns at once, `wait_ready` waits.
+
+        Raises `ConfigurationError` when the port is taken, `PermanentError` when it is running already.
+        """
+        if self.running:
+            raise PermanentError(f"{self.name} is already running (pid {self.pid})")
+        self._end_supervisor()
+        self.check_port()
+        for path in (self.data_path, self.log_path.parent):
+            path.mkdir(parents=True, exist_ok=True)
+        order = Order(
+            name=self.name,
+            command=self._command(),
+            environment=os.environ | self._secrets(),
+            port=self.port,
+            log_path=str(self.log_path),
+            pid_path=str(self._pid_path),
+            lock_path=str(self._lock_path),
+            stop_timeout_s=self.stop_timeout_s,
+        )
+        self._pid_path.unlink(missing_ok=True)
+        self._supervisor = _spawn(order)
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Return when the server answers a real request; raise `PermanentError` when it died or is too slow."""
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise PermanentError(f"{self.name} did not answer within {timeout_s:g} s{self._log_tail()}")
+
+    def _check_alive(self) -> None:
+        """Wait a moment for the supervisor's end; raise when it has ended."""
+        if self._supervisor is None:
+            if not self.running:
+                raise PermanentError(f"{self.name} is not running{self._log_tail()}")
+            return
+        try:
+            code = self._supervisor.wait(_PROBE_PAUSE_S)
+        except subprocess.TimeoutExpired:
+            return
+        if code == supervisor.EXIT_LOCKED:
+            raise PermanentError(f"{self.name}: another process has its data open ({self.data_path})")
+        raise PermanentError(f"{self.name} ended while starting{self._log_tail()}")
+
+    def detach(self) -> None:
+        """Let the server outlive this process."""
+        if self._supervisor is not None and self._supervisor.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._supervisor.stdin.write(b"detach\n")
+                self._supervisor.stdin.close()
+            self._supervisor.stdin = None
+
+    def stop(self) -> None:
+        """Stop gracefully, whoever started it; nothing happens when it is not running."""
+        record = PidFile.read(self._pid_path)
+        process = record.supervisor.alive() if record else None
+        if process is not None:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+            if self._supervisor is None or process.pid != self._supervisor.pid:
+                psutil.wait_procs([process], timeout=self.stop_timeout_s + 5)
+        self._end_supervisor()
+        self.kill()
+        self._pid_path.unlink(missing_ok=True)
+
+    def kill(self) -> None:
+        """SIGKILL, as an out-of-memory killer would; returns when the process is gone."""
+        process = self._process()
+        if process is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+        record = PidFile.read(self._pid_path)
+        keeper = record.supervisor.alive() if record else None
+        psutil.wait_procs([process, *([keeper] if keeper else [])], timeout=10)
+        self._end_supervisor()
+
+    def _end_supervisor(self) -> None:
+        """End the lifeline of a supervisor that this process started, and collect it."""
+        if self._supervisor is None:
+            return
+        if self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()
+        self._supervisor.wait()
+        self._supervisor = None
+
+    def _log_tail(self, lines: int = 8) -> str:
+        try:
+            tail = self.log_path.read_text(errors="replace").splitlines()[-lines:]
+        except FileNotFoundError:
+            tail = []
+        return "".join(f"\n    {line}" for line in [f"see {self.log_path}", *tail])
+
+    # -- what subclasses say
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
+    def _secrets(self) -> dict[str, str]:
+        return {}
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+    def _installed(self) -> Runtime:
+        if self.runtime is None:
+            raise PermanentError(f"{self.name} is not installed; install() comes first")
+        return self.runtime
+
+
+class Kafka(Server):
+    """Apache Kafka, one node, broker and controller in one process (KRaft)."""
+
+    name = "kafka"
+    port_setting = "KAFKA_PORT"
+
+    def _command(self) -> list[str]:
+        runtime = self._installed()
+        properties = self._write_configuration()
+        java = [str(runtime.java), "-cp", os.pathsep.join(map(str, runtime.kafka_jars))]
+        java += [f"-Dlog4j2.configurationFile={self.data_path / 'log4j2.yaml'}"]
+        if not (self.data_path / "log" / "meta.properties").exists():
+            self._format(java, properties)
+        return [*java, "-Xmx512m", "-Xms128m", "kafka.Kafka", str(properties)]
+
+    def _format(self, java: list[str], properties: Path) -> None:
+        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
+        command = [*java, "-XX:TieredStopAtLevel=1", "kafka.tools.StorageTool"]
+        command += ["format", "--cluster-id", cluster, "--config", str(properties), "--ignore-formatted"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode != 0:
+            raise PermanentError(f"formatting Kafka's storage failed: {(done.stderr or done.stdout).strip()}")
+
+    def _write_configuration(self) -> Path:
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            controller = free.getsockname()[1]
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@{HOST}:{controller}",
+            "controller.listener.names": "CONTROLLER",
+            "listeners": f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{controller}",
+            "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": self.data_path / "log",
+            "auto.create.topics.enable": "false",
+            # A single broker, and consumers that join at once.
+            "group.initial.rebalance.delay.ms": 0,
+            "offsets.topic.num.partitions": 4,
+            "offsets.topic.replication.factor": 1,
+            "transaction.state.log.num.partitions": 4,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "share.coordinator.state.topic.num.partitions": 4,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+        }
+        path = self.data_path / "server.properties"
+        path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        (self.data_path / "log4j2.yaml").write_text(json.dumps(_LOG4J, indent=1))  # JSON is YAML
+        return path
+
+    def _answers(self) -> bool:
+        settings = {
+            "bootstrap.servers": f"{HOST}:{self.port}",
+            "reconnect.backoff.max.ms": 100,
+            "log_level": 0,
+        }
+        try:
+            return bool(AdminClient(settings, logger=_quiet).list_topics(timeout=0.5).brokers)
+        except KafkaException:
+            return False
+
+
+_LOG4J = {
+    "Configuration": {
+        "status": "WARN",
+        "Appenders": {
+            "Console": {
+                "name": "log",
+                "target": "SYSTEM_OUT",
+                "PatternLayout": {"pattern": "%d{yyyy-MM-dd'T'HH:mm:ss.SSSXXX} %-5p %m (%c)%n"},
+            }
+        },
+        "Loggers": {
+            "Root": {"level": "WARN", "AppenderRef": [{"ref": "log"}]},
+            "Logger": [{"name": "kafka.server.KafkaRaftServer", "level": "INFO"}],
+        },
+    }
+}
+
+
+class TimescaleDB(Server):
+    """PostgreSQL with TimescaleDB compiled to WebAssembly, behind our gateway (gateway/main.mjs)."""
+
+    name = "timescaledb"
+    port_setting = "POSTGRE_PORT"
+
+    def __init__(
+        self,
+        directory: Path,
+        port: int,
+        user: str,
+        password: str,
+        dbname: str,
+        runtime: Runtime | None = None,
+    ) -> None:
+        super().__init__(directory, port, runtime)
+        self._user, self._password, self._dbname = user, password, dbname
+
+    def _command(self) -> list[str]:
+        runtime = self._installed()
+        arguments = [f"--port={self.port}", f"--data={self.data_path}"]
+        arguments += [f"--user={self._user}", f"--database={self._dbname}"]
+        return [str(runtime.node), str(runtime.gateway), *arguments]
+
+    def _secrets(self) -> dict[str, str]:
+        return {"GATEWAY_PASSWORD": self._password}
+
+    def _answers(self) -> bool:
+        try:
+            with psycopg.connect(
+                host=HOST,
+                port=self.port,
+                user=self._user,
+                password=self._password,
+                dbname=self._dbname,
+                connect_timeout=2,
+                autocommit=True,
+            ) as connection:
+                return connection.execute("SELECT 1").fetchone() == (1,)
+        except psycopg.OperationalError:
+            return False
+
+
+def _spawn(order: Order) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(  # noqa: S603 - our own file
+        [sys.executable, str(_SUPERVISOR)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=Path(order.log_path).open("ab"),
+        start_new_session=True,
+    )
+    from dataclasses import asdict
+
+    if process.stdin is not None:
+        process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+        process.stdin.flush()
+    return process

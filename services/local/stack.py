@@ -1,0 +1,136 @@
+"""Both servers together: what `make demo`, the tests and the command line use.
+
+with Stack(options) as stack:      # up(); the servers die with this process
+    stack.timescaledb.kill()       # chaos
+    stack.timescaledb.start()
+    stack.timescaledb.wait_ready()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from services.local.runtime import RUNTIME_DIRECTORY, Runtime, install
+from services.local.servers import Kafka, Server, TimescaleDB
+
+__all__ = ["ServerStatus", "Stack", "StackOptions", "install"]
+
+State = Literal["running", "stopped", "crashed"]
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """Where a stack lives and how it is reached; several stacks with different directories and ports coexist."""
+
+    directory: Path
+    kafka_port: int
+    postgre_port: int
+    postgre_user: str
+    postgre_password: str = field(repr=False)
+    postgre_dbname: str
+    runtime_directory: Path = RUNTIME_DIRECTORY
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """One server as it is now."""
+
+    name: str
+    state: State
+    pid: int | None
+    port: int
+    log_path: Path
+    data_path: Path
+
+
+class Stack:
+    """A Kafka and a TimescaleDB on 127.0.0.1, with everything they write below one directory."""
+
+    def __init__(self, options: StackOptions, report: Callable[[str], None] = lambda line: None) -> None:
+        directory = options.directory.resolve()
+        self._options = options
+        self._report = report
+        self.kafka = Kafka(directory, options.kafka_port)
+        self.timescaledb = TimescaleDB(
+            directory,
+            options.postgre_port,
+            options.postgre_user,
+            options.postgre_password,
+            options.postgre_dbname,
+        )
+
+    @property
+    def _servers(self) -> tuple[Server, ...]:
+        return (self.kafka, self.timescaledb)
+
+    def install(self) -> Runtime:
+        """Download what is missing."""
+        runtime = install(self._report, self._options.runtime_directory)
+        for server in self._servers:
+            server.runtime = runtime
+        return runtime
+
+    def up(self, *, detach: bool) -> None:
+        """Start what is not running and wait until it answers; with `detach` it outlives this process.
+
+        Raises `ConfigurationError` when a port is taken (then nothing was started), `PermanentError` when a
+        server dies while starting (then the others that were started here are stopped again).
+        """
+        missing = [server for server in self._servers if not server.running]
+        for server in self._servers:
+            if server not in missing:
+                self._report(f"{server.name} is already running (pid {server.pid}, port {server.port})")
+        if not missing:
+            return
+        for server in missing:
+            server.check_port()
+        self.install()
+        try:
+            with ThreadPoolExecutor(len(missing)) as pool:
+                list(pool.map(_start_and_wait, missing))
+        except BaseException:
+            for server in missing:
+                server.stop()
+            raise
+        for server in missing:
+            if detach:
+                server.detach()
+            self._report(f"{server.name} is running (pid {server.pid}, port {server.port})")
+
+    def down(self) -> None:
+        """Stop both gracefully, whoever started them."""
+        running = [server for server in self._servers if server.running]
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(lambda server: server.stop(), self._servers))
+        for server in running:
+            self._report(f"{server.name} is stopped")
+
+    def status(self) -> list[ServerStatus]:
+        """Both servers as they are now."""
+        return [
+            ServerStatus(
+                server.name,
+                "running" if server.running else "crashed" if server.crashed else "stopped",
+                server.pid,
+                server.port,
+                server.log_path,
+                server.data_path,
+            )
+            for server in self._servers
+        ]
+
+    def __enter__(self) -> Self:
+        self.up(detach=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+
+def _start_and_wait(server: Server) -> None:
+    server.start()
+    server.wait_ready()
