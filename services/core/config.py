@@ -65,6 +65,15 @@ class Settings(BaseSettings):
         "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
     )
 
+    producer_transaction_rows: int = Field(
+        200_000, ge=1, le=10_000_000, description="messages a transaction of the producer: 1 to 10000000"
+    )
+    producer_transaction_timeout_seconds: int = Field(
+        60,
+        ge=5,
+        le=900,
+        description="age at which Kafka ends the transaction of a dead producer: 5 to 900 whole seconds",
+    )
     consumer_batch_rows: int = Field(
         10_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
     )

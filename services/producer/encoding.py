@@ -1,0 +1,310 @@
+"""Record batches become messages, a whole column at a time.
+
+JSON is joined together by Arrow's string kernels: 2.3 million messages a second on one core, where the best
+encoder of one object after the other reached 1.8. Two facts that this rests on, both tested: Arrow prints
+a double as the shortest text that reads back as the same double, and that text is a JSON number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from services.core.config import Settings
+from services.core.errors import ConfigurationError
+from services.core.reading import EARLIEST, EPOCH, LONGEST_SENSOR_ID
+
+LATEST = datetime.max.replace(tzinfo=UTC)
+DEFAULT_SENSOR = "default"
+UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none."""
+
+    time: str
+    temperature: str
+    humidity: str
+    sensor: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> Columns:
+        """The mapping that DATA_FEATURE_* says."""
+        return cls(
+            settings.data_feature_date,
+            settings.data_feature_temp,
+            settings.data_feature_humid,
+            settings.data_feature_sensor,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Each column to read, once."""
+        return list(dict.fromkeys(filter(None, (self.time, self.temperature, self.humidity, self.sensor))))
+
+    def check(self, schema: pa.Schema, url: str) -> None:
+        """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
+        for setting, name, fits, wanted in (
+            ("DATA_FEATURE_DATE", self.time, _is_time, "a timestamp, a date or ISO 8601 text"),
+            ("DATA_FEATURE_TEMP", self.temperature, _is_number, "a number"),
+            ("DATA_FEATURE_HUMID", self.humidity, _is_number, "a number"),
+            ("DATA_FEATURE_SENSOR", self.sensor, _is_identifier, "text or an integer"),
+        ):
+            if not name:
+                continue
+            found = schema.get_all_field_indices(name)
+            if len(found) != 1:
+                there = ", ".join(schema.names)
+                problem = "no column" if not found else f"{len(found)} columns"
+                raise ConfigurationError(
+                    f"{setting}={name}: {url} has {problem} of this name; its columns are: {there}"
+                )
+            kind = schema.field(name).type
+            if not fits(_plain(kind)):
+                raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """What ``rows`` rows of a source became: a key and a value for each message, and why others were skipped.
+
+    Equal keys are one object. ``rows`` is ``len(keys)`` plus the counts in ``skipped``.
+    """
+
+    rows: int
+    keys: list[bytes]
+    values: list[bytes]
+    skipped: dict[str, int]
+
+
+def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
+    """The messages of ``batch``, in its order, as services/core/reading.py defines them.
+
+    Null and NaN are null, and a null field is left out. A row is skipped for the first reason that applies:
+    ``no_time``, ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1 to
+    9999), ``no_sensor``, ``bad_sensor`` (longer than 255 characters, or not UTF-8), ``not_finite`` (an
+    infinite value, which JSON cannot say), ``no_measurement`` (neither value).
+    """
+    time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
+    temperature, hot = _numbers(_decoded(batch.column(columns.temperature)))
+    humidity, wet = _numbers(_decoded(batch.column(columns.humidity)))
+    sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
+    rows, skipped = _choose(
+        ("bad_time", bad_time),
+        ("time_out_of_range", far_time),
+        ("no_time", time.is_null()),
+        ("no_sensor", sensor.missing),
+        ("bad_sensor", sensor.bad),
+        ("not_finite", pc.or_(hot, wet)),
+        ("no_measurement", pc.and_(temperature.is_null(), humidity.is_null())),
+    )
+    prefix, index = sensor.prefix, sensor.index
+    if rows is not None:
+        prefix, index, time, temperature, humidity = (
+            column.filter(rows) for column in (prefix, index, time, temperature, humidity)
+        )
+    values = pc.binary_join_element_wise(
+        prefix,
+        pc.binary_replace_slice(time, 10, 11, "T"),
+        'Z"',
+        _member("temperature", temperature),
+        _member("humidity", humidity),
+        "}",
+        "",
+    )
+    keys = [sensor.keys[i] for i in index.to_pylist()]
+    return Messages(batch.num_rows, keys, values.cast(pa.binary()).to_pylist(), skipped)
+
+
+def _member(name: str, text: pa.Array) -> pa.Array:
+    """``,"name":text``, or nothing where ``text`` is null."""
+    return pc.fill_null(pc.binary_join_element_wise(f',"{name}":', text, ""), "")
+
+
+def _choose(*reasons: tuple[str, pa.Array]) -> tuple[pa.Array | None, dict[str, int]]:
+    """Which rows no reason excludes (None: all), and how many each excludes: the first to apply counts."""
+    out: pa.Array | None = None
+    skipped: dict[str, int] = {}
+    for reason, mask in reasons:
+        if not mask.true_count:
+            continue
+        fresh = mask if out is None else pc.and_not(mask, out)
+        if fresh.true_count:
+            skipped[reason] = fresh.true_count
+        out = mask if out is None else pc.or_(out, mask)
+    return (None if out is None else pc.invert(out)), skipped
+
+
+# --- types -------------------------------------------------------------------------------------------------
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, dictionary-encoded or not."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind) or _is_text(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def _is_identifier(kind: pa.DataType) -> bool:
+    return bool(_is_text(kind) or pa.types.is_integer(kind))
+
+
+def _mask(rows: int) -> pa.Array:
+    return pa.repeat(pa.scalar(False), rows)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The JSON text of each number (null for null and NaN), and where it is infinite.
+
+    Integers and decimals keep all their digits; floats of any width become doubles first, so that the text
+    says the value that is stored and not a shorter one that only a float of that width would read back.
+    """
+    if not pa.types.is_floating(column.type):
+        return column.cast(pa.string()), _mask(len(column))
+    doubles = column.cast(pa.float64())
+    infinite = pc.fill_null(pc.is_inf(doubles), False)
+    finite = pc.fill_null(pc.is_finite(doubles), False)
+    if finite.false_count:
+        doubles = pc.if_else(finite, doubles, pa.scalar(None, pa.float64()))
+    return doubles.cast(pa.string()), infinite
+
+
+# --- times -------------------------------------------------------------------------------------------------
+
+
+def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """``2024-01-01 00:00:00.000000`` in UTC for each time, null where there is none; bad and far ones."""
+    bad = _mask(len(column))
+    if _is_text(column.type):
+        column, bad = _parse(column.cast(pa.string()))
+    if pa.types.is_date64(column.type):
+        column = column.cast(pa.timestamp("ms"))
+    if pa.types.is_date32(column.type):
+        per_second, unit = 0, "s"
+        numbers = column.cast(pa.int32())
+        low, high = (EARLIEST - EPOCH).days, (LATEST - EPOCH).days
+    else:
+        unit = column.type.unit
+        per_second = UNITS_PER_SECOND[unit]
+        numbers = column.cast(pa.int64())
+        low, high = (_seconds(moment) * per_second for moment in (EARLIEST, LATEST))
+        high += per_second - 1
+    if unit == "ns":
+        far = _mask(len(column))  # 64 bits of nanoseconds reach from 1677 to 2262
+    else:
+        far = pc.fill_null(pc.or_(pc.less(numbers, low), pc.greater(numbers, high)), False)
+        if far.true_count:
+            column = pc.if_else(far, pa.scalar(None, column.type), column)
+    # The zone goes first: an instant with a zone is printed 30 times slower, and is the same in UTC.
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp(unit))
+    return column.cast(pa.timestamp("us"), safe=False).cast(pa.string()), bad, far
+
+
+def _seconds(moment: datetime) -> int:
+    elapsed = moment - EPOCH
+    return elapsed.days * 86_400 + elapsed.seconds
+
+
+def _parse(text: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """UTC microseconds for each ISO 8601 text, null for what is none; and where it is none.
+
+    A text with no offset is UTC. Digits beyond microseconds are cut off.
+    """
+    for zone in ("UTC", None):  # all with an offset, or all without: Arrow reads them at once
+        try:
+            return text.cast(pa.timestamp("us", zone)).cast(pa.timestamp("us")), _mask(len(text))
+        except pa.ArrowInvalid:
+            continue
+    distinct = text.dictionary_encode()
+    parsed = [_microseconds(value) for value in distinct.dictionary.cast(pa.binary()).to_pylist()]
+    instants = pa.array(parsed, pa.int64()).cast(pa.timestamp("us")).take(distinct.indices)
+    return instants, pc.and_(instants.is_null(), text.is_valid())
+
+
+def _microseconds(text: bytes) -> int | None:
+    try:
+        moment = datetime.fromisoformat(text.decode().strip())
+        elapsed = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - EPOCH
+    except ValueError:
+        return None
+    return (elapsed.days * 86_400 + elapsed.seconds) * 1_000_000 + elapsed.microseconds
+
+
+# --- sensors -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Sensors:
+    """Sensor ids of a batch: each distinct id is encoded once, rows point to it.
+
+    ``index``: where in ``keys`` a row's id is. ``prefix``: the start of each row's message.
+    """
+
+    keys: list[bytes]
+    index: pa.Array
+    prefix: pa.Array
+    missing: pa.Array
+    bad: pa.Array
+
+    @classmethod
+    def of(cls, column: pa.Array | None, rows: int) -> _Sensors:
+        """The ids in ``column``; with no column all ``rows`` rows are of sensor 'default'."""
+        if column is None:
+            column = pa.repeat(pa.scalar(DEFAULT_SENSOR), rows)
+        distinct = column.cast(pa.string()).dictionary_encode()
+        keys: list[bytes] = distinct.dictionary.cast(pa.binary()).to_pylist()
+        index = distinct.indices
+        prefixes = [_prefix(key) for key in keys]
+
+        def where(test: Callable[[int], bool]) -> pa.Array:
+            flags = pa.array([test(i) for i in range(len(keys))], pa.bool_())
+            return flags.take(index)
+
+        bad = where(lambda i: bool(keys[i]) and prefixes[i] is None)
+        empty = where(lambda i: not keys[i])
+        return cls(
+            keys=keys,
+            index=index,
+            prefix=pa.array(prefixes, pa.string()).take(index),
+            missing=pc.fill_null(empty, True),
+            bad=pc.fill_null(bad, False),
+        )
+
+
+def _prefix(key: bytes) -> str | None:
+    try:
+        sensor = key.decode()
+    except UnicodeDecodeError:
+        return None
+    if not 0 < len(sensor) <= LONGEST_SENSOR_ID:
+        return None
+    return f'{{"sensor_id":{json.dumps(sensor, ensure_ascii=False)},"time":"'

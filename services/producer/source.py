@@ -1,0 +1,254 @@
+"""Parquet files: found, checked, then streamed as messages.
+
+A source is what PARQUET_URL names. All its files are opened and checked before anything is sent; then each is
+read batch by batch, so that memory follows neither the size of a file nor that of its row groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from services.core.config import Settings
+from services.core.errors import ConfigurationError, PermanentError
+from services.producer.encoding import Columns, Messages, encode_batch
+
+BATCH_ROWS = 20_000
+BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
+CHUNK_BYTES = 1024 * 1024
+MAGIC = b"PAR1"
+GLOB = re.compile(r"[*?\[]")
+QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One Parquet file.
+
+    ``fingerprint`` (hex) stands for what would be sent: it changes with the file's URL, its contents and the
+    column mapping, and with nothing else that we can know. ``rows`` counts all its rows.
+    """
+
+    url: str
+    path: str
+    filesystem: pa.fs.FileSystem = field(repr=False)
+    columns: Columns
+    rows: int
+    fingerprint: str
+
+    def messages(self, start: int = 0) -> Iterator[Messages]:
+        """The file's rows from row number ``start`` on, in order, up to 20,000 at a time.
+
+        Raises PermanentError where the file turns out to be damaged, or has gone.
+        """
+        row = start
+        try:
+            with _open(self.filesystem, self.path) as parquet:
+                groups, skip = _groups_from(parquet.metadata, start)
+                batches = parquet.iter_batches(
+                    BATCH_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False
+                )
+                for batch in batches:
+                    if skip >= batch.num_rows:
+                        skip -= batch.num_rows
+                        continue
+                    messages = encode_batch(batch.slice(skip), self.columns)
+                    skip = 0
+                    yield messages
+                    row += messages.rows
+        except (OSError, pa.ArrowException) as error:
+            raise PermanentError(
+                f"{self.url} cannot be read beyond row {row} of {self.rows}: {_one_line(error)}"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What PARQUET_URL names: ``url`` in full, and its files in the order of their names."""
+
+    url: str
+    files: tuple[SourceFile, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files together."""
+        return sum(file.rows for file in self.files)
+
+
+def open_source(settings: Settings) -> Source:
+    """Find and check the files that PARQUET_URL names.
+
+    It is a file, or a directory (all ``*.parquet`` in it and below, but for names that start with ``.`` or
+    ``_``, as Spark and Arrow have it), or a glob (``*``, ``?``, ``[...]`` in a name, ``**`` over directories).
+
+    Raises ConfigurationError, one line, for anything that keeps a file from being read.
+    """
+    columns = Columns.of(settings)
+    place = _Place.of(settings.parquet_url)
+    try:
+        paths = place.find()
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigurationError(f"PARQUET_URL={place.given}: {_one_line(error)}") from error
+    return Source(place.url, tuple(_check(place, path, columns) for path in paths))
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one."""
+
+    given: str
+    scheme: str
+    path: str
+    filesystem: pa.fs.FileSystem
+
+    @classmethod
+    def of(cls, given: str) -> _Place:
+        try:
+            scheme, separator, rest = given.partition("://")
+            if not separator:
+                # Path.resolve() would follow links: which file a name stands for may change, the name stays.
+                path = os.path.abspath(Path(given).expanduser())  # noqa: PTH100
+                return cls(given, "", path, pa.fs.LocalFileSystem())
+            location, *options = QUERY.split(rest, maxsplit=1)
+            base = location[: _glob_start(location)]
+            query = options[0] if options else ""
+            if scheme in {"gs", "gcs"} and "retry_limit_seconds" not in query:
+                query = "&".join(filter(None, (query, "retry_limit_seconds=15")))
+            filesystem, root = pa.fs.FileSystem.from_uri(
+                f"{scheme}://{base}" + (f"?{query}" if query else "")
+            )
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise ConfigurationError(f"PARQUET_URL={given}: {_one_line(error)}") from error
+        return cls(given, f"{scheme}://", root + location[len(base) :], filesystem)
+
+    @property
+    def url(self) -> str:
+        return self.scheme + self.path
+
+    def find(self) -> list[str]:
+        """Paths of the files, sorted."""
+        info = self.filesystem.get_file_info(self.path)
+        if info.type == pa.fs.FileType.File:
+            return [self.path]
+        if info.type == pa.fs.FileType.Directory:
+            paths = [path for path in self._list(self.path) if _is_data(path[len(self.path) :])]
+            missing = "this directory holds no *.parquet file"
+        elif GLOB.search(self.path):
+            pattern = _glob_pattern(self.path)
+            base = self.path[: _glob_start(self.path)].rstrip("/") or "/"
+            paths = [path for path in self._list(base) if pattern.fullmatch(path)]
+            missing = "no file matches this glob"
+        else:
+            paths, missing = [], "there is no such file or directory"
+        if not paths:
+            raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
+        return sorted(paths)
+
+    def _list(self, base: str) -> list[str]:
+        selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
+        return [
+            info.path for info in self.filesystem.get_file_info(selector) if info.type == pa.fs.FileType.File
+        ]
+
+
+def _is_data(path: str) -> bool:
+    """Whether ``path``, below the directory that was named, is a file to read."""
+    return path.endswith(".parquet") and not any(part[:1] in "._" for part in PurePosixPath(path).parts[1:])
+
+
+def _glob_start(path: str) -> int:
+    """Length of the part of ``path`` before the first component with a glob character."""
+    found = GLOB.search(path)
+    return path.rfind("/", 0, found.start()) + 1 if found else len(path)
+
+
+def _glob_pattern(glob: str) -> re.Pattern[str]:
+    """The regular expression of a glob, as a shell with globstar reads it."""
+    pieces = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])", glob)
+    return re.compile(
+        "".join(
+            pieces.get(part)
+            or (
+                f"[{part[1:].replace('!', '^', 1)}"
+                if part.startswith("[") and len(part) > 2
+                else re.escape(part)
+            )
+            for part in parts
+        )
+    )
+
+
+# --- checking ----------------------------------------------------------------------------------------------
+
+
+def _check(place: _Place, path: str, columns: Columns) -> SourceFile:
+    url = place.scheme + path
+    try:
+        with _open(place.filesystem, path) as parquet:
+            columns.check(parquet.schema_arrow, url)
+            rows = parquet.metadata.num_rows
+        contents = _contents(place.filesystem, path)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
+    identity = "\0".join((url, contents, columns.time, columns.temperature, columns.humidity, columns.sensor))
+    return SourceFile(
+        url, path, place.filesystem, columns, rows, hashlib.sha256(identity.encode()).hexdigest()
+    )
+
+
+def _contents(filesystem: pa.fs.FileSystem, path: str) -> str:
+    """Something that changes when the contents of a file do, and not otherwise.
+
+    Of a local file it is the hash of all its bytes, at over a gigabyte a second: a time stamp would change
+    with every copy and checkout, and might not change with an edit. An object in a store cannot be edited,
+    only written anew, so its size and the time of that are enough, and save the transfer.
+    """
+    if not isinstance(filesystem, pa.fs.LocalFileSystem):
+        info = filesystem.get_file_info(path)
+        return f"{info.size} {info.mtime_ns}"
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _open(filesystem: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=BUFFER_BYTES)
+
+
+def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]:
+    """The row groups from the one with row ``start`` on, and how many rows of that one come before it."""
+    first, before = 0, 0
+    while first < metadata.num_row_groups and before + metadata.row_group(first).num_rows <= start:
+        before += metadata.row_group(first).num_rows
+        first += 1
+    return list(range(first, metadata.num_row_groups)), start - before
+
+
+def _damage(place: _Place, path: str, error: Exception) -> str:
+    """Why a file is not one that can be read, in one line."""
+    url = place.scheme + path
+    if not isinstance(error, pa.ArrowInvalid):
+        return f"{url} cannot be read: {_one_line(error)}"
+    try:
+        with place.filesystem.open_input_file(path) as stream:
+            size, start = stream.size(), stream.read(len(MAGIC))
+    except OSError:
+        return f"{url} cannot be read: {_one_line(error)}"
+    if start == MAGIC:
+        return f"{url} is a Parquet file that was cut off or damaged ({size} bytes): {_one_line(error)}"
+    return f"{url} is not a Parquet file ({size} bytes, begins with {start!r})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
