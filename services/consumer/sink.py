@@ -1,0 +1,258 @@
+"""The one transaction that stores readings.
+
+Optimistic: COPY straight into the hypertable. A unique violation means that some of the batch is stored
+already; then the same batch is merged. Either way the time ranges that changed are queued for etl in the same
+transaction, so a summary can be late but never forgotten.
+
+A row that PostgreSQL refuses is found by bisection and handed back with the server's own words; the rest of
+the batch is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import psycopg
+from psycopg import Connection, Cursor, errors
+from psycopg.types.multirange import Multirange
+from psycopg.types.range import Range
+
+from services.core.config import Settings
+from services.core.database import connect, queries, translated
+from services.core.errors import TransientError
+from services.core.reading import EPOCH, Reading
+
+SQL = queries("services.consumer")
+COLUMN_TYPES = ("timestamptz", "text", "float8", "float8")
+MINUTE_S = 60
+
+# Classes of SQLSTATE that blame a row: data exception, integrity violation, program limit (an index row too
+# large). psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
+DATA_CLASSES = frozenset({"22", "23", "54"})
+
+# A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
+# split where its times jump, but not into so many transactions that late readings slow the others down.
+JUMP = timedelta(hours=1)
+MOST_TRANSACTIONS = 4
+
+# After a unique violation, so many batches are merged without trying COPY first; doubled up to the second
+# figure while violations go on. A replay then costs what merging costs.
+FIRST_MERGES = 1
+MOST_MERGES = 64
+
+
+class PartitionsLostError(Exception):
+    """Another consumer owns a partition of this batch; it was not written and must not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A reading that PostgreSQL refused: its position in the batch and the server's words."""
+
+    index: int
+    detail: str
+
+
+@dataclass(slots=True)
+class WriteResult:
+    """What a batch did to ``sensor_data``; inserted + updated + unchanged + len(refused) = readings."""
+
+    inserted: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    merged: bool = False
+    refused: list[Refused] = field(default_factory=list)
+
+    def add(self, other: WriteResult) -> None:
+        """Add the counts of another part of the same batch."""
+        self.inserted += other.inserted
+        self.updated += other.updated
+        self.unchanged += other.unchanged
+        self.merged |= other.merged
+        self.refused += other.refused
+
+
+class Sink:
+    """Writes batches over one connection, which it opens when needed and drops when it breaks."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connection: Connection | None = None
+        self._epochs: dict[int, int] = {}
+        self._merges_left = 0
+        self._merges_next = FIRST_MERGES
+
+    def claim(self, partitions: Iterable[int]) -> bool:
+        """Become the owner of these partitions: consumers that claimed them before can no longer write."""
+        arguments = self._fence_arguments() | {"partitions": sorted(partitions)}
+        with self._cursor() as cursor:
+            self._epochs = dict(cursor.execute(SQL["claim_partitions"], arguments).fetchall())
+        return True
+
+    def write(self, readings: Sequence[Reading], partitions: Iterable[int]) -> WriteResult:
+        """Store readings; when it returns they are committed.
+
+        Raises TransientError (nothing is known to be stored: write the same again), PermanentError, or
+        PartitionsLostError (nothing was stored: forget the batch).
+        """
+        fence = {partition: self._epochs.get(partition, 0) for partition in partitions}
+        result = WriteResult()
+        for part in split_at_jumps(readings):
+            result.add(self._write_part(readings, part, fence))
+        return result
+
+    def close(self) -> None:
+        """Close the connection; a transaction that is open is rolled back by the server."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _write_part(self, readings: Sequence[Reading], part: list[int], fence: Mapping[int, int]) -> WriteResult:
+        """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
+        try:
+            return self._copy_or_merge([readings[index] for index in part], fence)
+        except psycopg.Error as error:
+            if error.sqlstate is not None and error.sqlstate[:2] not in DATA_CLASSES:
+                raise
+            if len(part) == 1:
+                return WriteResult(refused=[Refused(part[0], " ".join(str(error).split()))])
+        middle = len(part) // 2
+        result = self._write_part(readings, part[:middle], fence)
+        result.add(self._write_part(readings, part[middle:], fence))
+        return result
+
+    def _copy_or_merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
+        if self._merges_left:
+            self._merges_left -= 1
+            return self._merge(rows, fence)
+        try:
+            result = self._copy(rows, fence)
+        except errors.UniqueViolation:
+            self._merges_left = self._merges_next
+            self._merges_next = min(self._merges_next * 2, MOST_MERGES)
+            return self._merge(rows, fence)
+        self._merges_next = FIRST_MERGES
+        return result
+
+    def _copy(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
+        with self._cursor() as cursor, cursor.connection.transaction():
+            self._hold(cursor, fence)
+            copy_rows(cursor, "copy_readings", rows)
+            cursor.execute(SQL["queue_ranges"], {"touched": touched_ranges(rows)})
+        return WriteResult(inserted=len(rows))
+
+    def _merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
+        with self._cursor() as cursor, cursor.connection.transaction():
+            self._hold(cursor, fence)
+            cursor.execute(SQL["create_incoming"])
+            copy_rows(cursor, "copy_incoming", last_values(rows))
+            counts = cursor.execute(SQL["merge_incoming"]).fetchone()
+        assert counts is not None
+        inserted, updated = counts
+        return WriteResult(inserted, updated, unchanged=len(rows) - inserted - updated, merged=True)
+
+    def _hold(self, cursor: Cursor, fence: Mapping[int, int]) -> None:
+        """Keep the partitions ours until the transaction ends."""
+        arguments = self._fence_arguments() | {
+            "partitions": list(fence.keys()),
+            "epochs": list(fence.values()),
+        }
+        held = cursor.execute(SQL["hold_partitions"], arguments).fetchall()
+        if len(held) != len(fence):
+            lost = sorted(set(fence) - {partition for (partition,) in held})
+            raise PartitionsLostError(f"partitions {lost} belong to another consumer now")
+
+    def _fence_arguments(self) -> dict[str, object]:
+        return {"group": self._settings.kafka_group, "topic": self._settings.kafka_topic}
+
+    def _cursor(self) -> _TranslatedCursor:
+        if self._connection is None or self._connection.closed:
+            self._connection = connect(self._settings)
+        return _TranslatedCursor(self, self._connection)
+
+
+class _TranslatedCursor:
+    """A cursor whose errors are ours, and which drops its connection after a transient one."""
+
+    def __init__(self, sink: Sink, connection: Connection) -> None:
+        self._sink = sink
+        self._cursor = connection.cursor()
+        self._translated = translated()
+
+    def __enter__(self) -> Cursor:
+        self._translated.__enter__()
+        return self._cursor
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._cursor.close()
+        try:
+            self._translated.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        except TransientError:
+            self._sink.close()
+            raise
+
+
+def copy_rows(cursor: Cursor, query: str, rows: Iterable[Reading]) -> None:
+    """COPY readings in binary form."""
+    with cursor.copy(SQL[query]) as copy:
+        copy.set_types(COLUMN_TYPES)
+        for row in rows:
+            copy.write_row((row.time, row.sensor_id, row.temperature, row.humidity))
+
+
+def last_values(rows: Iterable[Reading]) -> list[Reading]:
+    """One reading for each (sensor, time), by time and sensor: for each field the last value that is not None.
+
+    The order is the same for every consumer, so that two of them never wait for each other in a circle.
+    """
+    latest: dict[tuple[datetime, str], Reading] = {}
+    for row in rows:
+        key = (row.time, row.sensor_id)
+        before = latest.get(key)
+        if before is not None:
+            row = Reading(
+                row.sensor_id,
+                row.time,
+                before.temperature if row.temperature is None else row.temperature,
+                before.humidity if row.humidity is None else row.humidity,
+            )
+        latest[key] = row
+    return [latest[key] for key in sorted(latest)]
+
+
+def touched_ranges(rows: Iterable[Reading]) -> Multirange[datetime]:
+    """The minutes that hold readings, as ranges [start, end), adjacent ones merged."""
+    minutes = sorted({int(row.time.timestamp() // MINUTE_S) for row in rows})
+    ranges: list[Range[datetime]] = []
+    first = last = minutes[0]
+    for minute in minutes[1:]:
+        if minute != last + 1:
+            ranges.append(minute_range(first, last))
+            first = minute
+        last = minute
+    ranges.append(minute_range(first, last))
+    return Multirange(ranges)
+
+
+def minute_range(first: int, last: int) -> Range[datetime]:
+    """From the start of minute ``first`` to the end of minute ``last``, counted from 1970."""
+    return Range(
+        EPOCH + timedelta(minutes=first), EPOCH + timedelta(minutes=last + 1), bounds="[)"
+    )
+
+
+def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
+    """Positions of the readings by time, in parts whose times do not jump; equal times keep their order.
+
+    At most MOST_TRANSACTIONS parts, split at the widest jumps.
+    """
+    if not readings:
+        return []
+    order = sorted(range(len(readings)), key=lambda index: readings[index].time)
+    times = [readings[index].time for index in order]
+    jumps = [at for at in range(1, len(times)) if times[at] - times[at - 1] > JUMP]
+    widest = sorted(jumps, key=lambda at: times[at] - times[at - 1], reverse=True)[: MOST_TRANSACTIONS - 1]
+    edges = [0, *sorted(widest), len(order)]
+    return [order[start:end] for start, end in zip(edges, edges[1:], strict=False)]
