@@ -132,7 +132,7 @@ def _node_packages(directory: Path, binaries: Path, report: Report) -> Path:
         text=True,
     )
     if done.returncode != 0:
-        raise PermanentError(f"npm ci failed: {(done.stderr or done.stdout).strip()}")
+        raise PermanentError(f"npm ci failed: {str(done.stderr or done.stdout).strip()}")
     staging.rename(packages)
     return packages
 

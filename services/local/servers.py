@@ -17,6 +17,7 @@ import time
 import uuid
 from base64 import urlsafe_b64encode
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -115,7 +116,7 @@ class Server:
         self._supervisor = _spawn(order)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the server answers a real request; raise `PermanentError` when it died or is too slow."""
+        """Return when the server answers a real request; `PermanentError` when it died or is too slow."""
         deadline = time.monotonic() + timeout_s
         while not self._answers():
             self._check_alive()
@@ -329,15 +330,14 @@ class TimescaleDB(Server):
 
 
 def _spawn(order: Order) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(  # noqa: S603 - our own file
-        [sys.executable, str(_SUPERVISOR)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=Path(order.log_path).open("ab"),
-        start_new_session=True,
-    )
-    from dataclasses import asdict
-
+    with Path(order.log_path).open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603 - our own file
+            [sys.executable, str(_SUPERVISOR)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
     if process.stdin is not None:
         process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
         process.stdin.flush()

@@ -24,7 +24,7 @@ State = Literal["running", "stopped", "crashed"]
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """Where a stack lives and how it is reached; several stacks with different directories and ports coexist."""
+    """Where a stack lives and how it is reached; stacks with directories and ports of their own coexist."""
 
     directory: Path
     kafka_port: int

@@ -148,7 +148,7 @@ def _start(order: Order, lock: int) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             pass_fds=(lock,),
-            preexec_fn=die_with_supervisor,  # noqa: PLW1509 - no thread runs yet
+            preexec_fn=die_with_supervisor,  # safe: no thread runs yet
             start_new_session=True,
         )
 

