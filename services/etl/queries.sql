@@ -1,0 +1,149 @@
+-- What etl runs. Schema: migrations/versions/0002_create_summaries.py
+
+-- name: try_lead
+SELECT pg_try_advisory_lock(%(key)s)
+
+-- name: read_queue
+SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp() FROM summary_refresh_queue
+
+-- name: delete_queued
+-- Exactly the rows that were read: a lower id may commit later.
+DELETE FROM summary_refresh_queue WHERE id = ANY(%(ids)s)
+
+-- name: note_chunks
+-- A chunk that was seen and is gone marks history that is no longer whole.
+WITH present AS (
+    SELECT range_start, range_end FROM timescaledb_information.chunks
+    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+), seen AS (
+    INSERT INTO raw_chunk (range_start, range_end) SELECT range_start, range_end FROM present
+    ON CONFLICT (range_start) DO NOTHING
+)
+UPDATE raw_chunk SET dropped_at = now()
+WHERE dropped_at IS NULL AND NOT EXISTS (SELECT FROM present WHERE present.range_start = raw_chunk.range_start)
+
+-- name: widen
+-- The queued ranges as whole intervals, without those that begin before the raw history is whole.
+SELECT coalesce(range_agg(interval) * tstzmultirange(tstzrange(
+    (SELECT frozen_before FROM summary_state WHERE metric = %(metric)s), NULL)), '{}')
+FROM (
+    SELECT tstzrange(time_bucket(%(width)s, lower(piece)),
+                     time_bucket(%(width)s, upper(piece) - interval '1 microsecond') + %(width)s) AS interval
+    FROM unnest(%(touched)s::tstzmultirange) AS piece
+) AS widened
+
+-- name: freeze
+-- Intervals that begin before the end of a dropped chunk are not all there.
+UPDATE summary_state SET frozen_before = edge
+FROM (
+    SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond') AS edge
+    FROM raw_chunk WHERE dropped_at IS NOT NULL
+) AS dropped
+WHERE metric = %(metric)s AND edge > frozen_before
+
+-- name: refresh
+CALL refresh_continuous_aggregate({aggregate}, {start}, {end}{options})
+
+-- name: create_aggregate
+CREATE MATERIALIZED VIEW {aggregate}
+WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+SELECT sensor_id,
+       time_bucket({width}, time) AS interval_start,
+       sum({metric}) AS total,
+       min({metric}) AS least,
+       max({metric}) AS greatest,
+       count({metric}) AS reading_count
+FROM sensor_data
+WHERE {metric} IS NOT NULL
+GROUP BY sensor_id, time_bucket({width}, time)
+WITH NO DATA
+
+-- name: list_aggregates
+-- The aggregates of a metric, by our naming.
+SELECT view_name FROM timescaledb_information.continuous_aggregates
+WHERE view_schema = 'public' AND view_name ~ ('^' || %(metric)s || '_[0-9]+min$')
+
+-- name: refresh_has_options
+-- Since TimescaleDB 2.28 a refresh works in small batches unless told otherwise.
+SELECT coalesce(bool_or('options' = ANY(proargnames)), false) FROM pg_proc
+WHERE proname = 'refresh_continuous_aggregate'
+
+-- name: drop_aggregate
+DROP MATERIALIZED VIEW {aggregate}
+
+-- name: replace_live_view
+-- Intervals whose raw rows are not all there any more come from the summary table, the others from the aggregate.
+CREATE OR REPLACE VIEW {live} AS
+SELECT sensor_id,
+       interval_start,
+       interval_start + {width} AS interval_end,
+       total / reading_count AS {avg},
+       least AS {min},
+       greatest AS {max},
+       reading_count
+FROM {aggregate}
+WHERE interval_start >= (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
+UNION ALL
+SELECT sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count
+FROM {summary}
+WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
+
+-- name: read_state
+SELECT extract(epoch FROM width)::bigint / 60 FROM summary_state WHERE metric = %(metric)s
+
+-- name: write_state
+INSERT INTO summary_state (metric, aggregate, width) VALUES (%(metric)s, %(aggregate)s, %(width)s)
+ON CONFLICT (metric) DO NOTHING
+
+-- name: queue_all
+-- All the history there is, for an aggregate that has just been created.
+INSERT INTO summary_refresh_queue (touched)
+SELECT tstzmultirange(tstzrange(min(time), max(time), '[]')) FROM sensor_data HAVING count(*) > 0
+
+-- name: history
+-- The whole intervals that hold all there is, from the first that is not frozen.
+SELECT greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz), time_bucket(%(width)s, max(time)) + %(width)s
+FROM sensor_data
+
+-- name: common_edge
+-- The first time that is not frozen and where an interval of both widths begins.
+-- As text: Python has no -infinity.
+SELECT (CASE WHEN isfinite(frozen_before)
+             THEN time_bucket(%(common)s, frozen_before + %(common)s - interval '1 microsecond')
+             ELSE frozen_before END)::text
+FROM summary_state WHERE metric = %(metric)s
+
+-- name: replace_state
+UPDATE summary_state SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = %(edge)s::timestamptz
+WHERE metric = %(metric)s
+
+-- name: delete_from
+DELETE FROM {summary} WHERE interval_start >= %(edge)s::timestamptz
+
+-- name: fill_from
+INSERT INTO {summary} (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
+SELECT sensor_id, interval_start, interval_start + {width}, total / reading_count, least, greatest, reading_count
+FROM {aggregate}
+WHERE interval_start >= %(edge)s::timestamptz
+
+-- name: upsert_summary
+INSERT INTO {summary} AS stored
+    (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
+SELECT sensor_id, interval_start, interval_start + {width}, total / reading_count, least, greatest, reading_count
+FROM {aggregate}
+WHERE interval_start >= %(start)s AND interval_start < %(end)s
+ON CONFLICT (sensor_id, interval_start) DO UPDATE
+SET interval_end = excluded.interval_end, {avg} = excluded.{avg}, {min} = excluded.{min}, {max} = excluded.{max},
+    reading_count = excluded.reading_count
+WHERE (stored.interval_end, stored.{avg}, stored.{min}, stored.{max}, stored.reading_count)
+    IS DISTINCT FROM
+    (excluded.interval_end, excluded.{avg}, excluded.{min}, excluded.{max}, excluded.reading_count)
+
+-- name: delete_vanished
+DELETE FROM {summary} AS stored
+WHERE interval_start >= %(start)s AND interval_start < %(end)s
+  AND NOT EXISTS (
+      SELECT FROM {aggregate} AS fresh
+      WHERE fresh.sensor_id = stored.sensor_id AND fresh.interval_start = stored.interval_start
+        AND fresh.interval_start >= %(start)s AND fresh.interval_start < %(end)s
+  )
