@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="the whole pipeline over real readings, checked")
     demo.add_argument("--keep", action="store_true", help="leave everything running")
+    demo.add_argument("--down", action="store_true", help="stop a demo that was left running")
     demo.set_defaults(run=run_demo)
     return top
 
@@ -88,9 +89,9 @@ def run_local(settings: Settings, options: argparse.Namespace) -> int:
 
 def run_demo(settings: Settings, options: argparse.Namespace) -> int:
     """``demo``."""
-    from services.local.demo import run
+    from services.local.demo import down, run
 
-    return run(settings, LOCAL_DIRECTORY, keep=options.keep)
+    return down(settings, LOCAL_DIRECTORY) if options.down else run(settings, LOCAL_DIRECTORY, keep=options.keep)
 
 
 if __name__ == "__main__":

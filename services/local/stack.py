@@ -101,6 +101,11 @@ class Stack:
                 server.detach()
             self._report(f"{server.name} is running (pid {server.pid}, port {server.port})")
 
+    def detach(self) -> None:
+        """Let both servers outlive this process, which started them."""
+        for server in self._servers:
+            server.detach()
+
     def down(self) -> None:
         """Stop both gracefully, whoever started them."""
         running = [server for server in self._servers if server.running]

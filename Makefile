@@ -1,0 +1,44 @@
+# Everything a fresh clone needs is Python 3.11 or newer and make; the rest is set up below .venv and .local.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: setup demo demo-down test lint types lock clean
+
+setup: $(READY)
+
+$(READY): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 setup"; exit 2; }
+	@echo "setting up .venv: downloading the Python packages (about 300 MB, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running
+	@$(BIN)/sensor-pipeline demo $(if $(KEEP),--keep)
+
+demo-down: setup ## stop a demo that was left running
+	@$(BIN)/sensor-pipeline demo --down
+
+test: setup ## all tests, on a local stack that they start themselves
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+lock: setup ## pin the requirements anew
+	@$(BIN)/python -m pip install --quiet pip-tools
+	@$(COMPILE) --output-file requirements/runtime.txt pyproject.toml
+	@$(COMPILE) --extra local --extra dev --constraint requirements/runtime.txt --output-file requirements/dev.txt pyproject.toml
+
+clean: ## remove everything that make created
+	@rm -rf .venv .local build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,36 @@
+"""``sensor-pipeline local up | down | status``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.core.config import Settings
+from services.local.stack import Stack, StackOptions
+
+
+def stack_options(settings: Settings, directory: Path) -> StackOptions:
+    """The stack that the settings point at, with its data below ``directory``."""
+    return StackOptions(
+        directory=directory,
+        kafka_port=settings.kafka_port,
+        postgre_port=settings.postgre_port,
+        postgre_user=settings.postgre_user,
+        postgre_password=settings.postgre_password.get_secret_value(),
+        postgre_dbname=settings.postgre_dbname,
+    )
+
+
+def run(settings: Settings, action: str, directory: Path) -> int:
+    """Start both servers, stop them, or say how they are. ``status`` returns 1 unless both are running."""
+    stack = Stack(stack_options(settings, directory), report=print)
+    if action == "up":
+        stack.up(detach=True)
+    elif action == "down":
+        stack.down()
+    else:
+        servers = stack.status()
+        for server in servers:
+            pid = f"pid {server.pid}" if server.pid else "no process"
+            print(f"{server.name:12} {server.state:8} {pid}, port {server.port}, log {server.log_path}")  # noqa: T201
+        return 0 if all(server.state == "running" for server in servers) else 1
+    return 0

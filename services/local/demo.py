@@ -1,0 +1,298 @@
+"""``make demo``: the whole pipeline over real readings, each service a process of its own, and then the check."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import psycopg
+from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+from psycopg import sql
+from pydantic import SecretStr
+
+from services.core.config import Settings
+from services.core.database import connect
+from services.core.errors import PermanentError
+from services.core.kafka import client_settings
+from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
+from services.local.command import stack_options
+from services.local.stack import Stack
+
+# Hourly readings: with wider intervals than the defaults a summary shows something.
+DEMO_INTERVALS = {"temperature_interval": 180, "humidity_interval": 360}
+FINISH_WITHIN_S = 120
+LOOK_EVERY_S = 0.5
+SHOWN_DIFFERENCES = 10
+
+
+def run(settings: Settings, directory: Path, *, keep: bool) -> int:
+    """Run the demo from an empty database. Returns 0 only if every stored and every summary row is right."""
+    demo = Demo(settings, directory / "demo")
+    try:
+        return demo.run(keep=keep)
+    except KeyboardInterrupt:
+        say("interrupted; stopping everything")
+        demo.down()
+        return 130
+    except BaseException:
+        demo.down()
+        raise
+
+
+def down(settings: Settings, directory: Path) -> int:
+    """Stop a demo that was left running."""
+    Demo(settings, directory / "demo").down()
+    say("the demo is stopped")
+    return 0
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal."""
+    print(line, flush=True)  # noqa: T201
+
+
+class Demo:
+    """Servers and services of one demo, everything they write below one directory."""
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._services: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self, *, keep: bool) -> int:
+        """Start, wait, check, show; stop again unless ``keep``."""
+        self.down()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        (self._directory / "logs").mkdir(parents=True)
+        self._settings = demo_settings(self._settings)
+        stack = Stack(stack_options(self._settings, self._directory), report=say)
+        stack.install()
+        started = time.monotonic()
+        say("starting Kafka and TimescaleDB")
+        stack.up(detach=False)
+        say("creating the tables: alembic upgrade head")
+        self._alembic()
+        say(f"starting producer, consumer and etl over {self._settings.parquet_url}")
+        for name in ("consumer", "etl", "producer"):
+            self._start(name)
+        self._wait_until_done()
+        took = time.monotonic() - started
+        right = self._report(took)
+        if keep:
+            self._keep(stack)
+        else:
+            self.down()
+        return 0 if right else 1
+
+    def down(self) -> None:
+        """Stop the services and the servers of this directory, whoever started them."""
+        for name in ("producer", "consumer", "etl"):
+            self._stop(name)
+        Stack(stack_options(self._settings, self._directory)).down()
+
+    def _alembic(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", "upgrade", "head"],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise PermanentError(f"alembic upgrade head failed: {done.stderr.strip()}")
+
+    def _environment(self) -> dict[str, str]:
+        values = self._settings.model_dump()
+        plain = {
+            name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in values.items()
+        }
+        return os.environ | plain
+
+    def _log_path(self, name: str) -> Path:
+        return self._directory / "logs" / f"{name}.log"
+
+    def _start(self, name: str) -> None:
+        command = {"producer": "produce", "consumer": "consume", "etl": "etl"}[name]
+        with self._log_path(name).open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [sys.executable, "-m", "services.cli", command],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._services[name] = process
+        created = psutil.Process(process.pid).create_time()
+        (self._directory / f"{name}.pid").write_text(f"{process.pid} {created}", encoding="utf-8")
+
+    def _stop(self, name: str) -> None:
+        pid_file = self._directory / f"{name}.pid"
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess, psutil.TimeoutExpired):
+            pid, created = pid_file.read_text(encoding="utf-8").split()
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(created):
+                process.terminate()
+                process.wait(10)
+        pid_file.unlink(missing_ok=True)
+
+    def _supervise(self) -> None:
+        """Start a service that was killed again, as a service manager would; its own failure ends the demo."""
+        for name, process in list(self._services.items()):
+            status = process.poll()
+            if status is None or (name == "producer" and status == 0):
+                continue
+            if status >= 0:
+                lines = self._log_path(name).read_text(encoding="utf-8").splitlines()
+                raise PermanentError(f"{name} ended with exit code {status}: {lines[-1] if lines else ''}")
+            say(f"{name} was killed by {signal.Signals(-status).name}; starting it again")
+            self._start(name)
+
+    def _wait_until_done(self) -> None:
+        """Until the producer has ended, the consumer has no lag, and etl's queue is empty."""
+        deadline = time.monotonic() + FINISH_WITHIN_S
+        with self._connect() as connection:
+            for _ in self._looks(deadline):
+                self._supervise()
+                counts = fetch(connection, "sensor_data"), fetch(connection, "temperature_summary")
+                queued = fetch(connection, "summary_refresh_queue")
+                say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
+                sent = self._services["producer"].poll() == 0
+                if sent and self._lag() == 0 and queued == 0 and fetch(connection, "summary_refresh_queue") == 0:
+                    return
+        raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
+
+    def _looks(self, deadline: float) -> Iterator[None]:
+        while time.monotonic() < deadline:
+            yield
+            time.sleep(LOOK_EVERY_S)
+
+    def _lag(self) -> int:
+        """Messages that the consumer group has not committed yet."""
+        admin = AdminClient(client_settings(self._settings, "demo"))
+        topic = self._settings.kafka_topic
+        places = [TopicPartition(topic, number) for number in range(self._settings.kafka_partitions)]
+        ends = admin.list_offsets(dict.fromkeys(places, OffsetSpec.latest()))
+        group = ConsumerGroupTopicPartitions(self._settings.kafka_group, places)
+        (committed,) = admin.list_consumer_group_offsets([group]).values()
+        done = {place.partition: max(0, place.offset) for place in committed.result().topic_partitions}
+        lag = 0
+        for place, future in ends.items():
+            lag += max(0, future.result().offset - done.get(place.partition, 0))
+        return lag
+
+    def _connect(self) -> psycopg.Connection:
+        return connect(self._settings)
+
+    def _report(self, took_s: float) -> bool:
+        settings = self._settings
+        with self._connect() as connection:
+            for metric in ("temperature", "humidity"):
+                show_summary(connection, metric)
+            say("")
+            for table in ("sensor_data", "temperature_summary", "humidity_summary"):
+                say(f"{table:20} {fetch(connection, table):>7,} rows")
+            found = self._differences(connection)
+        say("")
+        for line in found[:SHOWN_DIFFERENCES]:
+            say(f"  {line}")
+        verdict = "every row is right" if not found else f"{len(found):,} rows are WRONG"
+        say(f"check: {verdict} (recomputed from {settings.parquet_url} without our SQL)")
+        say(f"took {took_s:.1f} s")
+        return not found
+
+    def _differences(self, connection: psycopg.Connection) -> list[str]:
+        settings = self._settings
+        columns = Columns(
+            settings.data_feature_date,
+            settings.data_feature_temp,
+            settings.data_feature_humid,
+            settings.data_feature_sensor,
+        )
+        rows = read_rows([Path(settings.parquet_url)], columns)
+        return [
+            *differences_in_readings(connection, rows),
+            *differences_in_summary(connection, rows, "temperature", settings.temperature_interval),
+            *differences_in_summary(connection, rows, "humidity", settings.humidity_interval),
+        ]
+
+    def _keep(self, stack: Stack) -> None:
+        settings = self._settings
+        stack.detach()
+        say("")
+        say("everything is left running; stop it with: make demo-down")
+        say(f"  Kafka      {settings.bootstrap_servers}, topic {settings.kafka_topic}")
+        password = settings.postgre_password.get_secret_value()
+        say(
+            f"  PostgreSQL PGPASSWORD={password} psql -h {settings.postgre_host} -p {settings.postgre_port} "
+            f"-U {settings.postgre_user} {settings.postgre_dbname}"
+        )
+        say(f"  logs       {self._directory}/logs")
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The settings of the demo: what the user did not set is chosen so that it works anywhere."""
+    chosen = settings.model_fields_set
+    changes: dict[str, object] = {
+        name: value for name, value in DEMO_INTERVALS.items() if name not in chosen
+    }
+    changes |= {"kafka_host": "127.0.0.1", "postgre_host": "127.0.0.1", "log_format": "text"}
+    for name in ("kafka_port", "postgre_port"):
+        port = getattr(settings, name)
+        if name not in chosen and not is_free(port):
+            changes[name] = free_port()
+            say(f"port {port} is taken; the demo uses {name.upper()}={changes[name]}")
+    return settings.model_copy(update=changes)
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on the loopback port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fetch(connection: psycopg.Connection, table: str) -> int:
+    """The number of rows."""
+    row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table))).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def show_summary(connection: psycopg.Connection, metric: str) -> None:
+    """Print the first rows of a summary as psql would."""
+    query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(
+        sql.Identifier(f"{metric}_summary")
+    )
+    cursor = connection.execute(query)
+    names = [column.name for column in cursor.description or ()]
+    rows = [[show_value(value) for value in row] for row in cursor]
+    widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
+    say("")
+    say(f"{metric}_summary")
+    for cells in (names, *rows):
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def show_value(value: object) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value).removesuffix("+00:00") if not isinstance(value, str | int) else str(value)
