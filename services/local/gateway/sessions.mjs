@@ -168,8 +168,9 @@ export class Sessions {
          FROM pg_catalog.unnest(ARRAY['session_authorization', 'role']) AS name`,
     );
     const actual = new Map(rows.filter(([, value]) => value !== null).map(([name, value]) => [name.toLowerCase(), value]));
-    const authorization = actual.get('session_authorization');
-    const role = actual.get('role');
+    // Both read as empty before the first SET in a backend, and after some procedures that commit.
+    const authorization = actual.get('session_authorization') || SUPERUSER;
+    const role = actual.get('role') || 'none';
     actual.delete('session_authorization');
     actual.delete('role');
     this.#applied = { settings: actual, authorization, role };
