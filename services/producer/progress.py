@@ -18,6 +18,7 @@ from confluent_kafka import (
     IsolationLevel,
     KafkaError,
     KafkaException,
+    Message,
     TopicCollection,
     TopicPartition,
 )
@@ -33,6 +34,10 @@ from services.core.shutdown import Shutdown
 log = logging.getLogger("producer")
 
 REQUEST_TIMEOUT_S = 5.0
+
+
+class Stopped(TransientError):  # noqa: N818 - no error at all
+    """The service shall end and Kafka did not answer in time; the next start ends the open transaction."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
@@ -64,16 +69,24 @@ def progress_topic(settings: Settings) -> NewTopic:
     )
 
 
-def topic_id(admin: AdminClient, topic: str) -> str:
-    """The id that Kafka gave ``topic``: a topic that is deleted and created again has another one.
+def topic_id(admin: AdminClient, settings: Settings) -> str:
+    """The id that Kafka gave the topic of readings: once deleted and created again, it has another one.
 
-    It is part of a record's key, so that an emptied topic is filled again.
+    It is part of a record's key, so that a new topic is filled from the start.
     """
-    futures = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
-    try:
-        return str(futures[topic].result().topic_id)
-    except KafkaException as error:
-        raise PermanentError(f"Kafka topic {topic} cannot be described: {error.args[0].str()}") from error
+    topic = settings.kafka_topic
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    for pause in pauses():
+        futures = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
+        try:
+            return str(futures[topic].result().topic_id)
+        except KafkaException as error:  # a new topic is not known to all brokers at once
+            if time.monotonic() + pause > deadline:
+                raise PermanentError(
+                    f"Kafka topic {topic} cannot be described: {error.args[0].str()}"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("pauses() has no end")
 
 
 def encode_progress(progress: Progress) -> bytes:
@@ -81,16 +94,16 @@ def encode_progress(progress: Progress) -> bytes:
     return _encoder.encode(progress)
 
 
-def read_progress(settings: Settings, admin: AdminClient, shutdown: Shutdown) -> dict[str, Progress]:
+def read_progress(settings: Settings, shutdown: Shutdown) -> dict[str, Progress]:
     """All that was committed to the progress topic before this call, by fingerprint.
 
     Waits while Kafka is away, and for transactions of other producers that are open on this topic (they are
-    short, and Kafka ends those of the dead). Raises TransientError when ``shutdown`` was requested meanwhile.
+    short, and Kafka ends those of the dead). Raises Stopped when ``shutdown`` was requested meanwhile.
     """
     topic = progress_topic(settings).topic
     for pause in pauses():
         try:
-            return _read(settings, admin, topic, shutdown)
+            return _read(settings, topic, shutdown)
         except KafkaException as error:
             cause: KafkaError = error.args[0]
             if cause.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
@@ -98,11 +111,11 @@ def read_progress(settings: Settings, admin: AdminClient, shutdown: Shutdown) ->
             log.warning("progress_unreadable", extra=fields(topic=topic, error=cause.str(), retry_s=pause))
             if shutdown.wait(pause):
                 break
-    raise TransientError("stopped before the progress was read")
+    raise Stopped("the progress was not read")
 
 
-def _read(settings: Settings, admin: AdminClient, topic: str, shutdown: Shutdown) -> dict[str, Progress]:
-    end = _end(admin, topic)
+def _read(settings: Settings, topic: str, shutdown: Shutdown) -> dict[str, Progress]:
+    end = _end(settings, topic)
     found: dict[str, Progress] = {}
     if not end:
         return found
@@ -128,23 +141,25 @@ def _read(settings: Settings, admin: AdminClient, topic: str, shutdown: Shutdown
             silent_since = time.monotonic()
             failure = message.error()
             if failure is None:
-                found[str(message.key() or b"", "ascii", "replace")] = _decode(topic, message.value())
+                _take(found, topic, message)
             elif failure.code() != KafkaError._PARTITION_EOF:
                 raise KafkaException(failure)
             elif (message.offset() or 0) >= end:
                 return found
     finally:
         consumer.close()
-    raise TransientError("stopped while the progress was read")
+    raise Stopped("the progress was not read")
 
 
-def _end(admin: AdminClient, topic: str) -> int:
+def _end(settings: Settings, topic: str) -> int:
     """The offset after the last record, committed or not.
 
     The last stable offset will not do: another producer's open transaction holds it back, and records of ours
-    that were committed after its first one would be missed.
+    that were committed after its first one would be missed. The client is a new one each time: to a client
+    that saw an earlier start of the broker, list_offsets answers FENCED_LEADER_EPOCH for ever.
     """
     partition = TopicPartition(topic, 0)
+    admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0})
     futures = admin.list_offsets(
         {partition: OffsetSpec.latest()},
         isolation_level=IsolationLevel.READ_UNCOMMITTED,
@@ -153,10 +168,15 @@ def _end(admin: AdminClient, topic: str) -> int:
     return int(futures[partition].result().offset)
 
 
-def _decode(topic: str, value: bytes | None) -> Progress:
+def _take(found: dict[str, Progress], topic: str, message: Message) -> None:
+    """Add a record to ``found``; one with no value takes its key away, as in any compacted topic."""
+    key, value = str(message.key() or b"", "ascii", "replace"), message.value()
+    if value is None:
+        found.pop(key, None)
+        return
     try:
-        return _decoder.decode(value or b"")
-    except (msgspec.ValidationError, ValueError) as error:
+        found[key] = _decoder.decode(value)
+    except ValueError as error:  # msgspec's errors are ValueErrors
         raise PermanentError(
-            f"Kafka topic {topic} holds a record that is no progress of a producer: {error}"
+            f"Kafka topic {topic} holds a record that is not a producer's progress: {error}"
         ) from error

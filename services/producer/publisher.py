@@ -17,10 +17,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from confluent_kafka import KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.backoff import pauses
 from services.core.config import Settings
@@ -29,12 +28,13 @@ from services.core.kafka import client_settings
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Messages
-from services.producer.progress import Progress, encode_progress, progress_topic, read_progress
+from services.producer.progress import Progress, Stopped, encode_progress, progress_topic, read_progress
 
 log = logging.getLogger("producer")
 
 CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
 STOP_WITHIN_S = 5.0  # how long a commit or abort may take once the service shall end
+NOTE_AFTER_S, NOTE_EVERY_S = 5.0, 10.0
 QUEUE_KBYTES = 64 * 1024
 QUEUE_MESSAGES = 500_000
 
@@ -62,79 +62,83 @@ class TransactionAborted(TransientError):  # noqa: N818 - Kafka's own word
     """Nothing of the open transaction is visible; send again from the progress of the last commit."""
 
 
-class Stopped(TransientError):  # noqa: N818 - no error at all
-    """The service shall end, and Kafka did not answer in time; the next start ends the open transaction."""
+class TransactionExpired(TransactionAborted):
+    """Kafka ended the transaction because it was open for too long; another producer may have gone on."""
 
 
 class Publisher:
     """One transactional producer for one source; at most one such producer lives, the newest.
 
-    ``pending`` counts the messages of the open transaction, 0 when none is open.
+    ``run`` names this run in progress records. ``pending`` counts the messages of the open transaction.
     """
 
-    def __init__(self, settings: Settings, admin: AdminClient, source_url: str, shutdown: Shutdown) -> None:
+    def __init__(self, settings: Settings, source_url: str, shutdown: Shutdown) -> None:
         self._settings = settings
-        self._admin = admin
         self._shutdown = shutdown
         self._source_url = source_url
         self._topic = settings.kafka_topic
         self._progress_topic = progress_topic(settings).topic
         self._timeout_s = float(settings.producer_transaction_timeout_seconds)
-        self._producer: Any = None  # confluent_kafka has no types
+        self._producer: Producer | None = None
         self._open_since: float | None = None
-        self._expired = False
         self._last_note = 0.0
+        self._failure: KafkaError | None = None
         self.run = uuid.uuid4().hex
         self.pending = 0
 
     def start(self) -> dict[str, Progress]:
         """Become the one producer of this source; return all committed progress, by record key.
 
-        Called again after TransactionAborted. Raises PermanentError where another producer has taken over,
-        Stopped when the service shall end.
+        To be called again after TransactionAborted. Raises ConfigurationError when Kafka does not start
+        transactions within STARTUP_TIMEOUT_SECONDS (the first time; later it waits), PermanentError when it
+        refuses them, Stopped when the service shall end.
         """
         first = self._producer is None
-        if self._expired:
-            self._check_not_replaced()
         self._discard()
         self._producer = Producer(self._producer_settings())
         deadline = time.monotonic() + self._settings.startup_timeout_seconds if first else None
-        self._complete(self._producer.init_transactions, deadline)
-        return self._read_progress()
+        try:
+            self._complete(self._producer.init_transactions, deadline)
+        except KafkaException as error:
+            raise PermanentError(f"Kafka refuses transactions: {error.args[0].str()}") from error
+        return self.read_progress()
+
+    def read_progress(self) -> dict[str, Progress]:
+        """All committed progress, by record key. Raises Stopped when the service shall end."""
+        return read_progress(self._settings, self._shutdown)
 
     def send(self, messages: Messages) -> None:
         """Add ``messages`` to the open transaction, or to a new one.
 
         Waits while the queue of 64 MB is full. Raises TransactionAborted, PermanentError or Stopped.
         """
-        self._begin()
-        topic, produce = self._topic, self._producer.produce
+        producer = self._begin()
+        topic, produce = self._topic, producer.produce
         self.pending += len(messages.keys)
         try:
             for key, value in zip(messages.keys, messages.values, strict=True):
                 try:
                     produce(topic, value, key)
                 except BufferError:
-                    self._send_waiting(topic, value, key)
-            self._producer.poll(0)
+                    self._produce_waiting(producer, topic, value, key)
+            producer.poll(0)
         except KafkaException as error:
-            self._fail(error)
+            self._abort(producer, error)
 
     def commit(self, progress: Mapping[str, Progress]) -> None:
         """Commit the open transaction, or a new one, together with ``progress`` (by record key).
 
         When it returns, all of it is visible. Raises TransactionAborted, PermanentError or Stopped; after
-        Stopped it is open whether Kafka took the commit, and the next start reads which.
+        Stopped it is unknown whether Kafka took the commit, and the next start reads which.
         """
-        self._begin()
+        producer = self._begin()
         try:
             for key, record in progress.items():
-                self._send_waiting(self._progress_topic, encode_progress(record), key.encode())
-            self._complete(self._producer.commit_transaction)
+                self._produce_waiting(producer, self._progress_topic, encode_progress(record), key.encode())
+            self._complete(producer.commit_transaction)
         except KafkaException as error:
-            self._fail(error)
-        self._open_since = None
-        self.pending = 0
+            self._abort(producer, error)
+        self._close_books()
 
     @property
     def age_s(self) -> float:
@@ -148,11 +152,11 @@ class Publisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Abort what is open, if Kafka answers within a second, so that readers need not wait for it."""
-        if self._open_since is not None and not self._expired:
+        if self._producer is not None and self._open_since is not None:
             try:
                 self._producer.abort_transaction(CALL_TIMEOUT_S)
             except KafkaException as failure:
-                log.info("transaction_left_open", extra=fields(error=failure.args[0].str()))
+                log.warning("transaction_left_open", extra=fields(error=failure.args[0].str()))
         self._discard()
 
     def _producer_settings(self) -> dict[str, Any]:
@@ -166,26 +170,35 @@ class Publisher:
             "batch.size": 1_000_000,
             "queue.buffering.max.kbytes": QUEUE_KBYTES,
             "queue.buffering.max.messages": QUEUE_MESSAGES,
-            # A failed delivery fails the transaction, which is all that needs to be known.
+            # What is delivered shows when the transaction commits; only failures are reported one by one.
             "delivery.report.only.error": True,
+            "on_delivery": self._note_failure,
         }
 
-    def _begin(self) -> None:
+    def _note_failure(self, error: KafkaError | None, _message: Message) -> None:
+        if error is not None and error.code() != KafkaError._PURGE_QUEUE:
+            self._failure = error
+
+    def _begin(self) -> Producer:
+        """The producer, in a transaction."""
+        if self._producer is None:
+            raise AssertionError("start() comes first")
         if self._open_since is None:
             try:
                 self._producer.begin_transaction()
             except KafkaException as error:
-                self._fail(error)
+                self._abort(self._producer, error)
             self._open_since = time.monotonic()
+        return self._producer
 
-    def _send_waiting(self, topic: str, value: bytes, key: bytes) -> None:
+    def _produce_waiting(self, producer: Producer, topic: str, value: bytes, key: bytes) -> None:
         """Produce one message as soon as the queue has room."""
         waiting_since = time.monotonic()
         for pause in pauses(0.01, 0.5):
             try:
-                self._producer.produce(topic, value, key)
+                producer.produce(topic, value, key)
             except BufferError:
-                self._producer.poll(pause)
+                producer.poll(pause)
                 self._note_wait(waiting_since)
             else:
                 return
@@ -206,7 +219,7 @@ class Publisher:
                         f"({cause.str()}): see transaction.state.log.replication.factor of the broker"
                     ) from error
                 self._note_wait(waiting_since)
-                self._producer.poll(pause)
+                time.sleep(pause)
             else:
                 return
 
@@ -215,48 +228,41 @@ class Publisher:
         waited = time.monotonic() - since
         if self._shutdown.requested and waited > STOP_WITHIN_S:
             raise Stopped("Kafka did not answer")
-        if waited > 5 and time.monotonic() - self._last_note > 10:
+        if waited > NOTE_AFTER_S and time.monotonic() - self._last_note > NOTE_EVERY_S:
             self._last_note = time.monotonic()
             log.warning("waiting_for_kafka", extra=fields(seconds=round(waited), pending=self.pending))
 
-    def _fail(self, error: KafkaException) -> None:
-        """Abort after ``error``, and raise what it means."""
-        cause: KafkaError = error.args[0]
-        pending = self.pending
-        if not cause.fatal() and cause.code() != KafkaError._FATAL:
-            try:
-                self._complete(self._producer.abort_transaction)
-            except KafkaException as failure:
-                cause = failure.args[0]
-        elif cause.code() == KafkaError._FATAL:
-            cause = self._fatal_cause(cause)
-        expired = self.age_s >= self._timeout_s
-        self._open_since, self.pending = None, 0
-        if cause.fatal() or cause.code() in FENCED:
-            if cause.code() not in FENCED:
-                raise PermanentError(f"Kafka's client gave up: {cause.str()}") from error
-            if not expired:
-                raise PermanentError(
-                    f"fenced: another producer has taken over {self._source_url}; this one stops"
-                ) from error
-            self._expired = True
-        if cause.code() in PERMANENT:
+    def _abort(self, producer: Producer, error: KafkaException) -> NoReturn:
+        """Abort the open transaction because of ``error``, and raise what it means for the caller."""
+        cause = self._failure or error.args[0]
+        cause = self._end(producer, error.args[0]) or cause
+        pending, expired = self.pending, self.age_s >= self._timeout_s
+        self._close_books()
+        if cause.code() in FENCED and not expired:
+            raise PermanentError(
+                f"fenced: another producer has taken over {self._source_url}; this one stops"
+            ) from error
+        if cause.code() in FENCED:
+            # Kafka ends a transaction that is too old in the same way as one of a producer that was replaced.
+            raise TransactionExpired(f"the transaction grew older than {self._timeout_s:g} s") from error
+        if cause.fatal() or cause.code() in PERMANENT:
             raise PermanentError(f"{pending} messages were not delivered: {cause.str()}") from error
         raise TransactionAborted(cause.str()) from error
 
-    def _fatal_cause(self, cause: KafkaError) -> KafkaError:
-        """What made the client unusable: every transactional call names it."""
+    def _end(self, producer: Producer, cause: KafkaError) -> KafkaError | None:
+        """Abort; return the error that made the client unusable, if one did."""
         try:
-            self._producer.commit_transaction(CALL_TIMEOUT_S)
-        except KafkaException as error:
-            cause = error.args[0]
-        return cause
+            if cause.code() == KafkaError._FATAL:  # any transactional call names the cause
+                producer.commit_transaction(CALL_TIMEOUT_S)
+            elif not cause.fatal():
+                self._complete(producer.abort_transaction)
+        except KafkaException as failure:
+            return failure.args[0]  # type: ignore[no-any-return]
+        return cause if cause.fatal() else None
 
-    def _check_not_replaced(self) -> None:
-        """After a transaction that Kafka ended because it was too old: has another producer gone on since?"""
-
-    def _read_progress(self) -> dict[str, Progress]:
-        return read_progress(self._settings, self._admin, self._shutdown)
+    def _close_books(self) -> None:
+        self._open_since, self._failure = None, None
+        self.pending = 0
 
     def _discard(self) -> None:
         if self._producer is not None:

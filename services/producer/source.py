@@ -86,8 +86,8 @@ class Source:
 def open_source(settings: Settings) -> Source:
     """Find and check the files that PARQUET_URL names.
 
-    It is a file, or a directory (all ``*.parquet`` in it and below, but for names that start with ``.`` or
-    ``_``, as Spark and Arrow have it), or a glob (``*``, ``?``, ``[...]`` in a name, ``**`` over directories).
+    It is a file; or a directory: all ``*.parquet`` in it and below, but for names that start with ``.`` or
+    ``_``, as Spark and Arrow have it; or a glob: ``*``, ``?``, ``[...]`` in a name, ``**`` over directories.
 
     Raises ConfigurationError, one line, for anything that keeps a file from being read.
     """

@@ -12,13 +12,14 @@ import msgspec
 
 from services.core.backoff import pauses
 from services.core.config import Settings
+from services.core.errors import PermanentError
 from services.core.kafka import connect_admin, create_topics
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.encoding import Messages
-from services.producer.progress import Progress, progress_topic, topic_id
-from services.producer.publisher import Publisher, Stopped, TransactionAborted
+from services.producer.progress import Progress, Stopped, progress_topic, topic_id
+from services.producer.publisher import Publisher, TransactionAborted, TransactionExpired
 from services.producer.source import Source, SourceFile, open_source
 
 log = logging.getLogger("producer")
@@ -37,8 +38,8 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False) -> int:
     log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
     admin = connect_admin(settings, shutdown)
     create_topics(admin, settings, progress_topic(settings))
-    topic = topic_id(admin, settings.kafka_topic)
-    with Publisher(settings, admin, source.url, shutdown) as publisher, show_rows(source.rows) as show:
+    topic = topic_id(admin, settings)
+    with Publisher(settings, source.url, shutdown) as publisher, show_rows(source.rows) as show:
         job = _Job(settings, source, publisher, shutdown, topic, show)
         job.run(resend=resend)
         job.report()
@@ -61,26 +62,27 @@ class _Job:
 
     def run(self, *, resend: bool) -> None:
         """Go on from the last commit until all is sent, as often as it takes."""
-        first = True
-        for pause in pauses():
+        retries = pauses()
+        while True:
             try:
-                self._start(resend=resend and first)
-                first = False
+                self._start(resend=resend)
+                resend = False
                 self._send_files()
             except TransactionAborted as error:
+                pause = next(retries)
                 log.warning("transaction_aborted", extra=fields(error=str(error), retry_s=round(pause, 2)))
+                if isinstance(error, TransactionExpired):
+                    self._check_not_replaced()
                 if self.shutdown.wait(pause):
                     return
             except Stopped as error:
-                log.warning("stopped", extra=fields(error=str(error)))
+                log.warning("stopped", extra=fields(reason=str(error)))
                 return
             else:
                 return
 
-    def _key(self, file: SourceFile) -> str:
-        return f"{self.topic_id}/{file.fingerprint}"
-
     def _start(self, *, resend: bool) -> None:
+        """Take over the source and learn what is committed; with ``resend`` begin at the first row again."""
         known = self.publisher.start()
         fresh = {
             self._key(file): Progress(url=file.url, run=self.publisher.run) for file in self.source.files
@@ -91,6 +93,22 @@ class _Job:
         self.committed = {key: known.get(key, progress) for key, progress in fresh.items()}
         if not self.before:
             self.before = dict(self.committed)
+
+    def _check_not_replaced(self) -> None:
+        """Give way where another producer went on with this source while this one was cut off.
+
+        Starting again would fence that one, the newer.
+        """
+        known = self.publisher.read_progress()
+        for key, ours in self.committed.items():
+            theirs = known.get(key, ours)
+            if theirs.rows != ours.rows and theirs.run != self.publisher.run:
+                raise PermanentError(
+                    f"fenced: another producer has taken over {self.source.url}; this one stops"
+                )
+
+    def _key(self, file: SourceFile) -> str:
+        return f"{self.topic_id}/{file.fingerprint}"
 
     def _send_files(self) -> None:
         """Send what is not sent yet, committing as it goes; ends early when the service shall end."""
