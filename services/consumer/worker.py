@@ -113,9 +113,7 @@ class Worker:
         self._decoder = Decoder(
             max_bytes=settings.max_message_bytes, max_future=timedelta(seconds=settings.max_future_seconds)
         )
-        self._consumer = Consumer(
-            consumer_settings(settings, eof=until_caught_up) | {"on_commit": self._on_commit}
-        )
+        self._consumer = Consumer(consumer_settings(settings) | {"on_commit": self._on_commit})
         self._writer = Writer(settings)
         self._filling = Batch()
         self._ready: Batch | None = None  # waits for the claim or for the writer
@@ -124,7 +122,8 @@ class Worker:
         self._commits: deque[Commit] = deque()
         self._confirm_deadline = 0.0
         self._assigned: set[int] = set()
-        self._at_end: set[int] = set()
+        self._ends: dict[int, int] = {}  # where a partition ended, until more comes
+        self._ends_committed: dict[int, int] = {}
         self._blocked_since: float | None = None
         self._paused = False
         self._closing = False
@@ -173,10 +172,10 @@ class Worker:
     def _is_readable(self, message: Message) -> bool:
         error = message.error()
         if error is None:
-            self._at_end.discard(message.partition())
+            self._ends.pop(message.partition(), None)
             return True
         if error.code() == KafkaError._PARTITION_EOF:
-            self._at_end.add(message.partition())
+            self._ends[message.partition()] = message.offset()
         elif error.code() in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
         else:
@@ -192,6 +191,7 @@ class Worker:
             self._ready, self._filling = self._filling, Batch()
         if self._ready is None:
             self._blocked_since = None
+            self._commit_ends()
         elif self._writer.busy or self._ownership in (Ownership.CLAIMING, Ownership.CONFIRMING):
             self._note_blocked()
         elif self._ownership is Ownership.NONE:
@@ -238,6 +238,17 @@ class Worker:
         self._ownership = Ownership.CONFIRMING
         self._confirm_deadline = time.monotonic() + CONFIRM_WITHIN_S
         self._commit(self._ready.first_offsets, Commit(confirms=self._assignment))
+
+    def _commit_ends(self) -> None:
+        """When all that was polled is stored, step over what is not a message (a transaction's end marker).
+
+        Otherwise the group would show a lag for ever, and nobody could tell it from a real one.
+        """
+        if len(self._filling) or self._writer.busy or self._ends == self._ends_committed:
+            return
+        self._ends_committed = dict(self._ends)
+        if self._ends:
+            self._commit(self._ends, Commit(confirms=None))
 
     def _commit(self, offsets: dict[int, int], commit: Commit) -> None:
         topic = self._settings.kafka_topic
@@ -306,7 +317,8 @@ class Worker:
         self._ownership = Ownership.NONE
         self._filling = Batch()
         self._ready = None
-        self._at_end.clear()
+        self._ends.clear()
+        self._ends_committed.clear()
         self._blocked_since = None
         self._paused = False
 
@@ -320,13 +332,13 @@ class Worker:
     # The end ---------------------------------------------------------------------------------------------
 
     def _all_at_end(self) -> bool:
-        return self._until_caught_up and bool(self._assigned) and self._at_end >= self._assigned
+        return self._until_caught_up and bool(self._assigned) and self._ends.keys() >= self._assigned
 
     def _caught_up(self) -> bool:
         if not self._all_at_end() or len(self._filling) or self._ready is not None:
             return False
         self._settle(self._writer.wait(0))
-        return not self._writer.busy and not self._commits
+        return not self._writer.busy and self._ends == self._ends_committed and not self._commits
 
     def _finish(self) -> None:
         """Store what is ready if that is quick; else the group's next member polls it again."""
@@ -349,7 +361,7 @@ def joined(first: Batch, second: Batch) -> Batch:
     )
 
 
-def consumer_settings(settings: Settings, *, eof: bool) -> ClientSettings:
+def consumer_settings(settings: Settings) -> ClientSettings:
     """librdkafka settings of the consumer: offsets only by us, read committed, bounded read-ahead."""
     return client_settings(settings, "consumer") | {
         "group.id": settings.kafka_group,
@@ -357,7 +369,7 @@ def consumer_settings(settings: Settings, *, eof: bool) -> ClientSettings:
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
         "isolation.level": "read_committed",
-        "enable.partition.eof": eof,
+        "enable.partition.eof": True,
         "queued.min.messages": 200_000,
         "queued.max.messages.kbytes": 65_536,
         "fetch.queue.backoff.ms": 10,

@@ -162,14 +162,22 @@ class Demo:
     def _wait_until_done(self) -> None:
         """Until the producer has ended, the consumer has no lag, and etl's queue is empty."""
         deadline = time.monotonic() + FINISH_WITHIN_S
+        shown = (0, 0)
         with self._connect() as connection:
             for _ in self._looks(deadline):
                 self._supervise()
                 counts = fetch(connection, "sensor_data"), fetch(connection, "temperature_summary")
                 queued = fetch(connection, "summary_refresh_queue")
-                say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
+                if counts != shown:
+                    say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
+                    shown = counts
                 sent = self._services["producer"].poll() == 0
-                if sent and self._lag() == 0 and queued == 0 and fetch(connection, "summary_refresh_queue") == 0:
+                if (
+                    sent
+                    and self._lag() == 0
+                    and queued == 0
+                    and fetch(connection, "summary_refresh_queue") == 0
+                ):
                     return
         raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
 
@@ -244,9 +252,7 @@ class Demo:
 def demo_settings(settings: Settings) -> Settings:
     """The settings of the demo: what the user did not set is chosen so that it works anywhere."""
     chosen = settings.model_fields_set
-    changes: dict[str, object] = {
-        name: value for name, value in DEMO_INTERVALS.items() if name not in chosen
-    }
+    changes: dict[str, object] = {name: value for name, value in DEMO_INTERVALS.items() if name not in chosen}
     changes |= {"kafka_host": "127.0.0.1", "postgre_host": "127.0.0.1", "log_format": "text"}
     for name in ("kafka_port", "postgre_port"):
         port = getattr(settings, name)
