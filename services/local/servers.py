@@ -92,7 +92,7 @@ class Server:
                 ) from error
 
     def start(self) -> None:
-        """Start the server on its data; returns at once, `wait_ready` waits.
+        """Start the server on its data; returns when its process is there, `wait_ready` waits for more.
 
         Raises `ConfigurationError` when the port is taken, `PermanentError` when it is running already.
         """
@@ -114,28 +114,22 @@ class Server:
         )
         self._pid_path.unlink(missing_ok=True)
         self._supervisor = _spawn(order)
+        if not self._pid_path.exists():
+            code = self._supervisor.wait()
+            self._end_supervisor()
+            if code == supervisor.EXIT_LOCKED:
+                raise PermanentError(f"{self.name}: another process has its data open ({self.data_path})")
+            raise PermanentError(f"{self.name} could not be started{self._log_tail()}")
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when the server answers a real request; `PermanentError` when it died or is too slow."""
         deadline = time.monotonic() + timeout_s
         while not self._answers():
-            self._check_alive()
+            process = self._process()
+            if process is None or psutil.wait_procs([process], timeout=_PROBE_PAUSE_S)[0]:
+                raise PermanentError(f"{self.name} is not running (any more){self._log_tail()}")
             if time.monotonic() > deadline:
                 raise PermanentError(f"{self.name} did not answer within {timeout_s:g} s{self._log_tail()}")
-
-    def _check_alive(self) -> None:
-        """Wait a moment for the supervisor's end; raise when it has ended."""
-        if self._supervisor is None:
-            if not self.running:
-                raise PermanentError(f"{self.name} is not running{self._log_tail()}")
-            return
-        try:
-            code = self._supervisor.wait(_PROBE_PAUSE_S)
-        except subprocess.TimeoutExpired:
-            return
-        if code == supervisor.EXIT_LOCKED:
-            raise PermanentError(f"{self.name}: another process has its data open ({self.data_path})")
-        raise PermanentError(f"{self.name} ended while starting{self._log_tail()}")
 
     def detach(self) -> None:
         """Let the server outlive this process."""
@@ -152,10 +146,8 @@ class Server:
         if process is not None:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-            if self._supervisor is None or process.pid != self._supervisor.pid:
-                psutil.wait_procs([process], timeout=self.stop_timeout_s + 5)
         self._end_supervisor()
-        self.kill()
+        self.kill()  # a server whose supervisor is gone, where the kernel did not take it along
         self._pid_path.unlink(missing_ok=True)
 
     def kill(self) -> None:
@@ -165,19 +157,20 @@ class Server:
             return
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
-        record = PidFile.read(self._pid_path)
-        keeper = record.supervisor.alive() if record else None
-        psutil.wait_procs([process, *([keeper] if keeper else [])], timeout=10)
+        psutil.wait_procs([process], timeout=10)
         self._end_supervisor()
 
     def _end_supervisor(self) -> None:
-        """End the lifeline of a supervisor that this process started, and collect it."""
-        if self._supervisor is None:
-            return
-        if self._supervisor.stdin is not None:
-            self._supervisor.stdin.close()
-        self._supervisor.wait()
-        self._supervisor = None
+        """Wait for the supervisor's end; one that this process started loses its lifeline."""
+        if self._supervisor is not None:
+            if self._supervisor.stdin is not None:
+                self._supervisor.stdin.close()
+            self._supervisor.wait()
+            self._supervisor = None
+        record = PidFile.read(self._pid_path)
+        keeper = record.supervisor.alive() if record else None
+        if keeper is not None:
+            psutil.wait_procs([keeper], timeout=self.stop_timeout_s + 5)
 
     def _log_tail(self, lines: int = 8) -> str:
         try:
@@ -216,6 +209,8 @@ class Kafka(Server):
         java += [f"-Dlog4j2.configurationFile={self.data_path / 'log4j2.yaml'}"]
         if not (self.data_path / "log" / "meta.properties").exists():
             self._format(java, properties)
+        # Kafka's own libraries do what Java warns about at length.
+        java += ["--sun-misc-unsafe-memory-access=allow", "--enable-native-access=ALL-UNNAMED"]
         return [*java, "-Xmx512m", "-Xms128m", "kafka.Kafka", str(properties)]
 
     def _format(self, java: list[str], properties: Path) -> None:
@@ -240,6 +235,9 @@ class Kafka(Server):
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": self.data_path / "log",
             "auto.create.topics.enable": "false",
+            # A broker that was killed may come back only after its old session has ended (9 s by default).
+            "broker.session.timeout.ms": 2000,
+            "broker.heartbeat.interval.ms": 300,
             # A single broker, and consumers that join at once.
             "group.initial.rebalance.delay.ms": 0,
             "offsets.topic.num.partitions": 4,
@@ -257,7 +255,7 @@ class Kafka(Server):
         return path
 
     def _answers(self) -> bool:
-        settings = {
+        settings: dict[str, str | int | float | bool] = {
             "bootstrap.servers": f"{HOST}:{self.port}",
             "reconnect.backoff.max.ms": 100,
             "log_level": 0,
@@ -270,7 +268,8 @@ class Kafka(Server):
 
 _LOG4J = {
     "Configuration": {
-        "status": "WARN",
+        "status": "ERROR",
+        "shutdownHook": "disable",
         "Appenders": {
             "Console": {
                 "name": "log",
@@ -306,7 +305,8 @@ class TimescaleDB(Server):
 
     def _command(self) -> list[str]:
         runtime = self._installed()
-        arguments = [f"--port={self.port}", f"--data={self.data_path}"]
+        template = runtime.gateway.parents[1] / "cluster"
+        arguments = [f"--port={self.port}", f"--data={self.data_path}", f"--template={template}"]
         arguments += [f"--user={self._user}", f"--database={self._dbname}"]
         return [str(runtime.node), str(runtime.gateway), *arguments]
 
@@ -330,15 +330,18 @@ class TimescaleDB(Server):
 
 
 def _spawn(order: Order) -> subprocess.Popen[bytes]:
+    """Start a supervisor; returns when it has started its server, or has ended."""
     with Path(order.log_path).open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own file
             [sys.executable, str(_SUPERVISOR)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,
         )
-    if process.stdin is not None:
+    if process.stdin is not None and process.stdout is not None:
         process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
         process.stdin.flush()
+        with process.stdout as answer:
+            answer.read()
     return process

@@ -9,7 +9,7 @@ with Stack(options) as stack:      # up(); the servers die with this process
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -90,8 +90,7 @@ class Stack:
             server.check_port()
         self.install()
         try:
-            with ThreadPoolExecutor(len(missing)) as pool:
-                list(pool.map(_start_and_wait, missing))
+            _start_all(missing)
         except BaseException:
             for server in missing:
                 server.stop()
@@ -134,6 +133,19 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         self.down()
+
+
+def _start_all(servers: list[Server]) -> None:
+    """Start at the same time; the first failure ends the waiting for the others."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        starts = [pool.submit(_start_and_wait, server) for server in servers]
+        try:
+            for start in as_completed(starts):
+                start.result()
+        except BaseException:
+            for server in servers:
+                server.stop()
+            raise
 
 
 def _start_and_wait(server: Server) -> None:

@@ -2,7 +2,8 @@
 
     starter --lifeline (stdin)--> supervisor --> server
 
-The starter's first line on the lifeline says what to run (JSON, see `Order`). From then on the end of the
+The starter's first line on the lifeline says what to run (JSON, see `Order`); the supervisor answers with
+a line once the server's process is there and its pid file is written. From then on the end of the
 lifeline means that the starter is gone, and the server is stopped. A line `detach` ends that bond: the
 server then lives until the supervisor gets SIGTERM. When the supervisor itself is killed, the kernel kills
 the server (Linux; elsewhere a server that watches its stdin notices).
@@ -108,9 +109,10 @@ def main() -> int:
 
     server = _start(order, lock)
     threading.Thread(target=lambda: (server.wait(), os.write(waker, b"\0")), daemon=True).start()
-    PidFile(ProcessRecord.of(os.getpid()), ProcessRecord.of(server.pid), order.port).write(
-        Path(order.pid_path)
-    )
+    record = PidFile(ProcessRecord.of(os.getpid()), ProcessRecord.of(server.pid), order.port)
+    record.write(Path(order.pid_path))
+    with os.fdopen(1, "wb") as started:
+        started.write(b"started\n")
     _wait_for_an_end(server, woken)
     if server.poll() is not None:
         return 1  # It ended by itself: the pid file stays, and says "crashed".

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from socket import create_connection, socket
@@ -51,7 +51,7 @@ def connect(server: TimescaleDB) -> Iterator[Connect]:
     opened: list[psycopg.Connection[Any]] = []
 
     def connect(**settings: Any) -> psycopg.Connection[Any]:
-        defaults = {"user": USER, "password": PASSWORD, "dbname": DBNAME, "autocommit": True}
+        defaults: dict[str, Any] = {"user": USER, "password": PASSWORD, "dbname": DBNAME, "autocommit": True}
         connection = psycopg.connect(host=HOST, port=server.port, **(defaults | settings))
         opened.append(connection)
         return connection
@@ -78,6 +78,12 @@ def eventually(connection: psycopg.Connection[Any], statement: LiteralString, wa
     deadline = time.monotonic() + 5
     while (found := value(connection, statement)) != wanted:
         assert time.monotonic() < deadline, f"{statement}: {found!r}, not {wanted!r}"
+
+
+def copy_rows(connection: psycopg.Connection[Any], rows: Iterable[tuple[int, str]]) -> None:
+    with connection.cursor().copy("COPY t FROM STDIN") as copy:
+        for row in rows:
+            copy.write_row(row)
 
 
 class TestLogin:
@@ -153,7 +159,7 @@ class TestSessionState:
     def test_reset_returns_to_what_the_connection_started_with(self, connect: Connect) -> None:
         one = connect(options="-c timezone=Asia/Tokyo")
         one.execute("SET timezone = 'Europe/Berlin'")
-        assert one.info.timezone.key == "Europe/Berlin"  # reported as it changes
+        assert str(one.info.timezone) == "Europe/Berlin"  # reported as it changes
         one.execute("RESET timezone")
         assert value(one, "SHOW timezone") == "Asia/Tokyo"
         one.execute("SET work_mem = '8MB'")
@@ -163,9 +169,8 @@ class TestSessionState:
 
     def test_settings_of_a_rolled_back_transaction_are_gone(self, connect: Connect) -> None:
         one, two = connect(), connect()
-        with pytest.raises(ZeroDivisionError), one.transaction():
+        with one.transaction(force_rollback=True):
             one.execute("SET work_mem = '8MB'")
-            raise ZeroDivisionError
         with one.transaction():
             one.execute("SET LOCAL work_mem = '9MB'")
             assert value(one, "SHOW work_mem") == "9MB"
@@ -403,16 +408,11 @@ class TestCopy:
     @pytest.mark.parametrize("autocommit", [True, False])
     def test_errors_in_the_middle(self, connect: Connect, table: str, autocommit: bool) -> None:
         connection, other = connect(autocommit=autocommit), connect()
-        with (
-            pytest.raises(errors.UniqueViolation),
-            connection.cursor().copy("COPY t FROM STDIN") as copy,
-        ):
-            for number in range(300_000):
-                copy.write_row((number % 1000, "x"))
+        with pytest.raises(errors.UniqueViolation):
+            copy_rows(connection, ((number % 1000, "x") for number in range(300_000)))
         connection.rollback()
-        with pytest.raises(ZeroDivisionError), connection.cursor().copy("COPY t FROM STDIN") as copy:
-            copy.write_row((1, "x"))
-            raise ZeroDivisionError  # psycopg sends CopyFail
+        with pytest.raises(ZeroDivisionError):  # psycopg sends CopyFail
+            copy_rows(connection, ((1 // number, "x") for number in (1, 0)))
         connection.rollback()
         with pytest.raises(errors.UndefinedTable):
             connection.execute("SELECT * FROM nowhere")

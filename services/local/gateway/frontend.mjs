@@ -77,15 +77,16 @@ class Hub {
       case 'answer':
         return client.answer(Buffer.from(received.bytes.buffer), null);
       case 'taken':
-        return client.taken(received.length);
+        return client?.taken(received.length);
       case 'done':
         if (received.roles) this.roles = received.roles;
-        client.answer(Buffer.from(received.bytes.buffer), received);
-        if (received.taken === this.#posted) client.done();
+        client?.answer(Buffer.from(received.bytes.buffer), received);
+        if (received.taken === this.#posted) client?.done();
         return;
       case 'refused':
         client.fail('FATAL', received.code, received.reason);
-        return client.done();
+        if (received.taken === this.#posted) client.done();
+        return;
       case 'closed':
         this.clients.delete(received.pid);
         this.release(client);
@@ -135,6 +136,12 @@ class Hub {
     this.post({ type: 'stop' });
   }
 }
+
+process.on('uncaughtException', (error) => {
+  // The other thread may be waiting for this one, so it cannot end the process.
+  fs.writeSync(2, `${new Date().toISOString()} the server ends: ${error.stack}\n`);
+  process.kill(process.pid, 'SIGKILL');
+});
 
 const hub = new Hub();
 backend.on('message', (received) => hub.receive(received));

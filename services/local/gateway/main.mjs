@@ -6,8 +6,8 @@
 // new clients are greeted, waiting statements can be cancelled, and so can the running one: the worker reaches
 // into this thread through Node's inspector, which V8 lets in at the loops and calls of WebAssembly.
 //
-// Usage: node main.mjs --port=N --data=DIRECTORY --user=ROLE --database=NAME, GATEWAY_PASSWORD in the
-// environment. Ends gracefully on SIGTERM or at the end of its standard input when that is a pipe.
+// Usage: node main.mjs --port=N --data=DIRECTORY --template=DIRECTORY --user=ROLE --database=NAME, with
+// GATEWAY_PASSWORD in the environment. Ends gracefully on SIGTERM or at the end of its standard input when that is a pipe.
 //
 // What is unlike a real server: one statement at a time, so a connection in a transaction makes the others
 // wait until it ends. A lock that another connection holds cannot be waited for (pg_advisory_lock fails with
@@ -22,6 +22,9 @@ import { Engine, SUPERUSER } from './engine.mjs';
 import { matches, verifier } from './scram.mjs';
 import { REPORTED, Sessions } from './sessions.mjs';
 
+const MOST_WAL_BYTES = 256 * 1024 * 1024;
+const MOST_IDLE_WAL_BYTES = 16 * 1024 * 1024;
+const IDLE_MS = 250;
 const FLUSH_BYTES = 64 * 1024;
 const MOST_UNSENT_BYTES = 32 * 1024 * 1024;
 
@@ -33,13 +36,15 @@ const die = (what) => (error) => {
 process.on('uncaughtException', die('the database failed and the server ends'));
 
 const option = { type: 'string' };
-const { values: options } = parseArgs({ options: { port: option, data: option, user: option, database: option } });
+const { values: options } = parseArgs({
+  options: { port: option, data: option, template: option, user: option, database: option },
+});
 const password = process.env.GATEWAY_PASSWORD ?? '';
 delete process.env.GATEWAY_PASSWORD;
 
 // -- the database
 
-const engine = await Engine.open(options.data, options.database);
+const engine = await Engine.open(options.data, options.database, options.template);
 const sessions = new Sessions(engine);
 prepareDatabase();
 
@@ -137,6 +142,7 @@ function pull() {
     const received = receiveMessageOnPort(port)?.message;
     if (received?.type === 'more') {
       taken += 1;
+      moreBytes += received.bytes.length;
       port.postMessage({ type: 'taken', pid: sessions.current, length: received.bytes.length });
       return received.bytes;
     }
@@ -151,6 +157,7 @@ function pull() {
 // -- what the worker asks for; everything that `perform` does is done before the next is looked at
 
 let taken = 0;
+let moreBytes = 0;
 
 function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   taken += 1;
@@ -162,10 +169,10 @@ function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   }
   if (usesUnnamed) sessions.restoreUnnamed(pid);
   if (marks) sessions.mark(pid, marks);
+  Atomics.store(shared, 2, 0);
   running = true;
   engine.run(bytes, pull, emit);
   running = false;
-  Atomics.store(shared, 2, 0);
   if (parsesUnnamed) sessions.parsedUnnamed(pid, parsesUnnamed);
   // The answer goes out before anything else may fail, and it ends with ReadyForQuery, which the worker holds
   // back until `done` tells it what has changed.
@@ -173,6 +180,30 @@ function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   const roles = sessions.marks(pid)?.roles && status === 'I';
   const parameters = sessions.settle(pid);
   send({ type: 'done', taken, parameters, roles: roles ? readRoles((sql) => sessions.asSuperuser(sql)) : undefined });
+  checkpointInTime(bytes.length + moreBytes);
+  moreBytes = 0;
+}
+
+// -- checkpoints: there is no checkpointer, and after a crash all since the last one is done again
+
+let unitsUntilLook = 0;
+const idle = setTimeout(() => checkpoint(MOST_IDLE_WAL_BYTES), IDLE_MS);
+
+function checkpointInTime(length) {
+  idle.refresh();
+  unitsUntilLook -= 1 + length / 4096;
+  if (unitsUntilLook > 0) return;
+  unitsUntilLook = 1000;
+  checkpoint(MOST_WAL_BYTES);
+}
+
+function checkpoint(mostBytes) {
+  if (engine.status !== 'I') return;
+  const [[written]] = sessions.asSuperuser(
+    `SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), redo_lsn)
+       FROM pg_catalog.pg_control_checkpoint()`,
+  );
+  if (Number(written) > mostBytes) sessions.asSuperuser('CHECKPOINT');
 }
 
 function perform(received) {

@@ -1,29 +1,29 @@
 // What the gateway must know about a statement before one backend, shared by all connections, runs it.
 //
-// Text is looked at, not parsed: a mark set too often costs a query at the end of the statement, and the few
+// Text is looked at, not parsed, and its bytes are left alone (latin1), whatever the client's encoding: a mark set too often costs a query at the end of the statement, and the few
 // statements that reach across connections (DEALLOCATE, DISCARD, UNLISTEN) are rewritten only in the plain
 // form that clients send.
 
 const LEAD = String.raw`(?:\s|--[^\n]*\n|/\*[\s\S]*?\*/)*`;
-const NAME = String.raw`"(?:[^"]|"")+"|[\p{L}_][\p{L}\p{N}_$]*`;
+const NAME = String.raw`"(?:[^"]|"")+"|[A-Za-z_\x80-\xff][\w$\x80-\xff]*`;
 const BEGINS = String.raw`(?:^|;|\*/|\n)\s*`;
 
 const SETTINGS = new RegExp(
   `${BEGINS}(?:set(?!\\s+(?:transaction|constraints)\\b)|reset|discard)\\b|\\bset_config\\b`,
-  'iu',
+  'i',
 );
-const LOCAL = new RegExp(`^${LEAD}set\\s+local\\b[^;]*;?\\s*$`, 'iu');
+const LOCAL = new RegExp(`^${LEAD}set\\s+local\\b[^;]*;?\\s*$`, 'i');
 const CUSTOM = /\b[a-z_][\w$]*\.[a-z_][\w$]*\b/gi;
-const TEMPORARY = /\btemp(?:orary)?\b/i;
+const TEMPORARY = /\b(?:create|into)\s+(?:or\s+replace\s+)?(?:local\s+|global\s+)?temp(?:orary)?\b|\bpg_temp\./i;
 const ROLES = /\b(?:create|alter|drop)\s+(?:role|user|group)\b/i;
-const LISTEN = new RegExp(`^${LEAD}(un)?listen\\s+(\\*|${NAME})\\s*;?\\s*$`, 'iu');
+const LISTEN = new RegExp(`^${LEAD}(un)?listen\\s+(\\*|${NAME})\\s*;?\\s*$`, 'i');
 const PREPARED = new RegExp(
   `^(${LEAD}(?:explain\\b[^;]*?\\s)?)(prepare|execute|deallocate(?:\\s+prepare)?)\\s+(${NAME})`,
-  'iu',
+  'i',
 );
-const DISCARD = new RegExp(`^${LEAD}discard\\s+(all|temp(?:orary)?)\\s*;?\\s*$`, 'iu');
+const DISCARD = new RegExp(`^${LEAD}discard\\s+(all|temp(?:orary)?)\\s*;?\\s*$`, 'i');
 
-const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : name.toLowerCase());
+const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : name.replace(/[A-Z]/g, (letter) => letter.toLowerCase()));
 const quoted = (name) => `"${name.replaceAll('"', '""')}"`;
 
 /**

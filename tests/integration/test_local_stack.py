@@ -1,0 +1,249 @@
+"""The local stack: real servers that start, stop, crash and come back, and never outlive their keeper."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket
+
+import psutil
+import psycopg
+import pytest
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from services.core.errors import ConfigurationError, PermanentError
+from services.local.servers import HOST, Server
+from services.local.stack import Stack, StackOptions
+from services.local.supervisor import PidFile, ProcessRecord
+
+ROOT = Path(__file__).parents[2]
+USER, PASSWORD, DBNAME = "postgres", "secret", "sensors"
+
+
+def free_port() -> int:
+    with socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def options_in(directory: Path) -> StackOptions:
+    return StackOptions(
+        directory, free_port(), free_port(), USER, PASSWORD, DBNAME, ROOT / ".local" / "runtime"
+    )
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> StackOptions:
+    return options_in(tmp_path_factory.mktemp("stack"))
+
+
+@pytest.fixture(scope="module")
+def stack(options: StackOptions) -> Iterator[Stack]:
+    with Stack(options) as stack:
+        yield stack
+
+
+@pytest.fixture
+def ready(stack: Stack) -> Stack:
+    """The shared stack, whatever a test before has done to it."""
+    stack.up(detach=False)
+    return stack
+
+
+def count(options: StackOptions) -> int:
+    with psycopg.connect(
+        host=HOST, port=options.postgre_port, user=USER, password=PASSWORD, dbname=DBNAME
+    ) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS visits (at timestamptz DEFAULT now())")
+        connection.execute("INSERT INTO visits DEFAULT VALUES")
+        row = connection.execute("SELECT count(*) FROM visits").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def processes(stack: Stack, directory: Path) -> list[psutil.Process]:
+    records = [PidFile.read(directory / f"{status.name}.pid") for status in stack.status()]
+    return [
+        psutil.Process(part.pid)
+        for record in records
+        if record
+        for part in (record.supervisor, record.server)
+    ]
+
+
+def test_up_is_idempotent_and_says_so(ready: Stack, options: StackOptions) -> None:
+    lines: list[str] = []
+    again = Stack(options, lines.append)
+    before = [status.pid for status in again.status()]
+    again.up(detach=True)
+    assert [line.split(" is ")[1].split(" (")[0] for line in lines] == ["already running"] * 2
+    assert [(status.state, status.pid) for status in again.status()] == [("running", pid) for pid in before]
+    assert {status.log_path.name for status in again.status()} == {"kafka.log", "timescaledb.log"}
+    assert all(status.log_path.exists() and status.data_path.is_dir() for status in again.status())
+
+
+def test_servers_listen_on_loopback_only(ready: Stack) -> None:
+    for server in (ready.kafka, ready.timescaledb):
+        assert server.pid is not None
+        listening = [
+            connection.laddr.ip
+            for connection in psutil.Process(server.pid).net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert listening
+        assert {address.removeprefix("::ffff:") for address in listening} == {HOST}
+
+
+def test_kafka_keeps_messages_and_offsets_through_sigkill(ready: Stack, options: StackOptions) -> None:
+    address = {"bootstrap.servers": f"{HOST}:{options.kafka_port}"}
+    admin = AdminClient(address)
+    admin.create_topics([NewTopic("readings", 2, 1)])["readings"].result(10)
+    producer = Producer(address | {"acks": "all"})
+    for number in range(10):
+        producer.produce("readings", str(number))
+    assert producer.flush(10) == 0
+    group = address | {"group.id": "g", "auto.offset.reset": "earliest", "enable.auto.commit": False}
+    consumer = Consumer(group)
+    consumer.subscribe(["readings"])
+    assert len(consumer.consume(4, timeout=10)) == 4
+    consumer.commit(asynchronous=False)
+    consumer.close()
+
+    ready.kafka.kill()
+    assert [status.state for status in ready.status()] == ["crashed", "running"]
+    ready.kafka.start()
+    ready.kafka.wait_ready()
+
+    consumer = Consumer(group)
+    consumer.subscribe(["readings"])
+    assert len(consumer.consume(6, timeout=10)) == 6
+    consumer.close()
+    producer.list_topics("absent", timeout=10)
+    assert set(admin.list_topics(timeout=10).topics) == {"readings", "__consumer_offsets"}
+
+
+def test_up_after_a_crash_reopens_the_same_data(ready: Stack, options: StackOptions) -> None:
+    visits = count(options)
+    ready.timescaledb.kill()
+    assert not ready.timescaledb.running
+    ready.up(detach=False)
+    assert count(options) == visits + 1
+
+
+def test_kill_of_a_supervisor_takes_the_server_along(ready: Stack, options: StackOptions) -> None:
+    record = PidFile.read(options.directory / "timescaledb.pid")
+    assert record is not None
+    server = psutil.Process(record.server.pid)
+    psutil.Process(record.supervisor.pid).kill()
+    server.wait(10)
+    assert not ready.timescaledb.running
+    assert ready.timescaledb.crashed
+    ready.up(detach=False)
+    assert ready.timescaledb.running
+
+
+def test_data_is_opened_once(ready: Stack, options: StackOptions) -> None:
+    twin = Stack(options_in(options.directory), lambda line: None)
+    assert twin.install()
+    pid_file = options.directory / "timescaledb.pid"
+    kept = pid_file.read_bytes()
+    pid_file.unlink()  # as if it had been lost
+    with pytest.raises(PermanentError, match="another process has its data open"):
+        twin.timescaledb.start()
+    pid_file.write_bytes(kept)
+    assert ready.timescaledb.running
+
+
+def test_recycled_pid_is_not_taken_for_the_server(ready: Stack, options: StackOptions) -> None:
+    stranger = psutil.Process()
+    record = PidFile(
+        ProcessRecord(stranger.pid, stranger.create_time() - 100),
+        ProcessRecord(stranger.pid, stranger.create_time() - 100),
+        1,
+    )
+    directory = options.directory / "elsewhere"
+    directory.mkdir()
+    record.write(directory / "kafka.pid")
+    other = Stack(options_in(directory))
+    assert [status.state for status in other.status()] == ["crashed", "stopped"]
+    other.down()
+    assert stranger.is_running()
+    assert [status.state for status in other.status()] == ["stopped", "stopped"]
+
+
+@pytest.mark.parametrize("taken", ["kafka_port", "postgre_port"])
+def test_taken_port_is_one_line_and_nothing_is_started(tmp_path: Path, taken: str) -> None:
+    options = options_in(tmp_path / "new")
+    with socket() as other:
+        other.bind((HOST, getattr(options, taken)))
+        other.listen()
+        with pytest.raises(ConfigurationError) as caught:
+            Stack(options).up(detach=True)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert taken.upper() in line
+    assert str(getattr(options, taken)) in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:
+    options = options_in(tmp_path)
+    stack = Stack(options)
+    (tmp_path / "timescaledb" / "cluster").mkdir(parents=True)
+    (tmp_path / "timescaledb" / "cluster" / "PG_VERSION").write_text("9.6\n")
+    with pytest.raises(PermanentError) as caught:
+        stack.up(detach=False)
+    assert str(stack.timescaledb.log_path) in str(caught.value)
+    assert [status.state for status in stack.status()] == ["stopped", "stopped"]
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from services.local.stack import Stack, StackOptions
+stack = Stack(StackOptions(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "postgres", "secret", "sensors"))
+stack.up(detach=sys.argv[4] == "detach")
+print("up", flush=True)
+sys.stdin.read() if sys.argv[4] != "detach" else None
+"""
+
+
+@pytest.mark.parametrize("mode", ["detach", "stay"])
+def test_who_outlives_whom(ready: Stack, options: StackOptions, mode: str) -> None:
+    """Detached servers outlive their starter until `down`; others die with a starter that was killed."""
+    visits = count(options)
+    ready.down()
+    arguments = [str(options.directory), str(options.kafka_port), str(options.postgre_port), mode]
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == b"up\n"
+        observer = Stack(options)
+        alive = processes(observer, options.directory)
+        assert len(alive) == 4
+        if mode == "stay":
+            starter.send_signal(signal.SIGKILL)
+        else:
+            assert starter.wait(10) == 0
+            assert [status.state for status in observer.status()] == ["running", "running"]
+            assert count(options) == visits + 1
+            observer.down()
+        gone, left = psutil.wait_procs(alive, timeout=20)
+    assert not left
+    assert len(gone) == 4
+    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
+
+
+def test_stop_is_graceful(ready: Stack) -> None:
+    server: Server = ready.timescaledb
+    server.stop()
+    assert not server.crashed
+    assert server.log_path.read_text().splitlines()[-1].endswith("stopped")
+    with pytest.raises(PermanentError, match="not running"):
+        server.wait_ready(1)
