@@ -1,4 +1,4 @@
-"""Alembic's entry: the services' own settings, one transaction for each migration, errors in one line."""
+"""Alembic's entry: the services' own settings, one transaction for all that is run, errors in one line."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def run() -> None:
     """Run the migrations that Alembic asked for."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    connection_to_use = connect_at_start(settings, Shutdown())
-    engine = sa.create_engine(
-        "postgresql+psycopg://", creator=lambda: connection_to_use, poolclass=sa.pool.StaticPool
-    )
-    connection_to_use.autocommit = False
-    with engine.connect() as connection:
-        context.configure(connection=connection, target_metadata=None, transaction_per_migration=True)
-        with context.begin_transaction():
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            context.run_migrations()
+    database = connect_at_start(settings, Shutdown())
+    database.autocommit = False
+    engine = sa.create_engine("postgresql+psycopg://", creator=lambda: database, poolclass=sa.pool.StaticPool)
+    try:
+        with engine.connect() as connection:
+            context.configure(connection=connection, target_metadata=None)
+            with context.begin_transaction():
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+                context.run_migrations()
+    finally:
+        engine.dispose()
+        database.close()
 
 
 try:

@@ -1,0 +1,184 @@
+"""Real service processes, real messages, and waiting for conditions instead of sleeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
+
+from services.core.config import Settings
+from services.core.kafka import client_settings
+from tests.fix_stack import ROOT, as_environment
+
+PATIENCE_S = 30.0
+START = datetime(2024, 3, 1, tzinfo=UTC)
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
+    """Wait for a condition that another process brings about; fails with ``what`` after ``within_s``."""
+    pause = threading.Event()
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s} s: {what}")
+        pause.wait(0.05)
+
+
+class Service:
+    """One ``sensor-pipeline`` process with its log lines."""
+
+    def __init__(self, settings: Settings, *arguments: str, log_path: Path) -> None:
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", *arguments],
+                cwd=ROOT,
+                env=os.environ | as_environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The log lines of one event so far."""
+        lines = self.log_path.read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [line for line in found if line["event"] == name]
+
+    def wait_for(self, event: str, count: int = 1, within_s: float = PATIENCE_S) -> dict[str, Any]:
+        """Wait for the ``count``-th log line of an event and return it."""
+
+        def seen() -> bool:
+            if self.process.poll() not in (None, 0):
+                raise AssertionError(f"the service ended: {self.log_path.read_text(encoding='utf-8')[-2000:]}")
+            return len(self.events(event)) >= count
+
+        wait_until(seen, f"{count} x {event} in {self.log_path.name}", within_s)
+        return self.events(event)[count - 1]
+
+    def wait(self, within_s: float = PATIENCE_S) -> int:
+        """Wait for the end; the exit code."""
+        return self.process.wait(within_s)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+    def stop(self) -> int:
+        """SIGTERM, and wait for the end; the exit code."""
+        self.process.terminate()
+        return self.wait()
+
+
+StartService = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path, settings: Settings) -> Iterator[StartService]:
+    """Starts services of this test; all are killed at its end. ``start("consume", settings=...)``."""
+    services: list[Service] = []
+
+    def start_one(*arguments: str, settings: Settings = settings) -> Service:
+        log_path = tmp_path / f"{arguments[0]}-{len(services)}.log"
+        services.append(Service(settings, *arguments, log_path=log_path))
+        return services[-1]
+
+    yield start_one
+    for service in services:
+        if service.process.poll() is None:
+            service.kill()
+
+
+def run_cli(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | as_environment(settings) | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def message(
+    sensor: str = "s1",
+    time: datetime | str = START,
+    temperature: float | None = None,
+    humidity: float | None = None,
+) -> bytes:
+    """A message value by the contract; fields that are None are left out."""
+    fields: dict[str, object] = {
+        "sensor_id": sensor,
+        "time": time if isinstance(time, str) else time.isoformat(),
+    }
+    if temperature is not None:
+        fields["temperature"] = temperature
+    if humidity is not None:
+        fields["humidity"] = humidity
+    return json.dumps(fields).encode()
+
+
+def minutes(count: float) -> datetime:
+    """``count`` minutes after START."""
+    return START + timedelta(minutes=count)
+
+
+def publish(settings: Settings, values: Iterable[bytes | None], key: str = "s1", partition: int = -1) -> None:
+    """Send messages in order and wait until the broker has them."""
+    producer = Producer(client_settings(settings, "test") | {"enable.idempotence": True})
+    for value in values:
+        while True:
+            try:
+                producer.produce(settings.kafka_topic, key=key, value=value, partition=partition)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(PATIENCE_S) == 0
+
+
+def read_topic(settings: Settings, topic: str) -> list[Message]:
+    """All committed messages of a topic, partition by partition."""
+    consumer = Consumer(
+        client_settings(settings, "test")
+        | {
+            "group.id": "reads-without-a-group",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            "enable.partition.eof": True,
+        }
+    )
+    partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+    consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
+    found: list[Message] = []
+    at_end = 0
+    deadline = time.monotonic() + PATIENCE_S
+    while at_end < len(partitions):
+        assert time.monotonic() < deadline, f"the end of {topic} was not reached"
+        received = consumer.poll(1)
+        if received is None:
+            continue
+        if received.error() is None:
+            found.append(received)
+        else:
+            at_end += 1
+    consumer.close()
+    return sorted(found, key=lambda item: (item.partition() or 0, item.offset() or 0))

@@ -1,0 +1,179 @@
+"""The servers under test: a local stack started for the session, or native ones that the environment names.
+
+Set TEST_POSTGRE_HOST (with _PORT, _USER, _PASSWORD, _DBNAME) and TEST_KAFKA_HOST (with _PORT) to run the same
+tests against servers of your own. The database is emptied by the tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.config import Config
+from confluent_kafka.admin import AdminClient
+from psycopg import sql
+from pydantic import SecretStr
+
+from services.core.config import Settings
+from services.core.database import connect
+from services.core.kafka import client_settings, create_topics
+from services.local.stack import Stack, StackOptions
+
+ROOT = Path(__file__).parent.parent
+_numbers = itertools.count(1)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_native() -> bool:
+    """Whether the environment names servers to test against."""
+    return "TEST_POSTGRE_HOST" in os.environ and "TEST_KAFKA_HOST" in os.environ
+
+
+def native_settings() -> Settings:
+    """The settings of the servers that TEST_* name."""
+    return Settings(
+        _env_file=None,
+        postgre_host=os.environ["TEST_POSTGRE_HOST"],
+        postgre_port=int(os.environ.get("TEST_POSTGRE_PORT", "5432")),
+        postgre_user=os.environ.get("TEST_POSTGRE_USER", "postgres"),
+        postgre_password=SecretStr(os.environ.get("TEST_POSTGRE_PASSWORD", "postgres")),
+        postgre_dbname=os.environ.get("TEST_POSTGRE_DBNAME", "sensors_test"),
+        kafka_host=os.environ["TEST_KAFKA_HOST"],
+        kafka_port=int(os.environ.get("TEST_KAFKA_PORT", "9092")),
+    )
+
+
+def make_stack(directory: Path) -> Stack:
+    """A local stack with its own data and ports; not started."""
+    return Stack(
+        StackOptions(
+            directory=directory,
+            kafka_port=free_port(),
+            postgre_port=free_port(),
+            postgre_user="postgres",
+            postgre_password="postgres",
+            postgre_dbname="sensors",
+            runtime_directory=ROOT / ".local" / "runtime",
+        )
+    )
+
+
+def stack_settings(stack: Stack) -> Settings:
+    """Settings that reach a local stack."""
+    return Settings(
+        _env_file=None,
+        postgre_host="127.0.0.1",
+        postgre_port=stack.timescaledb.port,
+        kafka_host="127.0.0.1",
+        kafka_port=stack.kafka.port,
+    )
+
+
+def upgrade(settings: Settings, revision: str = "head") -> None:
+    """Run the migrations, as ``alembic upgrade`` does."""
+    with alembic_environment(settings):
+        command.upgrade(Config(toml_file=str(ROOT / "pyproject.toml")), revision)
+
+
+def downgrade(settings: Settings, revision: str = "base") -> None:
+    """Take the migrations back, as ``alembic downgrade`` does."""
+    with alembic_environment(settings):
+        command.downgrade(Config(toml_file=str(ROOT / "pyproject.toml")), revision)
+
+
+@contextmanager
+def alembic_environment(settings: Settings) -> Iterator[None]:
+    """The settings as environment variables, for as long as the block runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in as_environment(settings).items():
+            patch.setenv(name, value)
+        yield
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """Settings as the environment variables that would give them."""
+    values = settings.model_dump()
+    return {
+        name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        for name, value in values.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings of running servers whose database is migrated to head."""
+    if is_native():
+        settings = native_settings()
+        upgrade(settings)
+        yield settings
+        return
+    with make_stack(tmp_path_factory.mktemp("stack")) as stack:
+        settings = stack_settings(stack)
+        upgrade(settings)
+        yield settings
+
+
+@pytest.fixture
+def settings(servers: Settings) -> Settings:
+    """Settings of this test alone: empty tables, a topic and a consumer group of its own."""
+    with connect(servers) as connection:
+        empty(connection)
+    number = next(_numbers)
+    own = servers.model_copy(
+        update={
+            "kafka_topic": f"sensor_data_{os.getpid()}_{number}",
+            "kafka_group": f"group_{os.getpid()}_{number}",
+            "kafka_partitions": 3,
+            "consumer_batch_seconds": 0.1,
+            "etl_poll_seconds": 0.1,
+            "log_format": "json",
+        }
+    )
+    create_topics(AdminClient(client_settings(own, "test")), own)
+    return own
+
+
+@pytest.fixture
+def connection(settings: Settings) -> Iterator[psycopg.Connection]:
+    """A connection in autocommit mode to the test's empty database."""
+    with connect(settings) as connection:
+        yield connection
+
+
+def empty(connection: psycopg.Connection) -> None:
+    """Leave the schema and remove all rows and all aggregates."""
+    views = connection.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates").fetchall()
+    connection.execute(
+        "CREATE OR REPLACE VIEW temperature_summary_live AS SELECT * FROM temperature_summary;"
+        "CREATE OR REPLACE VIEW humidity_summary_live AS SELECT * FROM humidity_summary;"
+    )
+    for (name,) in views:
+        connection.execute(sql.SQL("DROP MATERIALIZED VIEW {}").format(sql.Identifier(name)))
+    connection.execute(
+        "TRUNCATE sensor_data, summary_refresh_queue, temperature_summary, humidity_summary, summary_state,"
+        " raw_chunk, partition_owner"
+    )
+
+
+def pytest_report_header() -> str:
+    """Which servers are under test."""
+    if is_native():
+        settings = native_settings()
+        with connect(settings) as connection:
+            version = connection.execute("SHOW server_version").fetchone()
+        assert version is not None
+        return f"servers: Kafka {settings.bootstrap_servers}, PostgreSQL {version[0]} at {settings.postgre_host}"
+    return "servers: a local stack of Apache Kafka and embedded TimescaleDB, started for this session"
