@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
 
     etl = commands.add_parser("etl", help="keep the summaries equal to the readings")
     etl.add_argument("--once", action="store_true", help="refresh what is queued, then end")
+    etl.add_argument(
+        "--reconcile",
+        action="store_true",
+        help="compare all summaries with the raw readings, repair what differs, print how many rows did",
+    )
     etl.set_defaults(run=run_etl)
 
     local = commands.add_parser("local", help="Kafka and TimescaleDB on this machine, without Docker")
@@ -75,8 +80,12 @@ def run_consume(settings: Settings, options: argparse.Namespace) -> int:
 
 def run_etl(settings: Settings, options: argparse.Namespace) -> int:
     """``etl``."""
-    from services.etl.worker import run
+    from services.etl.worker import run, run_reconcile
 
+    if options.reconcile:
+        for metric, rows in run_reconcile(settings, Shutdown().listen()).items():
+            print(f"{metric}_summary: {rows} rows differed" + (" and were repaired" if rows else ""))
+        return 0
     return run(settings, Shutdown().listen(), once=options.once)
 
 

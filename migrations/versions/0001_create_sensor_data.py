@@ -32,6 +32,12 @@ def upgrade() -> None:
         )
     """)
     op.execute("SELECT create_hypertable('sensor_data', by_range('time'), create_default_indexes => false)")
+    # Nothing is compressed until COMPRESS_AFTER_DAYS asks for it; etl then adds the policy.
+    op.execute("""
+        ALTER TABLE sensor_data SET (
+            timescaledb.compress, timescaledb.compress_segmentby = 'sensor_id', timescaledb.compress_orderby = 'time'
+        )
+    """)
     op.execute("""
         COMMENT ON TABLE sensor_data IS
             'raw readings, one row for each sensor and time; for each field the last non-null value wins'
@@ -40,6 +46,7 @@ def upgrade() -> None:
         CREATE TABLE summary_refresh_queue (
             id        bigint         GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
             touched   tstzmultirange NOT NULL,
+            forced    boolean        NOT NULL DEFAULT false,
             queued_at timestamptz    NOT NULL DEFAULT now()
         )
     """)
@@ -77,9 +84,7 @@ def create_extension() -> None:
     if available is None:
         raise ConfigurationError(f"this PostgreSQL server has no TimescaleDB: {INSTALL}")
     op.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
-    version = str(
-        connection.scalar(sa.text("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'"))
-    )
+    version = str(connection.scalar(sa.text("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'")))
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < OLDEST_TIMESCALEDB:
         raise ConfigurationError(f"this PostgreSQL server has TimescaleDB {version}, which is too old: {INSTALL}")

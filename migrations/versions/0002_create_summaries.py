@@ -34,12 +34,21 @@ def upgrade() -> None:
             metric         text        PRIMARY KEY,
             aggregate      text        NOT NULL,
             width          interval    NOT NULL,
-            frozen_before  timestamptz NOT NULL DEFAULT '-infinity'
+            closed_before  timestamptz NOT NULL DEFAULT '-infinity',
+            frozen_before  timestamptz NOT NULL DEFAULT '-infinity',
+            CHECK (closed_before >= frozen_before)
         )
     """)
     op.execute("""
-        COMMENT ON TABLE summary_state IS
-            'which aggregate each summary mirrors, and the time before which its rows never change again'
+        COMMENT ON TABLE summary_state IS 'which aggregate each summary mirrors, and how far back it may change'
+    """)
+    op.execute("""
+        COMMENT ON COLUMN summary_state.closed_before IS
+            'the consumer stores no reading of an earlier time: its interval is not, or soon not, whole any more'
+    """)
+    op.execute("""
+        COMMENT ON COLUMN summary_state.frozen_before IS
+            'summary rows of earlier intervals never change again: their raw readings may be gone'
     """)
     op.execute("""
         CREATE TABLE raw_chunk (

@@ -17,6 +17,7 @@ from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings
 
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
+PUT_REASONS = frozenset({"refused_by_database", "too_late"})
 REASON_HEADER = "sensor_pipeline.reason"
 
 
@@ -28,9 +29,9 @@ class DeadLetter:
     reason: str
     detail: str
 
-    def headers(self, group: str) -> list[tuple[str, bytes]]:
+    def headers(self, group: str) -> list[tuple[str, str | bytes | None]]:
         """The message's own headers, then ours."""
-        stage = "TASK_PUT" if self.reason == "refused_by_database" else "VALUE_CONVERTER"
+        stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
         ours = {
             "__connect.errors.topic": self.message.topic(),
             "__connect.errors.partition": self.message.partition(),
@@ -42,7 +43,10 @@ class DeadLetter:
             "__connect.errors.exception.message": self.detail,
             REASON_HEADER: self.reason,
         }
-        return [*(self.message.headers() or []), *((name, str(value).encode()) for name, value in ours.items())]
+        return [
+            *(self.message.headers() or []),
+            *((name, str(value).encode()) for name, value in ours.items()),
+        ]
 
 
 class DeadLetterTopic:

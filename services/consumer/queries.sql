@@ -42,9 +42,15 @@ SELECT %(group)s, %(topic)s, partition, 1 FROM unnest(%(partitions)s::int[]) AS 
 ON CONFLICT (consumer_group, topic, partition) DO UPDATE SET epoch = owner.epoch + 1
 RETURNING partition, epoch
 
--- name: hold_partitions
-SELECT partition FROM partition_owner
-WHERE consumer_group = %(group)s AND topic = %(topic)s
-  AND (partition, epoch) IN (SELECT * FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[]))
-ORDER BY partition
-FOR SHARE
+-- name: hold
+-- Until the transaction ends nobody else claims the partitions and no history is closed.
+WITH held AS (
+    SELECT partition FROM partition_owner
+    WHERE consumer_group = %(group)s AND topic = %(topic)s
+      AND (partition, epoch) IN (SELECT * FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[]))
+    ORDER BY partition
+    FOR SHARE
+), state AS (
+    SELECT closed_before FROM summary_state ORDER BY metric FOR SHARE
+)
+SELECT (SELECT count(*) FROM held), (SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)) FROM state)

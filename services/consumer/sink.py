@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import psycopg
 from psycopg import Connection, Cursor, errors
@@ -47,11 +48,20 @@ class PartitionsLostError(Exception):
     """Another consumer owns a partition of this batch; it was not written and must not be."""
 
 
+class HistoryClosedError(Exception):
+    """Some readings are of a time whose raw history is not, or soon not, whole; nothing was written."""
+
+    def __init__(self, closed_before: datetime) -> None:
+        super().__init__(f"older than {closed_before}, before which raw readings are no longer kept")
+        self.closed_before = closed_before
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A reading that PostgreSQL refused: its position in the batch and the server's words."""
+    """A reading that was not stored: its position in the batch, a stable reason, and what was found."""
 
     index: int
+    reason: str
     detail: str
 
 
@@ -113,11 +123,18 @@ class Sink:
         """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
         try:
             return self._copy_or_merge([readings[index] for index in part], fence)
+        except HistoryClosedError as error:
+            late = [index for index in part if readings[index].time < error.closed_before]
+            result = WriteResult(refused=[Refused(index, "too_late", str(error)) for index in late])
+            if len(late) < len(part):
+                result.add(self._write_part(readings, part[len(late) :], fence))  # the part is in order of time
+            return result
         except psycopg.Error as error:
             if error.sqlstate is not None and error.sqlstate[:2] not in DATA_CLASSES:
                 raise
             if len(part) == 1:
-                return WriteResult(refused=[Refused(part[0], " ".join(str(error).split()))])
+                detail = " ".join(str(error).split())
+                return WriteResult(refused=[Refused(part[0], "refused_by_database", detail)])
         middle = len(part) // 2
         result = self._write_part(readings, part[:middle], fence)
         result.add(self._write_part(readings, part[middle:], fence))
@@ -138,14 +155,14 @@ class Sink:
 
     def _copy(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
         with self._cursor() as cursor, cursor.connection.transaction():
-            self._hold(cursor, fence)
+            self._hold(cursor, fence, rows)
             copy_rows(cursor, "copy_readings", rows)
             cursor.execute(SQL["queue_ranges"], {"touched": touched_ranges(rows)})
         return WriteResult(inserted=len(rows))
 
     def _merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
         with self._cursor() as cursor, cursor.connection.transaction():
-            self._hold(cursor, fence)
+            self._hold(cursor, fence, rows)
             cursor.execute(SQL["create_incoming"])
             copy_rows(cursor, "copy_incoming", last_values(rows))
             counts = cursor.execute(SQL["merge_incoming"]).fetchone()
@@ -153,16 +170,19 @@ class Sink:
         inserted, updated = counts
         return WriteResult(inserted, updated, unchanged=len(rows) - inserted - updated, merged=True)
 
-    def _hold(self, cursor: Cursor, fence: Mapping[int, int]) -> None:
-        """Keep the partitions ours until the transaction ends."""
+    def _hold(self, cursor: Cursor, fence: Mapping[int, int], rows: list[Reading]) -> None:
+        """Keep the partitions ours, and the history of the rows open, until the transaction ends."""
         arguments = self._fence_arguments() | {
             "partitions": list(fence.keys()),
             "epochs": list(fence.values()),
         }
-        held = cursor.execute(SQL["hold_partitions"], arguments).fetchall()
-        if len(held) != len(fence):
-            lost = sorted(set(fence) - {partition for (partition,) in held})
-            raise PartitionsLostError(f"partitions {lost} belong to another consumer now")
+        row = cursor.execute(SQL["hold"], arguments).fetchone()
+        assert row is not None
+        held, closed_before = row
+        if held != len(fence):
+            raise PartitionsLostError(f"partitions {sorted(fence)} are not all ours any more")
+        if closed_before is not None and rows[0].time < closed_before:
+            raise HistoryClosedError(closed_before)
 
     def _fence_arguments(self) -> dict[str, object]:
         return {"group": self._settings.kafka_group, "topic": self._settings.kafka_topic}
@@ -238,9 +258,7 @@ def touched_ranges(rows: Iterable[Reading]) -> Multirange[datetime]:
 
 def minute_range(first: int, last: int) -> Range[datetime]:
     """From the start of minute ``first`` to the end of minute ``last``, counted from 1970."""
-    return Range(
-        EPOCH + timedelta(minutes=first), EPOCH + timedelta(minutes=last + 1), bounds="[)"
-    )
+    return Range(EPOCH + timedelta(minutes=first), EPOCH + timedelta(minutes=last + 1), bounds="[)")
 
 
 def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
@@ -255,4 +273,4 @@ def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
     jumps = [at for at in range(1, len(times)) if times[at] - times[at - 1] > JUMP]
     widest = sorted(jumps, key=lambda at: times[at] - times[at - 1], reverse=True)[: MOST_TRANSACTIONS - 1]
     edges = [0, *sorted(widest), len(order)]
-    return [order[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [order[start:end] for start, end in pairwise(edges)]

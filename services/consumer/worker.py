@@ -33,7 +33,7 @@ from services.consumer.writer import Batch, Claim, Claimed, Lost, Outcome, Store
 from services.core.config import Settings
 from services.core.database import connect_at_start
 from services.core.errors import PermanentError
-from services.core.kafka import ClientSettings, client_settings, connect_admin, create_topics
+from services.core.kafka import ClientSettings, client_settings, connect_admin, create_topics, place_of
 from services.core.logs import fields
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
@@ -110,8 +110,11 @@ class Worker:
         self._settings = settings
         self._shutdown = shutdown
         self._until_caught_up = until_caught_up
+        days = settings.raw_retention_days
         self._decoder = Decoder(
-            max_bytes=settings.max_message_bytes, max_future=timedelta(seconds=settings.max_future_seconds)
+            max_bytes=settings.max_message_bytes,
+            max_future=timedelta(seconds=settings.max_future_seconds),
+            max_age=timedelta(days=days) if days else None,
         )
         self._consumer = Consumer(consumer_settings(settings) | {"on_commit": self._on_commit})
         self._writer = Writer(settings)
@@ -171,11 +174,14 @@ class Worker:
 
     def _is_readable(self, message: Message) -> bool:
         error = message.error()
+        partition, offset = (
+            place_of(message) if error is None or error.code() == KafkaError._PARTITION_EOF else (-1, -1)
+        )
         if error is None:
-            self._ends.pop(message.partition(), None)
+            self._ends.pop(partition, None)
             return True
         if error.code() == KafkaError._PARTITION_EOF:
-            self._ends[message.partition()] = message.offset()
+            self._ends[partition] = offset
         elif error.code() in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
         else:

@@ -20,6 +20,7 @@ from services.consumer.sink import PartitionsLostError, Sink, WriteResult
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import MalformedMessage, TransientError
+from services.core.kafka import place_of
 from services.core.logs import fields
 from services.core.reading import Decoder, Reading
 
@@ -54,7 +55,7 @@ class Batch:
             else:
                 self.messages.append(message)
             self.size_bytes += len(value) if value else 0
-            partition, offset = message.partition(), message.offset()
+            partition, offset = place_of(message)
             if partition not in self.next_offsets:
                 self.first_offsets[partition] = offset
             self.next_offsets[partition] = offset + 1
@@ -176,16 +177,14 @@ class Writer:
         """Commit the readings and the ranges they touch, then send the dead letters and wait for the broker."""
         started = time.monotonic()
         try:
-            result = self._retry(
-                "database_unavailable", lambda: self._sink.write(batch.readings, batch.next_offsets)
-            )
+            result = self._retry("database_unavailable", lambda: self._sink.write(batch.readings, batch.next_offsets))
         except PartitionsLostError as error:
             log.warning("partitions_lost", extra=fields(detail=error))
             return Lost(batch)
         if result is None:
             return Abandoned()
         letters = batch.dead_letters + [
-            DeadLetter(batch.messages[row.index], "refused_by_database", row.detail) for row in result.refused
+            DeadLetter(batch.messages[row.index], row.reason, row.detail) for row in result.refused
         ]
         if self._retry("kafka_unavailable", lambda: self._dead_letters.send(letters)) is None:
             return Abandoned()

@@ -78,7 +78,10 @@ class Settings(BaseSettings):
         10_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
     )
     consumer_batch_seconds: float = Field(
-        0.5, gt=0, le=60, description="age in seconds at which a smaller batch is written: above 0, at most 60"
+        0.5,
+        gt=0,
+        le=60,
+        description="age in seconds at which a smaller batch is written: above 0, at most 60",
     )
     max_message_bytes: int = Field(
         65_536, ge=256, le=1_000_000, description="longer messages are dead letters: 256 to 1000000 bytes"
@@ -89,15 +92,25 @@ class Settings(BaseSettings):
         le=10**9,
         description="readings further than this ahead of the clock are dead letters: 0 or more seconds",
     )
+    raw_retention_days: int = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days that raw readings are kept: 0 (for ever) or more; summaries stay",
+    )
+    compress_after_days: int = Field(
+        0, ge=0, le=36_500, description="age in days at which raw readings are compressed: 0 (never) or more"
+    )
     etl_poll_seconds: float = Field(
         1.0, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
     )
     startup_timeout_seconds: float = Field(
-        15, ge=0, le=3600, description="how long to wait at the start for Kafka and PostgreSQL: 0 or more seconds"
+        15,
+        ge=0,
+        le=3600,
+        description="how long to wait at the start for Kafka and PostgreSQL: 0 or more seconds",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="DEBUG, INFO, WARNING or ERROR"
-    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="text, json, or auto: text on a terminal, json elsewhere"
     )

@@ -1,9 +1,9 @@
 """PostgreSQL: connections, and the one place where psycopg's errors are translated.
 
-    transient   connection lost, server starting or stopping, out of a resource, deadlock, lock not available,
-                read-only: wait and try again
-    permanent   missing table or schema, no permission, wrong password: end with one line
-    data        everything else that names a row (class 22, 23, 54): the caller finds the row
+transient   connection lost, server starting or stopping, out of a resource, deadlock, lock not available,
+            read-only: wait and try again
+permanent   missing table or schema, no permission, wrong password: end with one line
+data        everything else that names a row (class 22, 23, 54): the caller finds the row
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def connect(settings: Settings) -> Connection:
     try:
         # Without prepared statements the connection also works through poolers in transaction mode.
         connection = psycopg.connect(
-            **connection_arguments(settings), autocommit=True, prepare_threshold=None, options="-c timezone=UTC"
+            **connection_arguments(settings),
+            autocommit=True,
+            prepare_threshold=None,
+            options="-c timezone=UTC",
         )
     except psycopg.OperationalError as error:
         raise _translate_connect(error, settings) from error
@@ -129,5 +132,5 @@ def queries(package: str) -> dict[str, sql.SQL]:
     for block in text.split("-- name: ")[1:]:
         name, body = block.split("\n", 1)
         statement = "\n".join(line for line in body.splitlines() if not line.startswith("--"))
-        found[name.strip()] = sql.SQL(statement.strip().rstrip(";"))  # type: ignore[arg-type]
+        found[name.strip()] = sql.SQL(statement.strip().rstrip(";"))
     return found

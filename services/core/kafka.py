@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.core.backoff import pauses
@@ -85,3 +85,11 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic) -> 
                 continue
             raise PermanentError(f"Kafka topic {name} cannot be created: {cause.str()}") from error
         log.info("topic_created", extra=fields(topic=name))
+
+
+def place_of(message: Message) -> tuple[int, int]:
+    """Partition and offset of a message that came from a broker."""
+    partition, offset = message.partition(), message.offset()
+    assert partition is not None
+    assert offset is not None
+    return partition, offset

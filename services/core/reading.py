@@ -16,7 +16,8 @@ import msgspec
 from services.core.errors import MalformedMessage
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-EARLIEST = datetime(1, 1, 3, tzinfo=UTC)  # every offset of an earlier time still has a UTC form
+EARLIEST = datetime(1, 1, 3, tzinfo=UTC)  # whatever the offset, a later time has a UTC form
+LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 LONGEST_SENSOR_ID = 255
 
 SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_SENSOR_ID)]
@@ -44,27 +45,27 @@ class Decoder:
     """Turns message values into readings, or says why a value is not one.
 
     ``max_bytes`` bounds a message, ``max_future`` bounds how far ahead of ``now`` (aware) a reading may be:
-    one device with a wrong clock must not create chunks in the year 2999.
+    one device with a wrong clock must not create chunks in the year 2999. ``max_age`` (None: any) bounds how
+    far back it may be: raw readings older than that are not kept.
     """
 
-    def __init__(self, *, max_bytes: int, max_future: timedelta) -> None:
+    def __init__(self, *, max_bytes: int, max_future: timedelta, max_age: timedelta | None = None) -> None:
         self._max_bytes = max_bytes
         self._max_future = max_future
-        self.latest = EPOCH
+        self._max_age = max_age
         self.set_clock(datetime.now(UTC))
 
     def set_clock(self, now: datetime) -> None:
-        """Set the time that "future" is measured from; called once a batch."""
-        self.latest = min(now, datetime.max.replace(tzinfo=UTC) - self._max_future) + self._max_future
+        """Set the time that "future" and "too late" are measured from; called once a batch."""
+        self._latest = min(now, LATEST - self._max_future) + self._max_future
+        self._earliest = EARLIEST if self._max_age is None else max(now, EARLIEST + self._max_age) - self._max_age
 
     def decode(self, value: bytes | None) -> Reading:
         """The reading in ``value``. Raises MalformedMessage, nothing else, whatever the bytes."""
         if not value:
             raise MalformedMessage("empty", "the message has no value")
         if len(value) > self._max_bytes:
-            raise MalformedMessage(
-                "too_large", f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}"
-            )
+            raise MalformedMessage("too_large", f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}")
         try:
             reading = _decoder.decode(value)
         except msgspec.ValidationError as error:
@@ -73,10 +74,10 @@ class Decoder:
             raise MalformedMessage("invalid_json", str(error)) from error
         if reading.temperature is None and reading.humidity is None:
             raise MalformedMessage("no_measurement", "temperature and humidity are both missing or null")
-        if reading.time > self.latest:
-            raise MalformedMessage(
-                "future_time", f"{reading.time.isoformat()} is later than MAX_FUTURE_SECONDS allows"
-            )
-        if reading.time < EARLIEST:
-            raise MalformedMessage("time_out_of_range", f"{reading.time.isoformat()} is before the year 1")
+        if reading.time > self._latest:
+            raise MalformedMessage("future_time", f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
+        if reading.time < self._earliest:
+            if reading.time < EARLIEST:
+                raise MalformedMessage("time_out_of_range", f"{reading.time} is before the year 1")
+            raise MalformedMessage("too_late", f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading

@@ -1,22 +1,12 @@
 """The life of the continuous aggregates: created for the configured widths, replaced when a width changes.
 
-They belong to etl and not to the migrations because their bucket width is configuration. A width changes in
-steps that a restart repeats safely:
-
-1. create the new aggregate beside the old one, which goes on feeding the summary,
-2. refresh the new one over all the raw history there is,
-3. in one transaction: replace the summary's rows, the state and the live view,
-4. drop the old aggregate.
-
-Readers see the old intervals until the transaction of step 3 commits, and then the new ones.
+They belong to etl and not to the migrations because their bucket width is configuration. How a width changes
+is told in interval_change.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
-from datetime import datetime
 
 from psycopg import Connection, sql
 
@@ -28,12 +18,15 @@ SQL = queries("services.etl")
 
 log = logging.getLogger("etl")
 
-Refresh = Callable[[Metric, datetime, datetime], None]
-
 
 def statement(name: str, metric: Metric) -> sql.Composed:
     """A statement of queries.sql with the metric's names filled in."""
     return SQL[name].format(**metric.identifiers())
+
+
+def stored_metrics(connection: Connection) -> dict[str, Metric]:
+    """The metrics by name, at the width that their summaries have now."""
+    return {name: Metric(name, minutes) for name, minutes in connection.execute(SQL["read_state"])}
 
 
 class Aggregates:
@@ -49,7 +42,7 @@ class Aggregates:
         """Create what is missing, and see which widths have to change. Drops what a crash left behind."""
         for metric in self._configured:
             with self._connection.transaction():
-                current = self._read_current(metric.name)
+                current = stored_metrics(self._connection).get(metric.name)
                 if current is None or current.aggregate not in self._existing(metric.name):
                     current = current or metric
                     self._create(current)
@@ -67,13 +60,8 @@ class Aggregates:
                 log.info("interval_change_begun", extra=fields(old=current.aggregate, new=metric.aggregate))
             self._drop_others(metric.name)
 
-    def build(self, metric: Metric, refresh: Refresh) -> None:
-        """Fill a new aggregate and let it take over (steps 2 to 4)."""
-        old = self.current[metric.name]
-        edge = self._common_edge(old, metric)
-        start, end = self._history(metric, edge)
-        if start is not None and end is not None and start < end:
-            refresh(metric, start, end)
+    def switch(self, metric: Metric, edge: str) -> int:
+        """Let the new aggregate feed the summary from ``edge`` on, in one transaction; returns the summary's rows."""
         with self._connection.transaction():
             self._connection.execute(statement("delete_from", metric), {"edge": edge})
             filled = self._connection.execute(statement("fill_from", metric), {"edge": edge}).rowcount
@@ -85,17 +73,11 @@ class Aggregates:
         self.current[metric.name] = metric
         del self.building[metric.name]
         self._drop_others(metric.name)
-        log.info(
-            "interval_changed", extra=fields(old=old.aggregate, new=metric.aggregate, summary_rows=filled)
-        )
+        return filled
 
     def all_refreshed(self) -> tuple[Metric, ...]:
         """Every aggregate that must follow the readings: the current ones and those being built."""
         return (*self.current.values(), *self.building.values())
-
-    def _read_current(self, name: str) -> Metric | None:
-        row = self._connection.execute(SQL["read_state"], {"metric": name}).fetchone()
-        return None if row is None else Metric(name, row[0])
 
     def _existing(self, name: str) -> set[str]:
         return {row[0] for row in self._connection.execute(SQL["list_aggregates"], {"metric": name})}
@@ -109,17 +91,3 @@ class Aggregates:
         for aggregate in self._existing(name) - used:
             self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
             log.info("aggregate_dropped", extra=fields(aggregate=aggregate))
-
-    def _common_edge(self, old: Metric, new: Metric) -> str:
-        """Where the new width takes over: -infinity, or the first boundary of both that is not frozen."""
-        common = math.lcm(old.minutes, new.minutes)
-        row = self._connection.execute(
-            SQL["common_edge"], {"metric": new.name, "common": Metric(new.name, common).width}
-        ).fetchone()
-        assert row is not None
-        return str(row[0])
-
-    def _history(self, metric: Metric, edge: str) -> tuple[datetime | None, datetime | None]:
-        row = self._connection.execute(SQL["history"], {"width": metric.width, "edge": edge}).fetchone()
-        assert row is not None
-        return row[0], row[1]

@@ -4,7 +4,9 @@
 SELECT pg_try_advisory_lock(%(key)s)
 
 -- name: read_queue
-SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp() FROM summary_refresh_queue
+SELECT array_agg(id), range_agg(touched), coalesce(range_agg(touched) FILTER (WHERE forced), '{}'),
+       min(queued_at), clock_timestamp()
+FROM summary_refresh_queue
 
 -- name: delete_queued
 -- Exactly the rows that were read: a lower id may commit later.
@@ -32,17 +34,55 @@ FROM (
     FROM unnest(%(touched)s::tstzmultirange) AS piece
 ) AS widened
 
--- name: freeze
+-- name: freeze_dropped
 -- Intervals that begin before the end of a dropped chunk are not all there.
-UPDATE summary_state SET frozen_before = edge
+UPDATE summary_state
+SET frozen_before = greatest(frozen_before, edge), closed_before = greatest(closed_before, edge)
 FROM (
     SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond') AS edge
     FROM raw_chunk WHERE dropped_at IS NOT NULL
 ) AS dropped
-WHERE metric = %(metric)s AND edge > frozen_before
+WHERE metric = %(metric)s
+
+-- name: close_history
+-- Waits for the transactions that are storing readings; none that begins later stores one from before the edge.
+UPDATE summary_state SET closed_before = greatest(closed_before, %(edge)s::timestamptz) WHERE metric = %(metric)s
+
+-- name: freeze_closed
+UPDATE summary_state SET frozen_before = closed_before
+
+-- name: expired_edge
+-- Where the whole intervals begin after what the retention policy is about to drop; a minute more, for the clock.
+SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond')::text
+FROM timescaledb_information.chunks
+WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+  AND range_end <= now() - %(age)s + interval '1 minute'
+
+-- name: find_policy
+SELECT job_id, (config ->> %(field)s)::interval = %(age)s
+FROM timescaledb_information.jobs
+WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND proc_name = %(procedure)s
+
+-- name: add_retention_policy
+SELECT add_retention_policy('sensor_data', drop_after => %(age)s)
+
+-- name: remove_retention_policy
+SELECT remove_retention_policy('sensor_data')
+
+-- name: add_compression_policy
+SELECT add_compression_policy('sensor_data', compress_after => %(age)s)
+
+-- name: remove_compression_policy
+SELECT remove_compression_policy('sensor_data')
+
+-- name: unschedule_policy
+SELECT alter_job(%(job)s, scheduled => false)
+
+-- name: run_policy
+CALL run_job(%(job)s)
 
 -- name: refresh
-CALL refresh_continuous_aggregate({aggregate}, {start}, {end}{options})
+CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
 
 -- name: create_aggregate
 CREATE MATERIALIZED VIEW {aggregate}
@@ -89,7 +129,7 @@ FROM {summary}
 WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
 
 -- name: read_state
-SELECT extract(epoch FROM width)::bigint / 60 FROM summary_state WHERE metric = %(metric)s
+SELECT metric, extract(epoch FROM width)::bigint / 60 FROM summary_state ORDER BY metric
 
 -- name: write_state
 INSERT INTO summary_state (metric, aggregate, width) VALUES (%(metric)s, %(aggregate)s, %(width)s)
@@ -102,8 +142,49 @@ SELECT tstzmultirange(tstzrange(min(time), max(time), '[]')) FROM sensor_data HA
 
 -- name: history
 -- The whole intervals that hold all there is, from the first that is not frozen.
-SELECT greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz), time_bucket(%(width)s, max(time)) + %(width)s
+SELECT greatest(time_bucket(%(width)s, min(time)), (SELECT frozen_before FROM summary_state WHERE metric = %(metric)s)),
+       time_bucket(%(width)s, max(time)) + %(width)s
 FROM sensor_data
+
+-- name: compared_range
+-- All raw readings and all summary rows, from the first interval that is not frozen.
+SELECT greatest(least(time_bucket({width}, (SELECT min(time) FROM sensor_data)),
+                      (SELECT min(interval_start) FROM {summary} WHERE interval_start >= frozen_before)),
+                frozen_before),
+       greatest(time_bucket({width}, (SELECT max(time) FROM sensor_data)),
+                (SELECT max(interval_start) FROM {summary})) + {width}
+FROM summary_state WHERE metric = {metric_name}
+
+-- name: find_differences
+-- One snapshot: what the queue does not name must be equal. An average may differ in its last digits.
+WITH fresh AS (
+    SELECT sensor_id, time_bucket({width}, time) AS interval_start,
+           avg({metric}) AS average, min({metric}) AS least, max({metric}) AS greatest, count({metric}) AS readings
+    FROM sensor_data
+    WHERE time >= %(start)s AND time < %(end)s AND {metric} IS NOT NULL
+    GROUP BY sensor_id, time_bucket({width}, time)
+), stored AS (
+    SELECT sensor_id, interval_start, interval_end, {avg} AS average, {min} AS least, {max} AS greatest,
+           reading_count AS readings
+    FROM {summary}
+    WHERE interval_start >= %(start)s AND interval_start < %(end)s
+), different AS (
+    SELECT interval_start
+    FROM fresh FULL JOIN stored USING (sensor_id, interval_start)
+    WHERE (fresh.readings, fresh.least, fresh.greatest, interval_start + {width})
+          IS DISTINCT FROM (stored.readings, stored.least, stored.greatest, stored.interval_end)
+       OR abs(fresh.average - stored.average) > 1e-9 * greatest(1, abs(stored.average))
+)
+SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {width})), '{{}}')
+FROM different
+WHERE NOT tstzrange(interval_start, interval_start + {width})
+          && (SELECT coalesce(range_agg(touched), '{{}}') FROM summary_refresh_queue)
+
+-- name: queue_forced
+INSERT INTO summary_refresh_queue (touched, forced) VALUES (%(touched)s, true) RETURNING id
+
+-- name: still_queued
+SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE id = ANY(%(ids)s))
 
 -- name: common_edge
 -- The first time that is not frozen and where an interval of both widths begins.
@@ -114,7 +195,9 @@ SELECT (CASE WHEN isfinite(frozen_before)
 FROM summary_state WHERE metric = %(metric)s
 
 -- name: replace_state
-UPDATE summary_state SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = %(edge)s::timestamptz
+UPDATE summary_state
+SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = %(edge)s::timestamptz,
+    closed_before = greatest(closed_before, %(edge)s::timestamptz)
 WHERE metric = %(metric)s
 
 -- name: delete_from

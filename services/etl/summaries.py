@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 from psycopg import Connection, sql
 from psycopg.types.multirange import Multirange
@@ -37,6 +38,7 @@ class Queued:
 
     ids: list[int]
     touched: Multirange[datetime]
+    forced: Multirange[datetime]
     age: timedelta
 
 
@@ -61,12 +63,12 @@ class Summaries:
         if queued is None:
             return 0
         self._note_dropped_chunks()
-        windows = {
-            metric: self._windows(metric, queued.touched) for metric in self._aggregates.all_refreshed()
-        }
+        windows = {metric: self._windows(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
         for metric, wanted in windows.items():
             for start, end in wanted:
                 self.refresh(metric, start, end)
+            for start, end in self._windows(metric, queued.forced):
+                self.refresh(metric, start, end, force=True)
         refreshed = time.monotonic()
         changed = 0
         with self._connection.transaction():
@@ -86,27 +88,36 @@ class Summaries:
         )
         return len(queued.ids)
 
-    def refresh(self, metric: Metric, start: datetime, end: datetime) -> None:
-        """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be."""
+    def drain(self) -> None:
+        """Do all that is queued."""
+        while self.refresh_queued():
+            pass
+
+    def refresh(self, metric: Metric, start: datetime, end: datetime, *, force: bool = False) -> None:
+        """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be.
+
+        ``force`` recomputes them even where TimescaleDB does not know of a change.
+        """
         self._connection.execute(
             SQL["refresh"].format(
                 aggregate=sql.Literal(metric.aggregate),
                 start=sql.Literal(start),
                 end=sql.Literal(end),
-                options=sql.SQL(self._options),  # type: ignore[arg-type]
+                force=sql.Literal(force),
+                options=sql.SQL(self._options),
             )
         )
 
     def _read_queue(self) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"]).fetchone()
         assert row is not None
-        ids, touched, oldest, now = row
-        return None if ids is None else Queued(ids, touched, now - oldest)
+        ids, touched, forced, oldest, now = row
+        return None if ids is None else Queued(ids, touched, forced, now - oldest)
 
     def _note_dropped_chunks(self) -> None:
         if self._connection.execute(SQL["note_chunks"]).rowcount:
             for metric in self._aggregates.current.values():
-                self._connection.execute(SQL["freeze"], {"metric": metric.name, "width": metric.width})
+                self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
 
     def _windows(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
         row = self._connection.execute(
@@ -129,8 +140,4 @@ def join_nearest(windows: list[Window], most: int) -> list[Window]:
     """At most ``most`` windows (by time, disjoint) that cover the given ones: the narrowest gaps are closed."""
     gaps = sorted(range(1, len(windows)), key=lambda at: windows[at][0] - windows[at - 1][1], reverse=True)
     edges = [0, *sorted(gaps[: most - 1]), len(windows)]
-    return [
-        (windows[first][0], windows[last - 1][1])
-        for first, last in zip(edges, edges[1:], strict=False)
-        if first < last
-    ]
+    return [(windows[first][0], windows[last - 1][1]) for first, last in pairwise(edges) if first < last]

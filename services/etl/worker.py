@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from psycopg import Connection
 
@@ -15,7 +13,10 @@ from services.core.errors import PermanentError, TransientError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
+from services.etl.interval_change import change_intervals
 from services.etl.metrics import configured_metrics
+from services.etl.reconcile import reconcile
+from services.etl.retention import Retention
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
@@ -28,13 +29,18 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
     """Keep the summaries equal to the readings until a signal; ``once``: until the queue is empty."""
     connect_at_start(settings, shutdown).close()
     if once:
-        run_once(settings)
+        with translated(), connect(settings) as connection:
+            if not try_lead(connection):
+                raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
+            Leader(connection, settings).run_once()
         return 0
+    waits = pauses()
     while not shutdown.requested:
-        waits = pauses()
         try:
-            with leading(settings, shutdown) as connection:
-                lead(connection, settings, shutdown)
+            with translated(), connect(settings) as connection:
+                if wait_to_lead(connection, settings, shutdown):
+                    waits = pauses()
+                    Leader(connection, settings).run(shutdown)
         except TransientError as error:
             pause = next(waits)
             log.warning("database_unavailable", extra=fields(detail=error, retry_s=round(pause, 1)))
@@ -43,53 +49,63 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
     return 0
 
 
-def run_once(settings: Settings) -> None:
-    """Do all that is queued, then end. Raises PermanentError if another instance leads."""
-    with translated(), connect(settings) as connection:
-        if not try_lead(connection):
-            raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
-        aggregates = Aggregates(connection, configured_metrics(settings))
-        aggregates.prepare()
-        summaries = Summaries(connection, aggregates)
-        while summaries.refresh_queued():
-            pass
-        finish_building(aggregates, summaries)
+def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
+    """Compare the summaries with the raw readings and repair them; the number of rows that differed.
 
-
-@contextmanager
-def leading(settings: Settings, shutdown: Shutdown) -> Iterator[Connection]:
-    """A connection that holds the leader's lock; waits for it as long as another instance leads."""
+    If another instance leads, it does the repair.
+    """
+    connect_at_start(settings, shutdown).close()
     with translated(), connect(settings) as connection:
-        announced = False
-        while not shutdown.requested and not try_lead(connection):
-            if not announced:
-                log.info("standing_by")
-                announced = True
-            shutdown.wait(settings.etl_poll_seconds)
-        log.info("leading")
-        yield connection
+        leader = Leader(connection, settings) if try_lead(connection) else None
+        if leader is not None:
+            leader.run_once()
+        return reconcile(connection, leader.summaries if leader is not None else None, shutdown)
 
 
 def try_lead(connection: Connection) -> bool:
-    """Take the leader's lock if nobody has it."""
+    """Take the leader's lock if nobody has it; it ends with the connection."""
     row = connection.execute(SQL["try_lead"], {"key": LEADER_LOCK}).fetchone()
     return row is not None and bool(row[0])
 
 
-def lead(connection: Connection, settings: Settings, shutdown: Shutdown) -> None:
-    """Look at the queue again and again; the pause comes only when it was empty."""
-    if shutdown.requested:
-        return
-    aggregates = Aggregates(connection, configured_metrics(settings))
-    aggregates.prepare()
-    summaries = Summaries(connection, aggregates)
+def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown) -> bool:
+    """Stand by as long as another instance leads; False if a signal came first."""
+    announced = False
     while not shutdown.requested:
-        if not summaries.refresh_queued():
-            finish_building(aggregates, summaries)
+        if try_lead(connection):
+            log.info("leading")
+            return True
+        if not announced:
+            log.info("standing_by")
+            announced = True
         shutdown.wait(settings.etl_poll_seconds)
+    return False
 
 
-def finish_building(aggregates: Aggregates, summaries: Summaries) -> None:
-    """Let the aggregates of changed intervals take over."""
-    for metric in tuple(aggregates.building.values()):
-        aggregates.build(metric, summaries.refresh)
+class Leader:
+    """The one instance that works. Its connection holds the lock, so losing one is losing both."""
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._aggregates = Aggregates(connection, configured_metrics(settings))
+        self._aggregates.prepare()
+        self.summaries = Summaries(connection, self._aggregates)
+        self._retention = Retention(connection, settings, self._aggregates, self.summaries)
+        self._retention.apply()
+
+    def run(self, shutdown: Shutdown) -> None:
+        """Look at the queue again and again; what can wait is done when it was empty."""
+        while not shutdown.requested:
+            if not self.summaries.refresh_queued():
+                self._do_what_can_wait()
+            shutdown.wait(self._settings.etl_poll_seconds)
+
+    def run_once(self) -> None:
+        """Do all that is queued, and what can wait."""
+        self.summaries.drain()
+        self._do_what_can_wait()
+
+    def _do_what_can_wait(self) -> None:
+        change_intervals(self._connection, self._aggregates, self.summaries)
+        self._retention.run_when_due()

@@ -73,9 +73,7 @@ def differences_in_readings(connection: Connection, rows: dict[Key, Values]) -> 
     ]
 
 
-def differences_in_summary(
-    connection: Connection, rows: dict[Key, Values], metric: str, minutes: int
-) -> list[str]:
+def differences_in_summary(connection: Connection, rows: dict[Key, Values], metric: str, minutes: int) -> list[str]:
     """What differs between a summary table and a recomputation from ``rows``, one line each."""
     width = timedelta(minutes=minutes)
     field = ("temperature", "humidity").index(metric)

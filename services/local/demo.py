@@ -172,12 +172,7 @@ class Demo:
                     say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
                     shown = counts
                 sent = self._services["producer"].poll() == 0
-                if (
-                    sent
-                    and self._lag() == 0
-                    and queued == 0
-                    and fetch(connection, "summary_refresh_queue") == 0
-                ):
+                if sent and self._lag() == 0 and queued == 0 and fetch(connection, "summary_refresh_queue") == 0:
                     return
         raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
 
