@@ -51,7 +51,7 @@ class _LogLines:
 
     def update(self, rows: int) -> None:
         now = time.monotonic()
-        if self._before is None:
+        if self._before is None or rows < self._before[1]:  # at the start, and after an aborted transaction
             self._before = now, rows
         then, rows_then = self._before
         if now - then < LOG_EVERY_S:

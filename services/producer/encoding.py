@@ -66,7 +66,7 @@ class Columns:
                     f"{setting}={name}: {url} has {problem} of this name; its columns are: {there}"
                 )
             kind = schema.field(name).type
-            if not fits(_plain(kind)):
+            if not (fits(_plain(kind)) or pa.types.is_null(kind)):  # null: a file with no value here
                 raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}")
 
 
@@ -162,12 +162,7 @@ def _is_time(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_decimal(kind)
-        or pa.types.is_null(kind)
-    )
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _is_identifier(kind: pa.DataType) -> bool:
@@ -203,6 +198,8 @@ def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
 def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
     """``2024-01-01 00:00:00.000000`` in UTC for each time, null where there is none; bad and far ones."""
     bad = _mask(len(column))
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.timestamp("us"))
     if _is_text(column.type):
         column, bad = _parse(column.cast(pa.string()))
     if pa.types.is_date64(column.type):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs
@@ -105,7 +106,10 @@ def open_source(settings: Settings) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one."""
+    """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one.
+
+    ``scheme`` is empty for local files, ``s3://`` and so on for others.
+    """
 
     given: str
     scheme: str
@@ -125,12 +129,14 @@ class _Place:
             query = options[0] if options else ""
             if scheme in {"gs", "gcs"} and "retry_limit_seconds" not in query:
                 query = "&".join(filter(None, (query, "retry_limit_seconds=15")))
-            filesystem, root = pa.fs.FileSystem.from_uri(
-                f"{scheme}://{base}" + (f"?{query}" if query else "")
-            )
+            uri = f"{scheme}://{quote(base, safe='/:@%')}" + (f"?{query}" if query else "")
+            filesystem, root = pa.fs.FileSystem.from_uri(uri)
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise ConfigurationError(f"PARQUET_URL={given}: {_one_line(error)}") from error
-        return cls(given, f"{scheme}://", root + location[len(base) :], filesystem)
+        if base.endswith("/") and root != "/":
+            root = root.rstrip("/") + location[len(base) - 1 :]
+        scheme = "" if isinstance(filesystem, pa.fs.LocalFileSystem) else f"{scheme}://"
+        return cls(given, scheme, root.rstrip("/") or "/", filesystem)
 
     @property
     def url(self) -> str:

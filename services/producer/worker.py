@@ -142,6 +142,7 @@ class _Job:
     def _commit(self, waiting: dict[str, Progress]) -> None:
         self.publisher.commit(waiting)
         self.committed.update(waiting)
+        log.debug("transaction_committed", extra=fields(rows=self._rows({}), files=len(waiting)))
         waiting.clear()
 
     def _rows(self, waiting: dict[str, Progress]) -> int:

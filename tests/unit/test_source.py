@@ -1,0 +1,590 @@
+"""Parquet to messages: which files, which rows, which bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.core.config import Settings
+from services.core.errors import ConfigurationError, PermanentError
+from services.core.reading import EARLIEST, Reading
+from services.producer.encoding import Columns, Messages, encode_batch
+from services.producer.source import BATCH_ROWS, Source, SourceFile, open_source
+
+COLUMNS = Columns(time="time", temperature="temp", humidity="humid", sensor="sensor")
+NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
+MAPPING = {"date": "time", "temp": "temp", "humid": "humid", "sensor": "sensor"}
+NAMES = ["time", "temp", "humid", "sensor"]
+
+
+def settings(url: Path | str, **changes: str) -> Settings:
+    names = {f"data_feature_{name}": column for name, column in MAPPING.items()}
+    return Settings(_env_file=None).model_copy(update={"parquet_url": str(url)} | names | changes)
+
+
+def encode(
+    time: pa.Array | None = None,
+    temp: pa.Array | None = None,
+    humid: pa.Array | None = None,
+    sensor: pa.Array | None = None,
+    columns: Columns = COLUMNS,
+) -> Messages:
+    """Messages of a batch; columns that are not given hold something harmless."""
+    rows = max(len(column) for column in (time, temp, humid, sensor) if column is not None)
+    batch = pa.RecordBatch.from_arrays(
+        [
+            pa.array([NOON] * rows, pa.timestamp("us", "UTC")) if time is None else time,
+            pa.array([20.5] * rows) if temp is None else temp,
+            pa.array([50.25] * rows) if humid is None else humid,
+            pa.array(["s1"] * rows) if sensor is None else sensor,
+        ],
+        NAMES,
+    )
+    return encode_batch(batch, columns)
+
+
+def readings(messages: Messages) -> list[Reading]:
+    """What a consumer makes of the messages."""
+    decoder = msgspec.json.Decoder(Reading)
+    found = [decoder.decode(value) for value in messages.values]
+    assert [reading.sensor_id.encode() for reading in found] == messages.keys
+    assert messages.rows == len(found) + sum(messages.skipped.values())
+    return found
+
+
+def times(column: pa.Array) -> list[datetime]:
+    return [reading.time for reading in readings(encode(time=column))]
+
+
+# --- the message -------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_the_contract_s_json_keyed_by_sensor() -> None:
+    messages = encode(sensor=pa.array(["s0042"]))
+    assert messages == Messages(
+        rows=1,
+        keys=[b"s0042"],
+        values=[
+            b'{"sensor_id":"s0042","time":"2024-03-01T12:00:00.000000Z","temperature":20.5,"humidity":50.25}'
+        ],
+        skipped={},
+    )
+
+
+def test_a_null_field_is_left_out() -> None:
+    messages = encode(temp=pa.array([None, 1.0]), humid=pa.array([2.0, None]))
+    assert [json.loads(value).keys() - {"sensor_id", "time"} for value in messages.values] == [
+        {"humidity"},
+        {"temperature"},
+    ]
+
+
+# --- times -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "America/New_York", "+05:30"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_timestamps_of_any_unit_and_zone_are_instants(unit: str, zone: str | None) -> None:
+    """A naive one is UTC; a zone says how a time was shown, not which instant it is."""
+    seconds = int(NOON.timestamp())
+    numbers = pa.array([seconds * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]])
+    assert times(numbers.cast(pa.timestamp(unit, zone))) == [NOON]
+
+
+@pytest.mark.parametrize(("unit", "digits"), [("ms", "123000"), ("us", "123456"), ("ns", "123456")])
+def test_microseconds_are_kept_and_nanoseconds_are_cut_off(unit: str, digits: str) -> None:
+    nanoseconds = pa.array([1_709_294_400_123_456_789], pa.timestamp("ns"))
+    column = nanoseconds.cast(pa.timestamp(unit), safe=False)
+    assert times(column) == [NOON.replace(microsecond=int(digits))]
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.date64()])
+def test_a_date_is_its_midnight(kind: pa.DataType) -> None:
+    assert times(pa.array([date(2024, 3, 1)], kind)) == [datetime(2024, 3, 1, tzinfo=UTC)]
+
+
+@pytest.mark.parametrize(
+    ("text", "instant"),
+    [
+        ("2024-03-01T12:00:00Z", NOON),
+        ("2024-03-01T12:00:00", NOON),
+        ("2024-03-01 12:00:00", NOON),
+        ("2024-03-01T14:00:00+02:00", NOON),
+        ("2024-03-01T06:30:00-0530", NOON),
+        ("2024-03-01T12:00:00.123456Z", NOON.replace(microsecond=123456)),
+        ("2024-03-01T12:00:00.123456789Z", NOON.replace(microsecond=123456)),
+        ("2024-03-01T12:00", NOON),
+        ("20240301T120000Z", NOON),
+        ("2024-03-01", NOON.replace(hour=0)),
+        (" 2024-03-01T12:00:00Z ", NOON),
+    ],
+)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_iso_text_is_read_with_or_without_an_offset(text: str, instant: datetime, kind: pa.DataType) -> None:
+    assert times(pa.array([text]).cast(kind)) == [instant]
+    mixed = pa.array([text, "2024-03-01T12:00:00", "2024-03-01T12:00:00Z"]).cast(kind)
+    assert times(mixed) == [instant, NOON, NOON]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "2024-02-30T00:00:00Z", "2024-03-01T25:00:00Z", "1709294400"]
+)
+def test_text_that_is_no_time_is_skipped_alone(text: str) -> None:
+    messages = encode(time=pa.array(["2024-03-01T12:00:00Z", text, None, "2024-03-01T12:00:00"]))
+    assert [reading.time for reading in readings(messages)] == [NOON, NOON]
+    assert messages.skipped == {"bad_time": 1, "no_time": 1}
+
+
+def test_invalid_utf8_in_a_time_is_a_bad_time() -> None:
+    damaged = pa.array([b"2024-03-01", b"\xff\xfe"]).view(pa.string())
+    messages = encode(time=damaged)
+    assert (len(messages.keys), messages.skipped) == (1, {"bad_time": 1})
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_times_outside_the_calendar_are_skipped(unit: str) -> None:
+    factor = {"s": 1, "ms": 10**3, "us": 10**6}[unit]
+    first, last = int(EARLIEST.timestamp()), 253_402_300_799
+    numbers = [first * factor, last * factor + factor - 1, first * factor - 1, (last + 1) * factor, 2**63 - 1]
+    messages = encode(time=pa.array(numbers).cast(pa.timestamp(unit)))
+    assert [reading.time.year for reading in readings(messages)] == [1, 9999]
+    assert messages.skipped == {"time_out_of_range": 3}
+
+
+def test_dates_outside_the_calendar_are_skipped() -> None:
+    for kind in (pa.date32(), pa.date64()):
+        messages = encode(time=pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32()).cast(kind))
+        assert messages.skipped == {"time_out_of_range": 1}
+    messages = encode(time=pa.array(["0001-01-01", "9999-12-31T23:59:59-01:00"]))
+    assert messages.skipped == {"time_out_of_range": 2}
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+NUMBERS = [
+    pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(),
+    pa.float16(), pa.float32(), pa.float64(), pa.decimal128(10, 2), pa.decimal256(60, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NUMBERS, ids=str)
+def test_any_numeric_type_is_a_number(kind: pa.DataType) -> None:
+    column = pa.array([21, 0, None]).cast(pa.float64()).cast(kind)
+    messages = encode(temp=column, humid=column.slice(0))
+    assert [(r.temperature, r.humidity) for r in readings(messages)] == [(21.0, 21.0), (0.0, 0.0)]
+    assert messages.skipped == {"no_measurement": 1}
+
+
+def test_dictionary_encoded_numbers_and_a_column_of_nothing() -> None:
+    messages = encode(temp=pa.array([1.5, 1.5, 2.5]).dictionary_encode(), humid=pa.nulls(3))
+    assert [(r.temperature, r.humidity) for r in readings(messages)] == [
+        (1.5, None),
+        (1.5, None),
+        (2.5, None),
+    ]
+
+
+def test_a_float32_says_the_value_that_is_stored() -> None:
+    """20.41 stored in 32 bits is another number, and that number is what PostgreSQL would make of it too."""
+    column = pa.array([20.41], pa.float32())
+    assert readings(encode(temp=column))[0].temperature == column[0].as_py() == 20.40999984741211
+
+
+def test_decimals_keep_all_their_digits() -> None:
+    column = pa.array([Decimal("-0.07"), Decimal("123456789012345678.90")], pa.decimal128(20, 2))
+    assert [r.temperature for r in readings(encode(temp=column))] == [-0.07, 123456789012345678.90]
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
+def test_every_double_comes_back_as_it_was(values: list[float]) -> None:
+    found = [reading.temperature for reading in readings(encode(temp=pa.array(values, pa.float64())))]
+    assert found == values
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_nan_is_null_and_infinity_skips_the_row(kind: pa.DataType) -> None:
+    temp = pa.array([math.nan, math.inf, -math.inf, 1.0, math.nan], pa.float64()).cast(kind)
+    humid = pa.array([1.0, 1.0, 1.0, math.inf, math.nan], pa.float64()).cast(kind)
+    messages = encode(temp=temp, humid=humid)
+    assert [(r.temperature, r.humidity) for r in readings(messages)] == [(None, 1.0)]
+    assert messages.skipped == {"not_finite": 3, "no_measurement": 1}
+
+
+# --- sensors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()), pa.int64()],
+    ids=str,
+)
+def test_sensor_ids_are_text_or_integers(kind: pa.DataType) -> None:
+    messages = encode(sensor=pa.array(["7", "12", "7", None]).cast(kind))
+    assert messages.keys == [b"7", b"12", b"7"]
+    assert messages.skipped == {"no_sensor": 1}
+    assert len(readings(messages)) == 3
+
+
+def test_dictionaries_of_integers_and_with_nulls_in_them_are_ids_too() -> None:
+    assert encode(sensor=pa.array([5, 6, 5]).dictionary_encode()).keys == [b"5", b"6", b"5"]
+    odd = pa.DictionaryArray.from_arrays(pa.array([0, 1]), pa.array([None, "a"]))
+    assert encode(sensor=odd).skipped == {"no_sensor": 1}
+
+
+def test_with_no_sensor_column_all_readings_belong_to_default() -> None:
+    columns = Columns("time", "temp", "humid", "")
+    assert encode(temp=pa.array([1.0, 2.0]), columns=columns).keys == [b"default", b"default"]
+
+
+def test_ids_that_no_consumer_takes_are_skipped() -> None:
+    ids = pa.array([b"", b"a" * 256, b"a" * 255, "ü".encode() * 255, b"\xff", None]).view(pa.string())
+    messages = encode(sensor=ids)
+    assert [len(reading.sensor_id) for reading in readings(messages)] == [255, 255]
+    assert messages.skipped == {"no_sensor": 2, "bad_sensor": 2}
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1))
+def test_any_text_is_escaped_as_json_wants_it(ids: list[str]) -> None:
+    assert [reading.sensor_id for reading in readings(encode(sensor=pa.array(ids)))] == ids
+
+
+# --- rows --------------------------------------------------------------------------------------------------
+
+Row = tuple[datetime | None, float | None, float | None, str | None]
+
+
+def expected(rows: Iterable[Row]) -> tuple[list[Reading], dict[str, int]]:
+    """The rules of a row, one by one: what the vectorised code must equal."""
+    found: list[Reading] = []
+    skipped: dict[str, int] = {}
+    for time, temp, humid, sensor in rows:
+        temp, humid = (None if value is None or math.isnan(value) else value for value in (temp, humid))
+        if time is None:
+            reason = "no_time"
+        elif not sensor:
+            reason = "no_sensor"
+        elif len(sensor) > 255:
+            reason = "bad_sensor"
+        elif math.inf in (abs(temp or 0), abs(humid or 0)):
+            reason = "not_finite"
+        elif temp is None and humid is None:
+            reason = "no_measurement"
+        else:
+            found.append(Reading(sensor, time, temp, humid))
+            continue
+        skipped[reason] = skipped.get(reason, 0) + 1
+    return found, skipped
+
+
+VALUES = st.none() | st.floats()
+ROWS: st.SearchStrategy[list[Row]] = st.lists(
+    st.tuples(
+        st.none() | st.datetimes(EARLIEST.replace(tzinfo=None), timezones=st.just(UTC)),
+        VALUES,
+        VALUES,
+        st.none() | st.sampled_from(["", "a", 'b"\\', "x" * 256]) | st.text(max_size=3),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(ROWS, st.integers(0, 29))
+def test_any_mix_of_rows_equals_the_rules_row_by_row(rows: list[Row], start: int) -> None:
+    kinds = [pa.timestamp("us", "UTC"), pa.float64(), pa.float64(), pa.string()]
+    columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
+    batch = pa.RecordBatch.from_arrays(columns, NAMES).slice(start)  # arrays with an offset, as a resume has
+    messages = encode_batch(batch, COLUMNS)
+    assert (readings(messages), messages.skipped) == expected(rows[start:])
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def table(rows: int, first: int = 0, sensor: str = "s") -> pa.Table:
+    """Readings a second apart; the temperature counts them."""
+    return pa.table(
+        {
+            "extra": pa.array(["not needed"] * rows),
+            "time": pa.array([NOON + timedelta(seconds=first + i) for i in range(rows)], pa.timestamp("us")),
+            "temp": pa.array(range(first, first + rows), pa.int64()),
+            "humid": pa.nulls(rows, pa.float64()),
+            "sensor": pa.array([sensor] * rows),
+        }
+    )
+
+
+def write(path: Path, rows: int = 3, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table(rows), path, **options)
+    return path
+
+
+def found(url: Path | str, root: Path) -> list[str]:
+    return [str(Path(file.path).relative_to(root)) for file in open_source(settings(url)).files]
+
+
+def temperatures(file: SourceFile, start: int = 0) -> list[float | None]:
+    return [r.temperature for messages in file.messages(start) for r in readings(messages)]
+
+
+def test_a_directory_is_its_parquet_files_in_order_and_below(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "sub/c.parquet"):
+        write(tmp_path / name)
+    for name in (".hidden.parquet", "_temporary/0/d.parquet", "sub/.staging/e.parquet", "_f.parquet"):
+        write(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not Parquet")
+    assert found(tmp_path, tmp_path) == ["a.parquet", "b.parquet", "sub/c.parquet"]
+    assert found(f"{tmp_path}/", tmp_path) == ["a.parquet", "b.parquet", "sub/c.parquet"]
+
+
+def test_a_directory_below_a_hidden_one_is_read(tmp_path: Path) -> None:
+    write(tmp_path / ".cache" / "data" / "a.parquet")
+    assert found(tmp_path / ".cache" / "data", tmp_path) == [".cache/data/a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("*.parquet", ["a1.parquet", "a2.parquet", "b1.parquet"]),
+        ("a?.parquet", ["a1.parquet", "a2.parquet"]),
+        ("[ab]1.parquet", ["a1.parquet", "b1.parquet"]),
+        ("[!a]1.parquet", ["b1.parquet"]),
+        ("*/*.parquet", ["2024/x.parquet"]),
+        ("**/*.parquet", ["2024/03/y.parquet", "2024/x.parquet", "a1.parquet", "a2.parquet", "b1.parquet"]),
+        ("2024/**", ["2024/03/y.parquet", "2024/x.parquet"]),
+        ("20*/0[1-3]/y.par*", ["2024/03/y.parquet"]),
+    ],
+)
+def test_a_glob_is_what_a_shell_with_globstar_makes_of_it(
+    tmp_path: Path, glob: str, names: list[str]
+) -> None:
+    for name in ("b1.parquet", "a2.parquet", "a1.parquet", "2024/x.parquet", "2024/03/y.parquet"):
+        write(tmp_path / name)
+    assert found(f"{tmp_path}/{glob}", tmp_path) == names
+
+
+def test_a_name_with_glob_characters_is_a_name_where_there_is_such_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "data[1].parquet")
+    write(tmp_path / "data1.parquet")
+    assert found(tmp_path / "data[1].parquet", tmp_path) == ["data[1].parquet"]
+
+
+def test_a_file_url_is_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    assert found(f"file://{tmp_path}/a.parquet", tmp_path) == ["a.parquet"]
+    assert found(f"file://{tmp_path}/*.parquet", tmp_path) == ["a.parquet"]
+    assert found(f"file://{tmp_path}", tmp_path) == ["a.parquet"]
+    write(tmp_path / "day = 1" / "b.parquet")
+    assert found(f"file://{tmp_path}/day = 1/*.parquet", tmp_path) == ["day = 1/b.parquet"]
+    assert found(f"file://{tmp_path}/day = 1/", tmp_path) == ["day = 1/b.parquet"]
+
+
+def test_rows_come_in_order_from_any_start_over_row_groups_and_batches(tmp_path: Path) -> None:
+    rows = BATCH_ROWS * 2 + 7
+    path = write(tmp_path / "a.parquet", rows, row_group_size=BATCH_ROWS - 11)
+    (file,) = open_source(settings(path)).files
+    assert file.rows == rows
+    for start in (0, 1, BATCH_ROWS - 12, BATCH_ROWS - 11, BATCH_ROWS, BATCH_ROWS + 1, rows - 1, rows):
+        assert temperatures(file, start) == list(map(float, range(start, rows))), start
+    assert max(messages.rows for messages in file.messages()) <= BATCH_ROWS
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    (file,) = open_source(settings(write(tmp_path / "a.parquet", 0))).files
+    assert (file.rows, list(file.messages())) == (0, [])
+
+
+def test_columns_with_no_value_at_all_only_skip_rows() -> None:
+    """Writers give such a column the type null: one part of a directory may have it, others not."""
+    assert encode(time=pa.nulls(2)).skipped == {"no_time": 2}
+    assert encode(sensor=pa.nulls(2)).skipped == {"no_sensor": 2}
+    assert encode(temp=pa.nulls(2), humid=pa.nulls(2)).skipped == {"no_measurement": 2}
+
+
+def test_one_column_may_serve_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 1)
+    (file,) = open_source(settings(path, data_feature_humid="temp")).files
+    (messages,) = file.messages()
+    assert [(r.temperature, r.humidity) for r in readings(messages)] == [(0.0, 0.0)]
+
+
+# --- fingerprints ------------------------------------------------------------------------------------------
+
+
+def fingerprints(source: Source) -> list[str]:
+    return [file.fingerprint for file in source.files]
+
+
+def test_an_unchanged_file_keeps_its_fingerprint_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.parquet")
+    first = fingerprints(open_source(settings(path)))
+    os.utime(path, (0, 0))
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        path,
+        tmp_path,
+        f"{tmp_path}/*.parquet",
+        "a.parquet",
+        "./a.parquet",
+        f"{tmp_path}/../{tmp_path.name}",
+    ):
+        assert fingerprints(open_source(settings(name))) == first, name
+
+
+def test_another_file_of_the_same_name_size_and_time_has_another_fingerprint(tmp_path: Path) -> None:
+    """The footers are equal too: plain encoding, no statistics, one value changed."""
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    path = write(tmp_path / "a.parquet", 100, **options)
+    first, size = fingerprints(open_source(settings(path))), path.stat().st_size
+    times_before = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    changed = table(100).to_pylist()
+    changed[50]["temp"] = 12345
+    pq.write_table(pa.Table.from_pylist(changed, table(100).schema), path, **options)
+    os.utime(path, ns=times_before)
+    assert path.stat().st_size == size
+    assert fingerprints(open_source(settings(path))) != first
+
+
+def test_a_copy_under_another_name_and_another_mapping_are_other_sources(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(path.read_bytes())
+    first, copy = fingerprints(open_source(settings(tmp_path)))
+    (mapped,) = fingerprints(open_source(settings(path, data_feature_humid="temp")))
+    assert len({first, copy, mapped}) == 3
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+def problem(url: Path | str, **changes: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        open_source(settings(url, **changes))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_file_names_the_setting_and_the_path(tmp_path: Path) -> None:
+    text = problem(tmp_path / "no.parquet")
+    assert text.startswith(f"PARQUET_URL={tmp_path}/no.parquet: there is no such file")
+
+
+@pytest.mark.parametrize("url", ["*.parquet", "no-such-directory/*.parquet", "**/x[0-9].parquet"])
+def test_a_glob_without_a_match_says_so(tmp_path: Path, url: str) -> None:
+    assert "no file matches this glob" in problem(f"{tmp_path}/{url}")
+
+
+def test_a_directory_without_parquet_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    assert "no *.parquet file" in problem(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["nowhere://bucket/a.parquet", "://", "abfs://x/y.parquet"])
+def test_a_url_that_cannot_be_one_says_so(url: str) -> None:
+    assert problem(url).startswith(f"PARQUET_URL={url}: ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "column"),
+    [
+        ("data_feature_date", "Time"),
+        ("data_feature_temp", "temperature"),
+        ("data_feature_humid", "x"),
+        ("data_feature_sensor", "origin"),
+    ],
+)
+def test_a_missing_column_lists_the_columns_there_are(tmp_path: Path, setting: str, column: str) -> None:
+    text = problem(write(tmp_path / "a.parquet"), **{setting: column})
+    assert text.startswith(f"{setting.upper()}={column}: {tmp_path}/a.parquet has no column of this name")
+    assert text.endswith("its columns are: extra, time, temp, humid, sensor")
+
+
+def test_a_column_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
+    two = pa.table([[1.0], [2.0]], ["temp", "temp"])
+    pq.write_table(two, tmp_path / "a.parquet")
+    assert "has 2 columns of this name" in problem(tmp_path / "a.parquet", data_feature_date="temp")
+
+
+@pytest.mark.parametrize(
+    ("setting", "column", "kind"),
+    [
+        ("data_feature_date", "humid", "double, not a timestamp, a date or ISO 8601 text"),
+        ("data_feature_temp", "sensor", "string, not a number"),
+        ("data_feature_humid", "time", "timestamp[us], not a number"),
+        ("data_feature_sensor", "humid", "double, not text or an integer"),
+    ],
+)
+def test_a_column_of_a_type_that_does_not_fit_says_which(
+    tmp_path: Path, setting: str, column: str, kind: str
+) -> None:
+    text = problem(write(tmp_path / "a.parquet"), **{setting: column})
+    assert text == f"{setting.upper()}={column}: this column of {tmp_path}/a.parquet is {kind}"
+
+
+def test_any_file_of_a_directory_is_checked_before_the_first_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"time": [1]}), tmp_path / "z.parquet")
+    assert "z.parquet" in problem(tmp_path)
+
+
+def test_a_file_that_is_not_parquet_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("time,temp\n2024,1\n")
+    assert problem(tmp_path).endswith("a.parquet is not a Parquet file (17 bytes, begins with b'time')")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert problem(tmp_path).endswith("a.parquet is not a Parquet file (0 bytes, begins with b'')")
+
+
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.99])
+def test_a_truncated_file_says_so(tmp_path: Path, part: float) -> None:
+    path = write(tmp_path / "a.parquet", 1000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    assert "a.parquet is a Parquet file that was cut off or damaged" in problem(path)
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read every file")
+    assert "Permission denied" in problem(path)
+
+
+def test_damage_in_the_middle_names_the_row(tmp_path: Path) -> None:
+    rows = BATCH_ROWS + 1000
+    path = write(tmp_path / "a.parquet", rows, row_group_size=BATCH_ROWS, compression="zstd")
+    (file,) = open_source(settings(path)).files
+    damaged = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(2).data_page_offset
+    damaged[start : start + 200] = b"\xff" * 200
+    path.write_bytes(damaged)
+    with pytest.raises(PermanentError, match=rf"a\.parquet cannot be read beyond row \d+ of {rows}: "):
+        list(file.messages())
+
+
+def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:
+    (file,) = open_source(settings(write(tmp_path / "a.parquet"))).files
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(PermanentError, match="cannot be read beyond row 0 of 3"):
+        list(file.messages())
+
+
+def test_offsets_of_a_time_do_not_change_the_instant() -> None:
+    zone = timezone(timedelta(hours=-3, minutes=-30))
+    assert times(pa.array([NOON.astimezone(zone).isoformat()])) == [NOON]
