@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     )
     etl.set_defaults(run=run_etl)
 
+    letters = commands.add_parser("dead-letters", help="list messages that were not stored, or send them once more")
+    letters.add_argument("action", choices=["list", "replay"])
+    letters.add_argument("--reason", help="only those with this reason, for example too_late")
+    letters.add_argument("--json", action="store_true", help="list as JSON, one object a line")
+    letters.set_defaults(run=run_dead_letters)
+
     local = commands.add_parser("local", help="Kafka and TimescaleDB on this machine, without Docker")
     local.add_argument("action", choices=["up", "down", "status"])
     local.set_defaults(run=run_local)
@@ -87,6 +93,19 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
             print(f"{metric}_summary: {rows} rows differed" + (" and were repaired" if rows else ""))
         return 0
     return run(settings, Shutdown().listen(), once=options.once)
+
+
+def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
+    """``dead-letters list | replay``."""
+    from services.consumer.replay import list_letters, replay
+
+    shutdown = Shutdown().listen()
+    if options.action == "replay":
+        print(f"{replay(settings, shutdown, reason=options.reason)} dead letters sent to {settings.kafka_topic}")
+        return 0
+    for line in list_letters(settings, shutdown, reason=options.reason, as_json=options.json):
+        print(line)
+    return 0
 
 
 def run_local(settings: Settings, options: argparse.Namespace) -> int:

@@ -13,12 +13,23 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings
+from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings, headers_of, place_of
 
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
 PUT_REASONS = frozenset({"refused_by_database", "too_late"})
+CONNECT_HEADERS = (
+    "topic",
+    "partition",
+    "offset",
+    "connector.name",
+    "task.id",
+    "stage",
+    "exception.class.name",
+    "exception.message",
+)
 REASON_HEADER = "sensor_pipeline.reason"
+OUR_HEADERS = frozenset({REASON_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +43,13 @@ class DeadLetter:
     def headers(self, group: str) -> list[tuple[str, str | bytes | None]]:
         """The message's own headers, then ours."""
         stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
-        ours = {
-            "__connect.errors.topic": self.message.topic(),
-            "__connect.errors.partition": self.message.partition(),
-            "__connect.errors.offset": self.message.offset(),
-            "__connect.errors.connector.name": group,
-            "__connect.errors.task.id": 0,
-            "__connect.errors.stage": stage,
-            "__connect.errors.exception.class.name": self.reason,
-            "__connect.errors.exception.message": self.detail,
-            REASON_HEADER: self.reason,
-        }
-        return [
-            *(self.message.headers() or []),
-            *((name, str(value).encode()) for name, value in ours.items()),
-        ]
+        partition, offset = place_of(self.message)
+        values = (self.message.topic(), partition, offset, group, 0, stage, self.reason, self.detail)
+        connect = {f"__connect.errors.{name}": value for name, value in zip(CONNECT_HEADERS, values, strict=True)}
+        # A letter that was replayed and refused again carries the last reason only.
+        theirs = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
+        ours = connect | {REASON_HEADER: self.reason}
+        return [*theirs, *((name, str(value).encode()) for name, value in ours.items())]
 
 
 class DeadLetterTopic:

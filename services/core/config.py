@@ -139,7 +139,7 @@ def load_settings() -> Settings:
             field = str(problem["loc"][0])
             info = Settings.model_fields.get(field.lower())
             secret = info is not None and info.annotation is SecretStr
-            value = "***" if secret else problem["input"]
+            value = "***" if secret else " ".join(str(problem["input"]).splitlines())
             allowed = info.description if info is not None else problem["msg"]
             lines.append(f"{field.upper()}={value} is not allowed ({allowed})")
         raise ConfigurationError("; ".join(lines)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 from confluent_kafka import KafkaError, KafkaException, Message
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -93,3 +93,8 @@ def place_of(message: Message) -> tuple[int, int]:
     assert partition is not None
     assert offset is not None
     return partition, offset
+
+
+def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
+    """The headers of a message that came from a broker, in their order."""
+    return cast("list[tuple[str, bytes | None]]", message.headers() or [])

@@ -1,0 +1,152 @@
+"""``sensor-pipeline dead-letters list | replay``: look at dead letters, and send them once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from services.consumer.dead_letter import OUR_HEADERS, REASON_HEADER
+from services.core.config import Settings
+from services.core.errors import ConfigurationError, PermanentError
+from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings, connect_admin, headers_of, place_of
+from services.core.shutdown import Shutdown
+
+POLL_S = 1.0
+SILENCE_S = 30.0
+FLUSH_TIMEOUT_S = 60.0
+SHOWN_VALUE_BYTES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One dead letter as it is listed."""
+
+    offset: int
+    time: str
+    reason: str
+    topic: str
+    partition: str
+    source_offset: str
+    detail: str
+    value: str
+
+    @staticmethod
+    def of(letter: Message) -> Entry:
+        """What a person wants to know of a dead letter."""
+        headers = read_headers(letter)
+        value = letter.value() or b""
+        return Entry(
+            offset=place_of(letter)[1],
+            time=datetime.fromtimestamp(letter.timestamp()[1] / 1000, UTC).isoformat(timespec="seconds"),
+            reason=headers.get(REASON_HEADER, "unknown"),
+            topic=headers.get("__connect.errors.topic", ""),
+            partition=headers.get("__connect.errors.partition", ""),
+            source_offset=headers.get("__connect.errors.offset", ""),
+            detail=headers.get("__connect.errors.exception.message", ""),
+            value=value[:SHOWN_VALUE_BYTES].decode("utf-8", "replace") + ("..." if value[SHOWN_VALUE_BYTES:] else ""),
+        )
+
+
+def read_headers(letter: Message) -> dict[str, str]:
+    """The headers as text; of two with one name the last."""
+    return {name: value.decode("utf-8", "replace") if value is not None else "" for name, value in headers_of(letter)}
+
+
+def list_letters(settings: Settings, shutdown: Shutdown, *, reason: str | None, as_json: bool) -> Iterator[str]:
+    """One line for each dead letter there is now, oldest first."""
+    for letter in read_letters(settings, shutdown, reason):
+        entry = Entry.of(letter)
+        if as_json:
+            yield json.dumps(asdict(entry))
+        else:
+            source = f"{entry.topic}[{entry.partition}]@{entry.source_offset}"
+            yield f"{entry.offset:>6}  {entry.time}  {entry.reason:20} {source}  {entry.detail}  {entry.value!r}"
+
+
+def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None) -> int:
+    """Send the original key, value and headers of the dead letters there are now to the topic of readings.
+
+    Returns how many were sent; raises PermanentError with the count if some could not be. Sending one twice is
+    harmless: a reading that is stored already changes nothing, one that is still refused is a dead letter again.
+    """
+    failed: list[KafkaError] = []
+
+    def note_failure(error: KafkaError | None, _message: Message) -> None:
+        if error is not None:
+            failed.append(error)
+
+    producer = Producer(
+        client_settings(settings, "replay") | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES}
+    )
+    sent = 0
+    for letter in read_letters(settings, shutdown, reason):
+        headers: list[tuple[str, str | bytes | None]] = [
+            (name, value) for name, value in headers_of(letter) if name not in OUR_HEADERS
+        ]
+        while True:
+            try:
+                producer.produce(
+                    settings.kafka_topic,
+                    key=letter.key(),
+                    value=letter.value(),
+                    headers=headers,
+                    on_delivery=note_failure,
+                )
+                break
+            except BufferError:
+                producer.poll(POLL_S)
+        producer.poll(0)
+        sent += 1
+    waiting = producer.flush(FLUSH_TIMEOUT_S)
+    if failed or waiting:
+        cause = failed[0].str() if failed else "Kafka does not answer"
+        raise PermanentError(f"{len(failed) + waiting} of {sent} dead letters were not sent: {cause}")
+    return sent
+
+
+def read_letters(settings: Settings, shutdown: Shutdown, reason: str | None) -> Iterator[Message]:
+    """The dead letters that exist at the time of the call, in the order of the topic."""
+    admin = connect_admin(settings, shutdown)
+    topic = settings.dead_letter_topic
+    if topic not in admin.list_topics(timeout=10).topics:
+        raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
+    consumer = Consumer(
+        client_settings(settings, "dead-letters")
+        | {"group.id": "not-used", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+    )
+    try:
+        for partition in sorted(consumer.list_topics(topic, timeout=10).topics[topic].partitions):
+            yield from read_partition(consumer, topic, partition, shutdown, reason)
+    finally:
+        consumer.close()
+
+
+def read_partition(
+    consumer: Consumer, topic: str, partition: int, shutdown: Shutdown, reason: str | None
+) -> Iterator[Message]:
+    """The letters of one partition, up to its present end."""
+    place = TopicPartition(topic, partition)
+    first, end = consumer.get_watermark_offsets(place, timeout=10)
+    if first >= end:
+        return
+    consumer.assign([TopicPartition(topic, partition, first)])
+    silent_s = 0.0
+    while not shutdown.requested:
+        letter = consumer.poll(POLL_S)
+        if letter is None:
+            silent_s += POLL_S
+            if silent_s >= SILENCE_S or consumer.position([place])[0].offset >= end:
+                break
+            continue
+        error = letter.error()
+        if error is not None:
+            raise KafkaException(error)
+        silent_s = 0.0
+        if reason is None or read_headers(letter).get(REASON_HEADER) == reason:
+            yield letter
+        if place_of(letter)[1] >= end - 1:
+            break

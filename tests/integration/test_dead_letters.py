@@ -1,0 +1,65 @@
+"""Dead letters can be listed, filtered and sent once more."""
+
+from __future__ import annotations
+
+import json
+
+import psycopg
+
+from services.core.config import Settings
+from tests.fix_services import message, minutes, publish, run_cli
+
+
+def consume(settings: Settings, **environment: str) -> None:
+    done = run_cli(settings, "consume", "--until-caught-up", **environment)
+    assert done.returncode == 0, done.stderr
+
+
+def listed(settings: Settings, *arguments: str) -> list[dict[str, object]]:
+    done = run_cli(settings, "dead-letters", "list", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_list_filters_by_reason_and_tells_where_a_letter_came_from(settings: Settings) -> None:
+    publish(settings, [b"not json", b"", b'{"sensor_id": "s1"}', b"neither"])
+    consume(settings)
+    assert [entry["reason"] for entry in listed(settings)] == [
+        "invalid_json",
+        "empty",
+        "invalid_reading",
+        "invalid_json",
+    ]
+    only = listed(settings, "--reason", "invalid_json")
+    assert [(entry["topic"], entry["source_offset"], entry["value"]) for entry in only] == [
+        (settings.kafka_topic, "0", "not json"),
+        (settings.kafka_topic, "3", "neither"),
+    ]
+    text = run_cli(settings, "dead-letters", "list").stdout.splitlines()
+    assert len(text) == 4
+    assert "JSON is malformed" in text[0]
+
+
+def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(
+    settings: Settings, connection: psycopg.Connection
+) -> None:
+    small = {"MAX_MESSAGE_BYTES": "256"}
+    long = message(time=minutes(0), temperature=1.0)[:-1] + b', "note": "' + b"x" * 300 + b'"}'
+    publish(settings, [long, b"not json"])
+    consume(settings, **small)
+    done = run_cli(settings, "dead-letters", "replay", "--reason", "too_large")
+    assert done.stdout == f"1 dead letters sent to {settings.kafka_topic}\n"
+    consume(settings)
+    assert connection.execute("SELECT temperature FROM sensor_data").fetchall() == [(1.0,)]
+
+    # A letter that is still refused carries its newest headers once.
+    run_cli(settings, "dead-letters", "replay", "--reason", "invalid_json")
+    consume(settings)
+    assert [entry["source_offset"] for entry in listed(settings, "--reason", "invalid_json")] == ["1", "3"]
+
+
+def test_without_the_topic_one_line_says_so(settings: Settings) -> None:
+    done = run_cli(settings, "dead-letters", "list", KAFKA_TOPIC="nothing_here")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no topic nothing_here.dlq")
+    assert len(done.stderr.splitlines()) == 1
