@@ -1,0 +1,146 @@
+"""Every setting is read once, checked before anything is touched, and documented where users look."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from services.core.config import Settings, load_settings
+from services.core.errors import ConfigurationError
+from tests.fix_stack import ROOT
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting in the environment, no .env in the current directory."""
+    for name in os.environ:
+        if name.lower() in Settings.model_fields:
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+WRONG = [
+    ("TEMPERATURE_INTERVAL", "abc", "whole minutes, at least 1"),
+    ("TEMPERATURE_INTERVAL", "0", "whole minutes, at least 1"),
+    ("TEMPERATURE_INTERVAL", "-10", "whole minutes, at least 1"),
+    ("TEMPERATURE_INTERVAL", "1.5", "whole minutes, at least 1"),
+    ("TEMPERATURE_INTERVAL", "", "whole minutes, at least 1"),
+    ("HUMIDITY_INTERVAL", "10 minutes", "whole minutes, at least 1"),
+    ("HUMIDITY_INTERVAL", "99999999", "whole minutes, at least 1"),
+    ("POSTGRE_PORT", "65536", "1 to 65535"),
+    ("KAFKA_PORT", "0", "1 to 65535"),
+    ("KAFKA_PORT", "kafka", "1 to 65535"),
+    ("POSTGRE_HOST", "", "host name or address"),
+    ("POSTGRE_SSLMODE", "on", "verify-full"),
+    ("KAFKA_SECURITY_PROTOCOL", "TLS", "SASL_SSL"),
+    ("KAFKA_TOPIC", "sensor data", "letters, digits"),
+    ("KAFKA_TOPIC", "a" * 201, "letters, digits"),
+    ("KAFKA_PARTITIONS", "0", "at least 1"),
+    ("CONSUMER_BATCH_ROWS", "0", "1 to 1000000"),
+    ("CONSUMER_BATCH_SECONDS", "0", "above 0"),
+    ("CONSUMER_BATCH_SECONDS", "nan", "above 0"),
+    ("ETL_POLL_SECONDS", "inf", "above 0"),
+    ("MAX_MESSAGE_BYTES", "2000000", "256 to 1000000"),
+    ("MAX_FUTURE_SECONDS", "-1", "0 or more"),
+    ("LOG_LEVEL", "verbose", "DEBUG, INFO, WARNING or ERROR"),
+    ("LOG_FORMAT", "xml", "text, json, or auto"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
+def test_a_wrong_value_is_one_line_with_name_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    line = str(caught.value)
+    assert line.startswith(f"{name}={value} is not allowed (")
+    assert allowed in line
+    assert "\n" not in line
+    assert caught.value.exit_code == 2
+
+
+def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPERATURE_INTERVAL", "abc")
+    monkeypatch.setenv("POSTGRE_PORT", "99999")
+    with pytest.raises(ConfigurationError, match=r"^TEMPERATURE_INTERVAL=abc .*; POSTGRE_PORT=99999 [^\n]*$"):
+        load_settings()
+
+
+def test_a_value_of_several_lines_is_still_reported_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_TOPIC", "a\nb")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert str(caught.value).startswith("KAFKA_TOPIC=a b is not allowed (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_may_not_end_with_a_line_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_TOPIC", "sensor_data\n")
+    with pytest.raises(ConfigurationError, match="KAFKA_TOPIC"):
+        load_settings()
+
+
+def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRE_PASSWORD", "hunter2")
+    monkeypatch.setenv("KAFKA_SASL_PASSWORD", "hunter3")
+    settings = load_settings()
+    assert settings.postgre_password.get_secret_value() == "hunter2"
+    for shown in (str(settings), repr(settings), settings.model_dump_json()):
+        assert "hunter" not in shown
+    secret = {name for name in Settings.model_fields if "password" in name}
+    assert secret == {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load_settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.kafka_port = 1  # type: ignore[misc]
+
+
+def test_dotenv_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TEMPERATURE_INTERVAL=5\nHUMIDITY_INTERVAL=7\nOF_ANOTHER_TOOL=x\n", encoding="utf-8")
+    monkeypatch.setenv("HUMIDITY_INTERVAL", "9")
+    settings = load_settings()
+    assert (settings.temperature_interval, settings.humidity_interval) == (5, 9)
+
+
+def test_a_wrong_value_in_dotenv_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("POSTGRE_PORT=x\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"^POSTGRE_PORT=x is not allowed \([^\n]*\)$"):
+        load_settings()
+
+
+def test_a_dotenv_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"POSTGRE_USER=\xff\xfe\n")
+    with pytest.raises(ConfigurationError, match=r"^\.env cannot be read: [^\n]*$"):
+        load_settings()
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """Name, description and value of each entry in .env.example."""
+    found = []
+    before = ""
+    for line in (ROOT / ".env.example").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, value = line.split("=", 1)
+            found.append((name, before.removeprefix("# "), value))
+        before = line
+    return found
+
+
+def test_env_example_equals_the_settings() -> None:
+    expected = []
+    for name, field in Settings.model_fields.items():
+        value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        expected.append((name.upper(), field.description, str(value)))
+    assert documented() == expected
+
+
+def test_env_example_as_it_is_gives_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes((ROOT / ".env.example").read_bytes())
+    assert load_settings() == Settings(_env_file=None)
