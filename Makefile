@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo demo-down test lint types lock clean
+.PHONY: setup demo demo-down test chaos lint types lock clean
 
 setup: $(READY)
 
@@ -24,6 +24,9 @@ demo-down: setup ## stop a demo that was left running
 
 test: setup ## all tests, on a local stack that they start themselves
 	@$(BIN)/python -m pytest
+
+chaos: setup ## random kills, longer: RUNS=5 SEED=7
+	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos
 
 lint: setup
 	@$(BIN)/ruff check .

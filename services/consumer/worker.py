@@ -315,6 +315,7 @@ class Worker:
         """Let the batch in hand finish, drop what waits: its next owner polls it again."""
         log.info("partitions_revoked", extra=fields(partitions=sorted(place.partition for place in partitions)))
         self._assigned.clear()
+        self._unblock()  # librdkafka keeps a pause for the day the partition comes back
         if not self._closing:
             self._drain_writer(HAND_OVER_WITHIN_S)
         self._start_over()

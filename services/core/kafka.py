@@ -20,19 +20,40 @@ log = logging.getLogger("kafka")
 # Dead letters keep the original message whole and add headers, so their topic must take more than ours.
 DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
 
+REPEAT_AFTER_S = 30.0
+
 ClientSettings = dict[str, Any]
+
+
+class OnceInAWhile(logging.Filter):
+    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -REPEAT_AFTER_S
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is logged."""
+        if record.created - self._last < REPEAT_AFTER_S:
+            return False
+        self._last = record.created
+        return True
 
 
 def client_settings(settings: Settings, role: str) -> ClientSettings:
     """librdkafka settings that every client shares: address, security, a name for the broker's logs."""
+    library_log = logging.getLogger(f"librdkafka.{role}")
+    if not library_log.filters:
+        library_log.addFilter(OnceInAWhile())
     shared: ClientSettings = {
         "bootstrap.servers": settings.bootstrap_servers,
         "client.id": f"sensor-pipeline-{role}",
         "security.protocol": settings.kafka_security_protocol,
         # librdkafka tries IPv6 first on many systems; both families are fine.
         "broker.address.family": "any",
+        "reconnect.backoff.ms": 250,
         "reconnect.backoff.max.ms": 2000,
-        "logger": logging.getLogger(f"librdkafka.{role}"),
+        "logger": library_log,
     }
     if settings.kafka_security_protocol.startswith("SASL"):
         shared["sasl.mechanism"] = settings.kafka_sasl_mechanism

@@ -172,7 +172,12 @@ class Demo:
                     say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
                     shown = counts
                 sent = self._services["producer"].poll() == 0
-                if sent and self._lag() == 0 and queued == 0 and fetch(connection, "summary_refresh_queue") == 0:
+                if (
+                    sent
+                    and group_lag(self._settings) == 0
+                    and queued == 0
+                    and fetch(connection, "summary_refresh_queue") == 0
+                ):
                     return
         raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
 
@@ -180,20 +185,6 @@ class Demo:
         while time.monotonic() < deadline:
             yield
             time.sleep(LOOK_EVERY_S)
-
-    def _lag(self) -> int:
-        """Messages that the consumer group has not committed yet."""
-        admin = AdminClient(client_settings(self._settings, "demo"))
-        topic = self._settings.kafka_topic
-        places = [TopicPartition(topic, number) for number in range(self._settings.kafka_partitions)]
-        ends = admin.list_offsets(dict.fromkeys(places, OffsetSpec.latest()))
-        group = ConsumerGroupTopicPartitions(self._settings.kafka_group, places)
-        (committed,) = admin.list_consumer_group_offsets([group]).values()
-        done = {place.partition: max(0, place.offset) for place in committed.result().topic_partitions}
-        lag = 0
-        for place, future in ends.items():
-            lag += max(0, future.result().offset - done.get(place.partition, 0))
-        return lag
 
     def _connect(self) -> psycopg.Connection:
         return connect(self._settings)
@@ -255,6 +246,17 @@ def demo_settings(settings: Settings) -> Settings:
             changes[name] = free_port()
             say(f"port {port} is taken; the demo uses {name.upper()}={changes[name]}")
     return settings.model_copy(update=changes)
+
+
+def group_lag(settings: Settings) -> int:
+    """Messages that the consumer group has not committed yet."""
+    admin = AdminClient(client_settings(settings, "demo"))
+    places = [TopicPartition(settings.kafka_topic, number) for number in range(settings.kafka_partitions)]
+    ends = admin.list_offsets({place: OffsetSpec.latest() for place in places})
+    group = ConsumerGroupTopicPartitions(settings.kafka_group, places)
+    (committed,) = admin.list_consumer_group_offsets([group]).values()
+    done = {place.partition: max(0, place.offset) for place in committed.result().topic_partitions}
+    return sum(max(0, future.result().offset - done.get(place.partition, 0)) for place, future in ends.items())
 
 
 def is_free(port: int) -> bool:
