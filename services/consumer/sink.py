@@ -27,7 +27,7 @@ from services.core.reading import EPOCH, Reading
 
 SQL = queries("services.consumer")
 COLUMN_TYPES = ("timestamptz", "text", "float8", "float8")
-MINUTE_S = 60
+MINUTE = timedelta(minutes=1)
 
 # Classes of SQLSTATE that blame a row: data exception, integrity violation, program limit (an index row too
 # large). psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
@@ -244,7 +244,7 @@ def last_values(rows: Iterable[Reading]) -> list[Reading]:
 
 def touched_ranges(rows: Iterable[Reading]) -> Multirange[datetime]:
     """The minutes that hold readings, as ranges [start, end), adjacent ones merged."""
-    minutes = sorted({int(row.time.timestamp() // MINUTE_S) for row in rows})
+    minutes = sorted({(row.time - EPOCH) // MINUTE for row in rows})
     ranges: list[Range[datetime]] = []
     first = last = minutes[0]
     for minute in minutes[1:]:
