@@ -1,3 +1,9 @@
 """Fixtures come from plug-ins, one for each concern."""
 
+import hypothesis
+
 pytest_plugins = ["tests.fix_stack", "tests.fix_services"]
+
+# A busy machine is no reason for a test to fail.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")

@@ -1,0 +1,139 @@
+"""What the sink works out before it meets the database: merged rows, touched minutes, transactions."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.consumer.sink import JUMP, MOST_TRANSACTIONS, WriteResult, last_values, split_at_jumps, touched_ranges
+from services.core.reading import EARLIEST, LATEST, Reading
+
+START = datetime(2024, 3, 1, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+zones = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-12))])
+values = st.none() | st.integers(0, 5).map(float)
+anywhen = st.datetimes(EARLIEST.replace(tzinfo=None), LATEST.replace(tzinfo=None) - timedelta(days=1), timezones=zones)
+nearby = st.integers(0, 4 * 3600).map(lambda seconds: START + timedelta(seconds=seconds))
+
+
+def batches(times: st.SearchStrategy[datetime] = anywhen | nearby) -> st.SearchStrategy[list[Reading]]:
+    """Batches in which sensors and times meet often."""
+    return st.lists(st.builds(Reading, st.sampled_from("abc"), times, values, values), min_size=1, max_size=30)
+
+
+def one_by_one(rows: list[Reading]) -> dict[tuple[str, datetime], list[float | None]]:
+    """The contract, word by word: for each field the last value that is not null wins."""
+    table: dict[tuple[str, datetime], list[float | None]] = {}
+    for row in rows:
+        stored = table.setdefault((row.sensor_id, row.time), [None, None])
+        if row.temperature is not None:
+            stored[0] = row.temperature
+        if row.humidity is not None:
+            stored[1] = row.humidity
+    return table
+
+
+@given(batches(nearby.map(lambda time: time.replace(minute=0, second=0))))
+def test_last_values_is_one_row_for_each_key_as_if_stored_one_by_one(rows: list[Reading]) -> None:
+    merged = last_values(rows)
+    assert {(row.sensor_id, row.time): [row.temperature, row.humidity] for row in merged} == one_by_one(rows)
+    keys = [(row.time, row.sensor_id) for row in merged]
+    assert keys == sorted(set(keys))
+
+
+@given(batches())
+def test_merging_twice_changes_nothing(rows: list[Reading]) -> None:
+    assert last_values(last_values(rows)) == last_values(rows)
+
+
+def test_the_same_instant_in_another_offset_is_the_same_key() -> None:
+    elsewhere = START.astimezone(timezone(timedelta(hours=9)))
+    (row,) = last_values([Reading("a", START, 1.0, None), Reading("a", elsewhere, None, 2.0)])
+    assert (row.time, row.temperature, row.humidity) == (START, 1.0, 2.0)
+
+
+def test_a_zero_is_a_value() -> None:
+    (row,) = last_values([Reading("a", START, 1.0, 1.0), Reading("a", START, 0.0, None)])
+    assert (row.temperature, row.humidity) == (0.0, 1.0)
+
+
+@given(batches())
+def test_touched_ranges_are_exactly_the_minutes_with_readings(rows: list[Reading]) -> None:
+    ranges = list(touched_ranges(rows))
+    minutes = set()
+    for touched in ranges:
+        assert touched.lower is not None
+        assert touched.upper is not None
+        assert touched.bounds == "[)"
+        count, rest = divmod(touched.upper - touched.lower, MINUTE)
+        assert not rest
+        minutes |= {touched.lower + at * MINUTE for at in range(count)}
+    assert minutes == {row.time.astimezone(UTC).replace(second=0, microsecond=0) for row in rows}
+
+
+@pytest.mark.parametrize("year", [1, 1969, 2024, 9999])
+def test_the_last_microsecond_of_a_minute_touches_that_minute(year: int) -> None:
+    """As a float the number of seconds since 1970 would be rounded to the next minute."""
+    minute = datetime(year, 6, 1, 12, 0, tzinfo=UTC)
+    (touched,) = touched_ranges([Reading("a", minute + MINUTE - timedelta(microseconds=1), 1.0)])
+    assert (touched.lower, touched.upper) == (minute, minute + MINUTE)
+
+
+@given(batches())
+def test_touched_ranges_neither_meet_nor_overlap(rows: list[Reading]) -> None:
+    ranges = list(touched_ranges(rows))
+    for before, after in pairwise(ranges):
+        assert before.upper is not None
+        assert after.lower is not None
+        assert before.upper < after.lower
+
+
+@given(batches())
+def test_a_batch_is_split_into_few_parts_that_hold_each_reading_once(rows: list[Reading]) -> None:
+    parts = split_at_jumps(rows)
+    assert sorted(at for part in parts for at in part) == list(range(len(rows)))
+    assert all(parts)
+    assert len(parts) <= MOST_TRANSACTIONS
+
+
+@given(batches())
+def test_parts_follow_in_time_with_a_jump_between_and_none_inside_unless_all_are_used(rows: list[Reading]) -> None:
+    parts = [[rows[at].time for at in part] for part in split_at_jumps(rows)]
+    between = [after[0] - before[-1] for before, after in pairwise(parts)]
+    inside = [after - before for part in parts for before, after in pairwise(part)]
+    assert all(gap > JUMP for gap in between)
+    assert all(gap >= timedelta(0) for gap in inside)
+    widest = max(inside, default=timedelta(0))
+    assert widest <= (JUMP if len(parts) < MOST_TRANSACTIONS else min(between))
+
+
+@given(batches(nearby.map(lambda time: time.replace(minute=0, second=0))))
+def test_splitting_keeps_the_order_of_a_key(rows: list[Reading]) -> None:
+    parts = split_at_jumps(rows)
+    assert one_by_one([rows[at] for part in parts for at in part]) == one_by_one(rows)
+    keys = [{(rows[at].sensor_id, rows[at].time) for at in part} for part in parts]
+    assert sum(map(len, keys)) == len(set().union(*keys))
+
+
+def test_nothing_is_split_into_nothing() -> None:
+    assert split_at_jumps([]) == []
+
+
+def test_a_jump_is_more_than_an_hour() -> None:
+    rows = [Reading("a", START, 1.0), Reading("a", START + JUMP, 1.0)]
+    assert split_at_jumps(rows) == [[0, 1]]
+    rows.append(Reading("a", START + 2 * JUMP + timedelta(microseconds=1), 1.0))
+    assert split_at_jumps(rows) == [[0, 1], [2]]
+
+
+def test_counts_of_parts_add_up() -> None:
+    whole = WriteResult()
+    whole.add(WriteResult(inserted=1, updated=2, unchanged=3))
+    whole.add(WriteResult(inserted=10, merged=True))
+    whole.add(WriteResult(unchanged=5))
+    assert (whole.inserted, whole.updated, whole.unchanged, whole.merged) == (11, 2, 8, True)
