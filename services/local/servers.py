@@ -308,7 +308,8 @@ class TimescaleDB(Server):
         template = runtime.gateway.parents[1] / "cluster"
         arguments = [f"--port={self.port}", f"--data={self.data_path}", f"--template={template}"]
         arguments += [f"--user={self._user}", f"--database={self._dbname}"]
-        return [str(runtime.node), str(runtime.gateway), *arguments]
+        # V8's own stack: deep enough that PostgreSQL notices its depth first, within the usual limit of 8 MB.
+        return [str(runtime.node), "--stack-size=6000", str(runtime.gateway), *arguments]
 
     def _secrets(self) -> dict[str, str]:
         return {"GATEWAY_PASSWORD": self._password}

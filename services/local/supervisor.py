@@ -80,9 +80,7 @@ class PidFile:
         """The file's content; None when there is no file, or one that was cut short."""
         try:
             content: dict[str, Any] = json.loads(path.read_text())
-            return cls(
-                ProcessRecord(**content["supervisor"]), ProcessRecord(**content["server"]), content["port"]
-            )
+            return cls(ProcessRecord(**content["supervisor"]), ProcessRecord(**content["server"]), content["port"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

@@ -20,6 +20,7 @@ from psycopg import errors, pq
 from psycopg_pool import ConnectionPool
 from sqlalchemy import create_engine, text
 
+from services.core.errors import PermanentError
 from services.local.runtime import install
 from services.local.servers import HOST, TimescaleDB
 
@@ -282,24 +283,34 @@ class TestTransactions:
             list(threads.map(write, range(4)))
         assert value(connect(), "SELECT count(*) FROM t") == 40
 
-    def test_killed_client_leaves_nothing_behind(
-        self, server: TimescaleDB, connect: Connect, table: str
-    ) -> None:
+    def test_killed_client_leaves_nothing_behind(self, server: TimescaleDB, connect: Connect, table: str) -> None:
         other = connect()
         script = (
             f"import psycopg; c = psycopg.connect(host={HOST!r}, port={server.port}, user={USER!r},"
             f" password={PASSWORD!r}, dbname={DBNAME!r}); c.execute('SELECT pg_advisory_lock(9)');"
             " c.commit(); c.execute(\"INSERT INTO t VALUES (1, 'x')\"); print('in', flush=True); input()"
         )
-        with subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as client:
+        with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
             assert client.stdout is not None
             assert client.stdout.readline() == b"in\n"
             client.send_signal(signal.SIGKILL)
         eventually(other, "SELECT pg_try_advisory_lock(9)", True)
         assert value(other, "SELECT count(*) FROM t") == 0
         other.execute("SELECT pg_advisory_unlock_all()")
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_unfinished_unit_of_a_closed_client_is_rolled_back(self, connect: Connect, table: str, fails: bool) -> None:
+        other, client = connect(), connect()
+        client.pgconn.enter_pipeline_mode()
+        client.pgconn.send_query_params(b"INSERT INTO t VALUES (1, $1)", [b"x"])
+        client.pgconn.send_query_params(b"SELECT 1 / $1::int", [b"0" if fails else b"1"])
+        client.pgconn.send_flush_request()  # and no Sync
+        client.pgconn.flush()
+        result = client.pgconn.get_result()
+        assert result is not None
+        assert result.status == pq.ExecStatus.COMMAND_OK
+        client.close()
+        assert value(other, "SELECT count(*) FROM t") == 0
 
     def test_isolation_level_may_follow_a_setting(self, connect: Connect) -> None:
         connection = connect()
@@ -430,6 +441,29 @@ class TestCopy:
         assert value(other, "SELECT count(*) FROM t") == 0
 
 
+class TestLargeMessages:
+    def test_parameter_larger_than_every_buffer(self, connect: Connect) -> None:
+        assert value(connect(), "SELECT length(%s::text)", "z" * 20_000_000) == 20_000_000
+
+    def test_reader_that_stalls_and_goes_away(self, connect: Connect) -> None:
+        stalled, other = connect(), connect()
+        stalled.pgconn.send_query(b"SELECT repeat('x', 10000) FROM generate_series(1, 20000)")
+        stalled.pgconn.flush()
+        timer = threading.Timer(0.3, stalled.close)
+        timer.start()
+        assert value(other, "SELECT 1") == 1
+        timer.join()
+
+    def test_endless_recursion_is_an_error(self, connect: Connect) -> None:
+        connection = connect()
+        connection.execute(
+            "CREATE FUNCTION endless(n int) RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN endless(n + 1); END'"
+        )
+        with pytest.raises(errors.StatementTooComplex):
+            connection.execute("SELECT endless(1)")
+        assert value(connection, "SELECT 1") == 1
+
+
 class TestCancel:
     def test_running_statement(self, connect: Connect) -> None:
         connection = connect()
@@ -459,10 +493,7 @@ class TestCancel:
     def test_wrong_key_cancels_nothing(self, server: TimescaleDB, connect: Connect) -> None:
         connection = connect()
         request = (
-            (16).to_bytes(4)
-            + (80877102).to_bytes(4)
-            + connection.info.backend_pid.to_bytes(4)
-            + (12345).to_bytes(4)
+            (16).to_bytes(4) + (80877102).to_bytes(4) + connection.info.backend_pid.to_bytes(4) + (12345).to_bytes(4)
         )
 
         def cancel() -> None:
@@ -544,6 +575,18 @@ class TestDurability:
         assert value(again, "SELECT pg_try_advisory_lock(1)") is True
         assert value(connect(user="survivor", password="y"), "SELECT 1") == 1
         again.execute("DROP ROLE survivor")
+
+    def test_fatal_error_of_the_engine_ends_the_server(self, server: TimescaleDB, connect: Connect, table: str) -> None:
+        connection = connect()
+        connection.execute("INSERT INTO t VALUES (1, 'x')")
+        with pytest.raises(psycopg.OperationalError, match="closed"):
+            connection.execute("SELECT repeat('[', 200000)::jsonb")  # deeper than the stack of V8
+        with pytest.raises(PermanentError, match="the database failed and the server ends"):
+            server.wait_ready()
+        assert server.crashed
+        server.start()
+        server.wait_ready()
+        assert value(connect(), "SELECT count(*) FROM t") == 1
 
     def test_stop_hangs_up_and_loses_nothing(self, server: TimescaleDB, connect: Connect, table: str) -> None:
         connection = connect()

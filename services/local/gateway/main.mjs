@@ -30,7 +30,8 @@ const MOST_UNSENT_BYTES = 32 * 1024 * 1024;
 
 const log = (line) => fs.writeSync(2, `${new Date().toISOString()} ${line}\n`);
 const die = (what) => (error) => {
-  log(`${what}: ${error?.stack ?? error}`);
+  const stack = String(error?.stack ?? error).split('\n').filter((line) => !line.includes('wasm://'));
+  log(`${what}: ${stack.slice(0, 5).join('\n')}`);
   process.exit(70);
 };
 process.on('uncaughtException', die('the database failed and the server ends'));
@@ -176,8 +177,7 @@ function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   if (parsesUnnamed) sessions.parsedUnnamed(pid, parsesUnnamed);
   // The answer goes out before anything else may fail, and it ends with ReadyForQuery, which the worker holds
   // back until `done` tells it what has changed.
-  const { status } = engine;
-  const roles = sessions.marks(pid)?.roles && status === 'I';
+  const roles = sessions.marks(pid)?.roles && engine.ready && engine.status === 'I';
   const parameters = sessions.settle(pid);
   send({ type: 'done', taken, parameters, roles: roles ? readRoles((sql) => sessions.asSuperuser(sql)) : undefined });
   checkpointInTime(bytes.length + moreBytes);
@@ -198,7 +198,7 @@ function checkpointInTime(length) {
 }
 
 function checkpoint(mostBytes) {
-  if (engine.status !== 'I') return;
+  if (!engine.ready || engine.status !== 'I') return;
   const [[written]] = sessions.asSuperuser(
     `SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), redo_lsn)
        FROM pg_catalog.pg_control_checkpoint()`,

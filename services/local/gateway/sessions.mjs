@@ -4,7 +4,7 @@
 // connection and exchanged when another one gets the backend. Nothing is exchanged inside a transaction: it
 // holds the backend until it ends.
 
-import { SYNC, message, text } from './wire.mjs';
+import { SYNC, message, query, text } from './wire.mjs';
 import { SUPERUSER } from './engine.mjs';
 import { merge } from './statements.mjs';
 
@@ -124,7 +124,7 @@ export class Sessions {
     const session = this.#sessions.get(pid);
     const { marks } = session;
     const { status } = this.#engine;
-    if (!marks || status === 'E') return null;
+    if (!marks || status === 'E' || !this.#engine.ready) return null;
     if (marks.temporary) session.temporary = true;
     const watches = marks.settings || marks.local || marks.discard;
     if (status === 'T') return watches ? this.#show() : null;
@@ -205,7 +205,11 @@ export class Sessions {
   close(pid) {
     const session = this.#sessions.get(pid);
     if (!session) return;
-    if (this.#engine.status !== 'I') this.#query('ROLLBACK');
+    if (this.#engine.status !== 'I' || !this.#engine.ready) {
+      // After an error in a unit whose Sync has not come, the first is not even looked at.
+      this.#engine.exchange(Buffer.concat([query('ROLLBACK'), SYNC, query('ROLLBACK')]));
+      this.#unnamedOwner = null;
+    }
     this.unlockAll(pid);
     this.#dropTemporary(session);
     this.#deallocate(`${pid}.`);
