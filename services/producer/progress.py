@@ -82,9 +82,7 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
             return str(futures[topic].result().topic_id)
         except KafkaException as error:  # a new topic is not known to all brokers at once
             if time.monotonic() + pause > deadline:
-                raise PermanentError(
-                    f"Kafka topic {topic} cannot be described: {error.args[0].str()}"
-                ) from error
+                raise PermanentError(f"Kafka topic {topic} cannot be described: {error.args[0].str()}") from error
             time.sleep(pause)
     raise AssertionError("pauses() has no end")
 

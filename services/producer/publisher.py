@@ -38,6 +38,10 @@ NOTE_AFTER_S, NOTE_EVERY_S = 5.0, 10.0
 QUEUE_KBYTES = 64 * 1024
 QUEUE_MESSAGES = 500_000
 
+# After some errors a client can do nothing more, and a new one has to take its place. librdkafka counts the
+# answer INVALID_TXN_STATE among them, which a broker may give that was killed in the middle of a transaction.
+MOST_LOSSES = 5  # clients lost in a row, with nothing committed between, before it is called permanent
+
 # Errors that the next try would meet again.
 PERMANENT = frozenset(
     {
@@ -55,6 +59,7 @@ PERMANENT = frozenset(
         KafkaError._UNSUPPORTED_FEATURE,
     }
 )
+PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
 
@@ -83,6 +88,7 @@ class Publisher:
         self._open_since: float | None = None
         self._last_note = 0.0
         self._failure: KafkaError | None = None
+        self._losses = 0
         self.run = uuid.uuid4().hex
         self.pending = 0
 
@@ -139,6 +145,7 @@ class Publisher:
         except KafkaException as error:
             self._abort(producer, error)
         self._close_books()
+        self._losses = 0
 
     @property
     def age_s(self) -> float:
@@ -176,7 +183,7 @@ class Publisher:
         }
 
     def _note_failure(self, error: KafkaError | None, _message: Message) -> None:
-        if error is not None and error.code() != KafkaError._PURGE_QUEUE:
+        if error is not None and error.code() not in PURGED:
             self._failure = error
 
     def _begin(self) -> Producer:
@@ -245,7 +252,8 @@ class Publisher:
         if cause.code() in FENCED:
             # Kafka ends a transaction that is too old in the same way as one of a producer that was replaced.
             raise TransactionExpired(f"the transaction grew older than {self._timeout_s:g} s") from error
-        if cause.fatal() or cause.code() in PERMANENT:
+        self._losses += cause.fatal()
+        if cause.code() in PERMANENT or self._losses > MOST_LOSSES:
             raise PermanentError(f"{pending} messages were not delivered: {cause.str()}") from error
         raise TransactionAborted(cause.str()) from error
 

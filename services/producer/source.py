@@ -25,6 +25,7 @@ from services.producer.encoding import Columns, Messages, encode_batch
 BATCH_ROWS = 20_000
 BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
 CHUNK_BYTES = 1024 * 1024
+LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
 GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
@@ -163,9 +164,7 @@ class _Place:
 
     def _list(self, base: str) -> list[str]:
         selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
-        return [
-            info.path for info in self.filesystem.get_file_info(selector) if info.type == pa.fs.FileType.File
-        ]
+        return [info.path for info in self.filesystem.get_file_info(selector) if info.type == pa.fs.FileType.File]
 
 
 def _is_data(path: str) -> bool:
@@ -186,11 +185,7 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
     return re.compile(
         "".join(
             pieces.get(part)
-            or (
-                f"[{part[1:].replace('!', '^', 1)}"
-                if part.startswith("[") and len(part) > 2
-                else re.escape(part)
-            )
+            or (f"[{part[1:].replace('!', '^', 1)}" if part.startswith("[") and len(part) > 2 else re.escape(part))
             for part in parts
         )
     )
@@ -209,9 +204,7 @@ def _check(place: _Place, path: str, columns: Columns) -> SourceFile:
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
     identity = "\0".join((url, contents, columns.time, columns.temperature, columns.humidity, columns.sensor))
-    return SourceFile(
-        url, path, place.filesystem, columns, rows, hashlib.sha256(identity.encode()).hexdigest()
-    )
+    return SourceFile(url, path, place.filesystem, columns, rows, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def _contents(filesystem: pa.fs.FileSystem, path: str) -> str:
@@ -257,4 +250,5 @@ def _damage(place: _Place, path: str, error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_DETAIL else f"{text[:LONGEST_DETAIL]} ..."

@@ -84,9 +84,7 @@ class _Job:
     def _start(self, *, resend: bool) -> None:
         """Take over the source and learn what is committed; with ``resend`` begin at the first row again."""
         known = self.publisher.start()
-        fresh = {
-            self._key(file): Progress(url=file.url, run=self.publisher.run) for file in self.source.files
-        }
+        fresh = {self._key(file): Progress(url=file.url, run=self.publisher.run) for file in self.source.files}
         if resend:
             self.publisher.commit(fresh)
             known = {}
@@ -103,9 +101,7 @@ class _Job:
         for key, ours in self.committed.items():
             theirs = known.get(key, ours)
             if theirs.rows != ours.rows and theirs.run != self.publisher.run:
-                raise PermanentError(
-                    f"fenced: another producer has taken over {self.source.url}; this one stops"
-                )
+                raise PermanentError(f"fenced: another producer has taken over {self.source.url}; this one stops")
 
     def _key(self, file: SourceFile) -> str:
         return f"{self.topic_id}/{file.fingerprint}"
@@ -133,10 +129,8 @@ class _Job:
             self._commit(waiting)
 
     def _is_due(self) -> bool:
-        return (
-            self.publisher.pending >= self.settings.producer_transaction_rows
-            or self.publisher.age_s
-            >= min(TRANSACTION_SECONDS, self.settings.producer_transaction_timeout_seconds / 3)
+        return self.publisher.pending >= self.settings.producer_transaction_rows or self.publisher.age_s >= min(
+            TRANSACTION_SECONDS, self.settings.producer_transaction_timeout_seconds / 3
         )
 
     def _commit(self, waiting: dict[str, Progress]) -> None:
@@ -158,9 +152,7 @@ class _Job:
         done = sum(p.done for p in now)
         whole = done == len(now)
         if whole and all(p.done for p in before):
-            log.info(
-                "nothing_to_send", extra=fields(url=self.source.url, files=len(now), rows=self.source.rows)
-            )
+            log.info("nothing_to_send", extra=fields(url=self.source.url, files=len(now), rows=self.source.rows))
             return
         log.info(
             "all_sent" if whole else "stopped_early",

@@ -1,0 +1,446 @@
+"""The producer as a process, against a real broker: each row once, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+
+from services.core.config import Settings
+from services.core.kafka import client_settings, create_topics
+from services.core.reading import Decoder
+from services.local.runtime import install
+from services.local.servers import Kafka
+from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, run_cli, wait_until
+from tests.fix_stack import ROOT, free_port
+
+BEGIN = datetime(2024, 1, 1, tzinfo=UTC)
+SENSORS = 20
+MANY = 600_000
+
+
+def write(path: Path, rows: int, first: int = 0) -> Path:
+    """Readings number ``first`` to ``first + rows``; the temperature is the number."""
+    numbers = pa.array(range(first, first + rows), pa.int64())
+    start = int(BEGIN.timestamp())
+    times = pa.array(range(start + first, start + first + rows), pa.int64()).cast(pa.timestamp("s"))
+    sensors = pa.array([f"s{i % SENSORS}" for i in range(first, first + rows)])
+    table = pa.table({"time_hour": times, "origin": sensors, "temp": numbers, "humid": pa.nulls(rows)})
+    pq.write_table(table, path, row_group_size=50_000)
+    return path
+
+
+def source(settings: Settings, url: Path, **changes: object) -> Settings:
+    """``settings`` with this source, and every commit in the log."""
+    return changed(settings, parquet_url=str(url), log_level="DEBUG", **changes)
+
+
+def changed(settings: Settings, **changes: object) -> Settings:
+    """Settings made anew: a copy would keep derived values such as the broker's address."""
+    return Settings.model_validate(settings.model_dump() | changes)
+
+
+def numbers(settings: Settings) -> Counter[int]:
+    """How often each reading's number is in the topic, for a reader of what is committed."""
+    consumer = Consumer(
+        client_settings(settings, "test")
+        | {
+            "group.id": "reads-without-a-group",
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+        }
+    )
+    partitions = consumer.list_topics(settings.kafka_topic, timeout=10).topics[settings.kafka_topic].partitions
+    consumer.assign([TopicPartition(settings.kafka_topic, number, OFFSET_BEGINNING) for number in partitions])
+    found: Counter[int] = Counter()
+    ended: set[int] = set()
+    deadline = time.monotonic() + PATIENCE_S
+    while ended != set(partitions):
+        assert time.monotonic() < deadline, "the topic cannot be read to its end"
+        for message in consumer.consume(10_000, 0.2):
+            error = message.error()
+            if error is None:
+                found[int(json.loads(message.value() or b"")["temperature"])] += 1
+            else:
+                assert error.code() == KafkaError._PARTITION_EOF, error
+                ended.add(message.partition() or 0)
+    consumer.close()
+    return found
+
+
+def assert_once(settings: Settings, rows: int, times: int = 1) -> None:
+    """Readings 0 to ``rows`` are in the topic ``times`` times each, and nothing else is."""
+    found = numbers(settings)
+    assert found.total() == rows * times
+    assert len(found) == rows
+    assert set(found.values()) == {times}
+
+
+def last_line(service: Service) -> str:
+    return service.log_path.read_text(encoding="utf-8").splitlines()[-1]
+
+
+# --- what is sent ------------------------------------------------------------------------------------------
+
+
+def test_every_row_becomes_one_message_and_a_second_run_sends_nothing(settings: Settings, start: StartService) -> None:
+    path = ROOT / "data" / "measurements.parquet"
+    rows = pq.read_table(path).to_pylist()
+    settings = source(settings, path)
+    first = start("produce", settings=settings)
+    assert first.wait() == 0
+    said = first.events("all_sent")[0]
+    assert (said["rows"], said["sent"], said["skipped_no_measurement"]) == (26_115, 26_114, 1)
+    assert (said["files"], said["rows_left"]) == ("1/1", 0)
+
+    messages = read_topic(settings, settings.kafka_topic)
+    decoder = Decoder(max_bytes=settings.max_message_bytes, max_future=timedelta(0))
+    readings = [decoder.decode(message.value()) for message in messages]
+    assert [message.key() for message in messages] == [reading.sensor_id.encode() for reading in readings]
+    for sensor in ("EWR", "JFK", "LGA"):  # one by one in the order of the file, since a sensor has one partition
+        assert [(r.time, r.temperature, r.humidity) for r in readings if r.sensor_id == sensor] == [
+            (row["time_hour"], row["temp"], row["humid"])
+            for row in rows
+            if row["origin"] == sensor and row["temp"] is not None
+        ]
+
+    second = start("produce", settings=settings)
+    assert second.wait() == 0
+    assert second.events("nothing_to_send")[0]["rows"] == 26_115
+    assert len(read_topic(settings, settings.kafka_topic)) == 26_114
+
+
+def test_only_new_and_changed_files_are_sent(settings: Settings, start: StartService, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    settings = source(settings, data)
+    write(data / "a.parquet", 1000)
+    assert start("produce", settings=settings).wait() == 0
+
+    write(data / "b.parquet", 500, first=1000)
+    os.utime(data / "a.parquet", (0, 0))  # touched, not changed
+    added = start("produce", settings=settings)
+    assert added.wait() == 0
+    assert added.events("all_sent")[0]["sent"] == 500
+    assert_once(settings, 1500)
+
+    write(data / "a.parquet", 300, first=1500)
+    replaced = start("produce", settings=settings)
+    assert replaced.wait() == 0
+    assert replaced.events("all_sent")[0]["sent"] == 300
+    assert_once(settings, 1800)
+
+    shutil.copy(data / "b.parquet", data / "c.parquet")  # another name is another file
+    assert start("produce", settings=settings).wait() == 0
+    assert numbers(settings).total() == 2300
+
+
+def test_the_same_files_by_another_url_are_not_sent_again(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "a.parquet", 10)
+    for url in (data, data / "*.parquet", data / "a.parquet", tmp_path / "*" / "a.parquet"):
+        assert start("produce", settings=source(settings, url)).wait() == 0
+    assert_once(settings, 10)
+
+
+def test_resend_sends_all_again_and_is_itself_resumed(settings: Settings, start: StartService, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "a.parquet", MANY // 2)
+    write(data / "b.parquet", MANY // 2, first=MANY // 2)
+    settings = source(settings, data, producer_transaction_rows=20_000)
+    assert start("produce", settings=settings).wait() == 0
+    again = start("produce", "--resend", settings=settings)
+    again.wait_for("transaction_committed", count=3)
+    again.kill()
+    assert again.events("all_sent") == []
+    assert start("produce", settings=settings).wait() == 0  # not --resend: goes on with what was begun
+    assert_once(settings, MANY, times=2)
+
+
+def test_a_topic_that_was_created_anew_is_filled_again(settings: Settings, start: StartService, tmp_path: Path) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", 10))
+    assert start("produce", settings=settings).wait() == 0
+    admin = AdminClient(client_settings(settings, "test"))
+    admin.delete_topics([settings.kafka_topic])[settings.kafka_topic].result()
+    wait_until(lambda: settings.kafka_topic not in admin.list_topics(timeout=10).topics, "the topic is gone")
+    assert start("produce", settings=settings).wait() == 0
+    assert_once(settings, 10)
+
+
+def test_rows_that_are_no_readings_are_counted_by_reason(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    table = pa.table(
+        {
+            "time_hour": ["2024-01-01", "soon", None, "2024-01-01", "2024-01-01", "2024-01-02T00:00+01:00"],
+            "origin": ["a", "a", "a", None, "a", "a"],
+            "temp": [1.0, 1.0, 1.0, 1.0, None, 2.0],
+            "humid": pa.array([None, 1.0, 1.0, 1.0, float("nan"), None], pa.float64()),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    settings = source(settings, tmp_path / "a.parquet")
+    producer = start("produce", settings=settings)
+    assert producer.wait() == 0
+    said = producer.events("all_sent")[0]
+    reasons = {name: count for name, count in said.items() if name.startswith("skipped_")}
+    assert reasons == {
+        "skipped_bad_time": 1,
+        "skipped_no_time": 1,
+        "skipped_no_sensor": 1,
+        "skipped_no_measurement": 1,
+    }
+    assert (said["rows"], said["sent"], said["skipped"]) == (6, 2, 4)
+    assert numbers(settings) == Counter({1: 1, 2: 1})
+
+
+# --- deaths ------------------------------------------------------------------------------------------------
+
+
+def test_killed_again_and_again_each_row_is_there_once(settings: Settings, start: StartService, tmp_path: Path) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=40_000)
+    moments = random.Random(20240101)  # noqa: S311 - a seed, so that a failure can be had again
+    kills = 0
+    while True:
+        producer = start("produce", settings=settings)
+        commits = moments.randint(0, 3)
+        if commits:
+            producer.wait_for("transaction_committed", count=commits)
+        else:
+            producer.wait_for("source_opened")
+        with suppress(subprocess.TimeoutExpired):
+            producer.process.wait(moments.uniform(0, 0.15))
+        if producer.process.poll() is not None:
+            break
+        producer.kill()
+        kills += 1
+    assert kills >= 4
+    assert producer.wait() == 0
+    assert_once(settings, MANY)
+
+
+def test_sigterm_commits_what_is_read_and_the_next_run_goes_on(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=20_000)
+    first = start("produce", settings=settings)
+    first.wait_for("transaction_committed", count=2)
+    first.signal(signal.SIGTERM)
+    assert first.wait(within_s=10) == 0
+    said = first.events("stopped_early")[0]
+    assert 40_000 <= said["sent"] < MANY
+    assert said["rows_left"] == MANY - said["rows"]
+    assert numbers(settings).total() == said["sent"]
+    second = start("produce", settings=settings)
+    assert second.wait() == 0
+    assert second.events("all_sent")[0]["sent"] == MANY - said["sent"]
+    assert_once(settings, MANY)
+
+
+def test_of_two_producers_on_one_source_the_older_is_fenced(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=20_000)
+    older = start("produce", settings=settings)
+    older.wait_for("transaction_committed", count=2)
+    older.signal(signal.SIGSTOP)
+    newer = start("produce", settings=settings)
+    newer.wait_for("transaction_committed")
+    older.signal(signal.SIGCONT)
+    assert older.wait() == 1
+    assert last_line(older).startswith("error: fenced: another producer has taken over ")
+    assert newer.wait() == 0
+    assert_once(settings, MANY)
+
+
+def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_went_on(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    """Both are cut off for longer than their transactions may last, one is replaced meanwhile."""
+    alone = source(
+        settings,
+        write(tmp_path / "a.parquet", MANY),
+        producer_transaction_timeout_seconds=5,
+        producer_transaction_rows=10_000_000,
+    )
+    replaced = changed(alone, kafka_topic=f"{settings.kafka_topic}_replaced")
+    create_topics(AdminClient(client_settings(replaced, "test")), replaced)
+    sleeper = start("produce", settings=alone)
+    sleep_in_transaction(sleeper, alone)
+    zombie = start("produce", settings=replaced)
+    sleep_in_transaction(zombie, replaced)
+    assert start("produce", settings=replaced).wait() == 0
+    wait_until(lambda: not open_transactions(alone), "Kafka ends the sleeper's transaction")
+    for service in (sleeper, zombie):
+        service.signal(signal.SIGCONT)
+    assert zombie.wait() == 1
+    assert last_line(zombie).startswith("error: fenced: another producer has taken over ")
+    assert sleeper.wait() == 0
+    assert len(sleeper.events("transaction_aborted")) == 1
+    for each in (alone, replaced):
+        assert_once(each, MANY)
+
+
+def sleep_in_transaction(service: Service, settings: Settings) -> None:
+    """Stop the process at a moment when messages of an open transaction are in the topic."""
+
+    def asleep() -> bool:
+        service.signal(signal.SIGSTOP)
+        if len(open_transactions(settings)) == settings.kafka_partitions:
+            return True
+        service.signal(signal.SIGCONT)
+        return False
+
+    service.wait_for("source_opened")
+    wait_until(asleep, "messages of an open transaction are in all partitions")
+
+
+def open_transactions(settings: Settings) -> list[int]:
+    """Partitions of the topic in which a transaction is open."""
+    admin = AdminClient(client_settings(settings, "test"))
+    partitions = [TopicPartition(settings.kafka_topic, number) for number in range(settings.kafka_partitions)]
+
+    def ends(level: IsolationLevel) -> list[int]:
+        found = admin.list_offsets({p: OffsetSpec.latest() for p in partitions}, isolation_level=level)
+        return [found[partition].result().offset for partition in partitions]
+
+    stable, last = ends(IsolationLevel.READ_COMMITTED), ends(IsolationLevel.READ_UNCOMMITTED)
+    return [number for number, (a, b) in enumerate(zip(stable, last, strict=True)) if a < b]
+
+
+def test_progress_that_an_open_transaction_of_another_producer_hides_is_waited_for(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", 100))
+    topic = f"{settings.kafka_topic}.progress"
+    admin = AdminClient(client_settings(settings, "test"))
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+    other = Producer(client_settings(settings, "test") | {"transactional.id": f"{topic}-other"})
+    other.init_transactions(30)
+    other.begin_transaction()
+    other.produce(topic, b'{"url":"other"}', b"other")
+    other.flush(30)
+    first = start("produce", settings=settings)
+    waiting = first.wait_for("waiting_for_progress")
+    assert waiting["end"] == 1
+    other.abort_transaction(30)
+    assert first.wait() == 0
+
+    other.begin_transaction()
+    other.produce(topic, b'{"url":"other"}', b"other")
+    other.flush(30)
+    second = start("produce", settings=settings)
+    second.wait_for("waiting_for_progress")
+    other.commit_transaction(30)
+    assert second.wait() == 0
+    assert second.events("nothing_to_send")
+    assert_once(settings, 100)
+
+
+# --- faults of the broker ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A broker that tests of this module may kill."""
+    kafka = Kafka(tmp_path_factory.mktemp("broker"), free_port())
+    kafka.runtime = install(lambda line: None, ROOT / ".local" / "runtime")
+    kafka.start()
+    kafka.wait_ready()
+    yield kafka
+    kafka.stop()
+
+
+@pytest.fixture
+def own_settings(settings: Settings, broker: Kafka) -> Settings:
+    """The test's settings with that broker."""
+    return changed(settings, kafka_host="127.0.0.1", kafka_port=broker.port)
+
+
+def test_a_broker_that_dies_is_waited_for(
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka
+) -> None:
+    """Away for longer than a transaction may last, so that what was open is sent again."""
+    settings = source(
+        own_settings,
+        write(tmp_path / "a.parquet", MANY),
+        producer_transaction_rows=50_000,
+        producer_transaction_timeout_seconds=5,
+    )
+    producer = start("produce", settings=settings)
+    producer.wait_for("transaction_committed", count=2)
+    broker.kill()
+    producer.wait_for("waiting_for_kafka")
+    broker.start()
+    broker.wait_ready()
+    assert producer.wait(within_s=60) == 0
+    assert producer.events("all_sent")[0]["sent"] == MANY
+    assert_once(settings, MANY)
+
+
+def test_sigterm_while_the_broker_is_away_ends_in_time(
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka
+) -> None:
+    settings = source(own_settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=50_000)
+    producer = start("produce", settings=settings)
+    producer.wait_for("transaction_committed", count=2)
+    broker.kill()
+    producer.signal(signal.SIGTERM)
+    assert producer.wait(within_s=10) == 0
+    said = producer.events("stopped_early")[0]
+    broker.start()
+    broker.wait_ready()
+    second = start("produce", settings=settings)
+    assert second.wait() == 0
+    assert second.events("all_sent")[0]["sent"] >= said["rows_left"] - 50_000
+    assert_once(settings, MANY)
+
+
+def test_messages_that_kafka_refuses_are_counted_and_end_the_run(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", 1000))
+    settings = changed(settings, kafka_topic=f"{settings.kafka_topic}_small")
+    admin = AdminClient(client_settings(settings, "test"))
+    topic = NewTopic(settings.kafka_topic, 1, 1, config={"max.message.bytes": "100"})
+    admin.create_topics([topic])[settings.kafka_topic].result()
+    producer = start("produce", settings=settings)
+    assert producer.wait() == 1
+    assert last_line(producer).startswith("error: 1000 messages were not delivered: ")
+    assert numbers(settings) == Counter()
+
+
+def test_no_kafka_is_one_line_and_exit_code_2(settings: Settings, tmp_path: Path) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", 1), kafka_port=free_port())
+    ended = run_cli(changed(settings, startup_timeout_seconds=0, log_level="WARNING"), "produce")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: Kafka does not answer at ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_missing_file_is_one_line_and_exit_code_2_before_kafka_is_asked(settings: Settings) -> None:
+    settings = source(settings, Path("/no/such.parquet"), kafka_port=free_port())
+    ended = run_cli(settings, "produce")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: PARQUET_URL=/no/such.parquet: there is no such file or directory")
+    assert ended.stderr.count("\n") == 1
