@@ -10,10 +10,12 @@ the batch is stored.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
+from operator import attrgetter
 
 import psycopg
 from psycopg import Connection, Cursor, errors
@@ -42,6 +44,9 @@ MOST_TRANSACTIONS = 4
 # figure while violations go on. A replay then costs what merging costs.
 FIRST_MERGES = 1
 MOST_MERGES = 64
+
+
+time_of = attrgetter("time")
 
 
 class PartitionsLostError(Exception):
@@ -242,12 +247,16 @@ def last_values(rows: Iterable[Reading]) -> list[Reading]:
     return [latest[key] for key in sorted(latest)]
 
 
-def touched_ranges(rows: Iterable[Reading]) -> Multirange[datetime]:
-    """The minutes that hold readings, as ranges [start, end), adjacent ones merged."""
-    minutes = sorted({(row.time - EPOCH) // MINUTE for row in rows})
+def touched_ranges(rows: Sequence[Reading]) -> Multirange[datetime]:
+    """The minutes that hold readings, as ranges [start, end), adjacent ones merged; the rows are in order of time.
+
+    Jumps from minute to minute by bisection, since most batches hold many readings of few minutes.
+    """
     ranges: list[Range[datetime]] = []
-    first = last = minutes[0]
-    for minute in minutes[1:]:
+    first = last = (rows[0].time - EPOCH) // MINUTE
+    at = 0
+    while (at := bisect_left(rows, minute_start(last + 1), lo=at, key=time_of)) < len(rows):
+        minute = (rows[at].time - EPOCH) // MINUTE
         if minute != last + 1:
             ranges.append(minute_range(first, last))
             first = minute
@@ -256,9 +265,14 @@ def touched_ranges(rows: Iterable[Reading]) -> Multirange[datetime]:
     return Multirange(ranges)
 
 
+def minute_start(minute: int) -> datetime:
+    """The start of a minute that is counted from 1970."""
+    return EPOCH + minute * MINUTE
+
+
 def minute_range(first: int, last: int) -> Range[datetime]:
     """From the start of minute ``first`` to the end of minute ``last``, counted from 1970."""
-    return Range(EPOCH + timedelta(minutes=first), EPOCH + timedelta(minutes=last + 1), bounds="[)")
+    return Range(minute_start(first), minute_start(last + 1), bounds="[)")
 
 
 def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
@@ -268,8 +282,11 @@ def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
     """
     if not readings:
         return []
-    order = sorted(range(len(readings)), key=lambda index: readings[index].time)
-    times = [readings[index].time for index in order]
+    times = list(map(time_of, readings))
+    order = sorted(range(len(times)), key=times.__getitem__)
+    if times[order[-1]] - times[order[0]] <= JUMP:
+        return [order]
+    times.sort()
     jumps = [at for at in range(1, len(times)) if times[at] - times[at - 1] > JUMP]
     widest = sorted(jumps, key=lambda at: times[at] - times[at - 1], reverse=True)[: MOST_TRANSACTIONS - 1]
     edges = [0, *sorted(widest), len(order)]

@@ -155,7 +155,8 @@ class Worker:
     def _poll(self) -> None:
         """Fill the batch. A full one waits for the writer a moment at a time, and polls on when paused."""
         room = self._settings.consumer_batch_rows - len(self._filling)
-        if (room <= 0 or self._filling.size_bytes >= MOST_BATCH_BYTES) and not self._paused:
+        full = room <= 0 or self._filling.size_bytes >= MOST_BATCH_BYTES
+        if full and self._writer.busy and not self._paused:
             self._settle(self._writer.wait(POLL_S / 2))
             return
         messages = self._consumer.consume(max(1, min(room, POLL_AT_ONCE)), timeout=self._poll_timeout())
@@ -377,8 +378,10 @@ def consumer_settings(settings: Settings) -> ClientSettings:
         "auto.offset.reset": "earliest",
         "isolation.level": "read_committed",
         "enable.partition.eof": True,
-        "queued.min.messages": 200_000,
-        "queued.max.messages.kbytes": 65_536,
+        # Read-ahead for a few batches; a small message costs several times its size in librdkafka's queue.
+        "queued.min.messages": 30_000,
+        "queued.max.messages.kbytes": 32_768,
+        "fetch.message.max.bytes": 262_144,
         "fetch.queue.backoff.ms": 10,
         "partition.assignment.strategy": "range",
     }

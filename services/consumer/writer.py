@@ -46,15 +46,17 @@ class Batch:
 
     def add(self, messages: Sequence[Message], decoder: Decoder) -> None:
         """Decode messages, in the order they came."""
+        decode = decoder.decode
         for message in messages:
             value = message.value()
             try:
-                self.readings.append(decoder.decode(value))
+                self.readings.append(decode(value))
             except MalformedMessage as error:
                 self.dead_letters.append(DeadLetter(message, error.reason, str(error)))
             else:
                 self.messages.append(message)
-            self.size_bytes += len(value) if value else 0
+            if value:
+                self.size_bytes += len(value)
             partition, offset = place_of(message)
             if partition not in self.next_offsets:
                 self.first_offsets[partition] = offset

@@ -64,7 +64,7 @@ def test_a_zero_is_a_value() -> None:
 
 @given(batches())
 def test_touched_ranges_are_exactly_the_minutes_with_readings(rows: list[Reading]) -> None:
-    ranges = list(touched_ranges(rows))
+    ranges = list(touched_ranges(sorted(rows, key=lambda row: row.time)))
     minutes = set()
     for touched in ranges:
         assert touched.lower is not None
@@ -86,7 +86,7 @@ def test_the_last_microsecond_of_a_minute_touches_that_minute(year: int) -> None
 
 @given(batches())
 def test_touched_ranges_neither_meet_nor_overlap(rows: list[Reading]) -> None:
-    ranges = list(touched_ranges(rows))
+    ranges = list(touched_ranges(sorted(rows, key=lambda row: row.time)))
     for before, after in pairwise(ranges):
         assert before.upper is not None
         assert after.lower is not None
