@@ -442,8 +442,14 @@ class TestCopy:
 
 
 class TestLargeMessages:
-    def test_parameter_larger_than_every_buffer(self, connect: Connect) -> None:
-        assert value(connect(), "SELECT length(%s::text)", "z" * 20_000_000) == 20_000_000
+    def test_parameters_larger_than_every_buffer(self, connect: Connect) -> None:
+        """Handed over in parts; nobody else may get in between."""
+        large, small = connect(), connect()
+        with ThreadPoolExecutor(1) as pool:
+            lengths = pool.submit(lambda: [value(large, "SELECT length(%s::text)", "z" * 10_000_000) for _ in range(5)])
+            while not lengths.done():
+                assert value(small, "SELECT 1") == 1
+        assert lengths.result() == [10_000_000] * 5
 
     def test_reader_that_stalls_and_goes_away(self, connect: Connect) -> None:
         stalled, other = connect(), connect()

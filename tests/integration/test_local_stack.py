@@ -92,7 +92,7 @@ def test_servers_listen_on_loopback_only(ready: Stack) -> None:
         assert {address.removeprefix("::ffff:") for address in listening} == {HOST}
 
 
-def test_kafka_keeps_messages_and_offsets_through_sigkill(ready: Stack, options: StackOptions) -> None:
+def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: Stack, options: StackOptions) -> None:
     address: dict[str, str | int | float | bool] = {
         "bootstrap.servers": f"{HOST}:{options.kafka_port}",
         "log_level": 0,
@@ -110,7 +110,11 @@ def test_kafka_keeps_messages_and_offsets_through_sigkill(ready: Stack, options:
     consumer.commit(asynchronous=False)
     consumer.close()
 
-    ready.kafka.kill()
+    record = PidFile.read(options.directory / "kafka.pid")
+    assert record is not None
+    server = psutil.Process(record.server.pid)
+    psutil.Process(record.supervisor.pid).kill()
+    server.wait(10)
     assert [status.state for status in ready.status()] == ["crashed", "running"]
     ready.kafka.start()
     ready.kafka.wait_ready()
@@ -129,18 +133,6 @@ def test_up_after_a_crash_reopens_the_same_data(ready: Stack, options: StackOpti
     assert not ready.timescaledb.running
     ready.up(detach=False)
     assert count(options) == visits + 1
-
-
-def test_kill_of_a_supervisor_takes_the_server_along(ready: Stack, options: StackOptions) -> None:
-    record = PidFile.read(options.directory / "timescaledb.pid")
-    assert record is not None
-    server = psutil.Process(record.server.pid)
-    psutil.Process(record.supervisor.pid).kill()
-    server.wait(10)
-    assert not ready.timescaledb.running
-    assert ready.timescaledb.crashed
-    ready.up(detach=False)
-    assert ready.timescaledb.running
 
 
 def test_data_is_opened_once(ready: Stack, options: StackOptions) -> None:
