@@ -19,8 +19,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EARLIEST = datetime(1, 1, 3, tzinfo=UTC)  # whatever the offset, a later time has a UTC form
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 LONGEST_SENSOR_ID = 255
+LARGEST_VALUE = 1e100  # PostgreSQL ends an average whose sum of squares overflows with an error
 
 SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_SENSOR_ID)]
+Value = Annotated[float, msgspec.Meta(ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):
@@ -28,8 +30,8 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
 
     sensor_id: SensorId
     time: Annotated[datetime, msgspec.Meta(tz=True)]
-    temperature: float | None = None
-    humidity: float | None = None
+    temperature: Value | None = None
+    humidity: Value | None = None
 
 
 _decoder = msgspec.json.Decoder(Reading)

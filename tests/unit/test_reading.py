@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import MalformedMessage
-from services.core.reading import EARLIEST, EPOCH, LATEST, LONGEST_SENSOR_ID, Decoder, Reading, encode
+from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID, Decoder, Reading, encode
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MAX_BYTES = 1000
@@ -127,6 +127,8 @@ MALFORMED = [
     (value(humidity=[50]), "invalid_reading"),
     (value().replace(b"20.5", b"1e999"), "invalid_reading"),
     (value().replace(b"20.5", b"1" + b"0" * 400), "invalid_reading"),
+    (value(temperature=1.1e100), "invalid_reading"),
+    (value(humidity=-1e300), "invalid_reading"),
     (value(temperature=...), "no_measurement"),
     (value(temperature=None), "no_measurement"),
     (value(temperature=None, humidity=None), "no_measurement"),
@@ -191,8 +193,8 @@ def test_no_clock_is_out_of_range(now: datetime, max_age: timedelta | None) -> N
 @given(
     sensor=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=LONGEST_SENSOR_ID),
     moment=st.datetimes(EARLIEST.replace(tzinfo=None), (NOW + MAX_FUTURE).replace(tzinfo=None), timezones=st.just(UTC)),
-    temperature=st.floats(allow_nan=False, allow_infinity=False),
-    humidity=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    temperature=st.floats(-LARGEST_VALUE, LARGEST_VALUE),
+    humidity=st.none() | st.floats(-LARGEST_VALUE, LARGEST_VALUE),
 )
 def test_every_reading_survives_the_way_through_a_message(
     sensor: str, moment: datetime, temperature: float, humidity: float | None
