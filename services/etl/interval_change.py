@@ -40,8 +40,8 @@ def change_intervals(connection: Connection, aggregates: Aggregates, summaries: 
         if edge != WHOLE_HISTORY:
             # Between what is frozen and the edge nothing will feed the summary; let the last readings through.
             connection.execute(SQL["close_history"], {"metric": metric.name, "edge": edge})
-            summaries.drain()
-        start, end = history(connection, metric)
+            summaries.refresh_queued()
+        start, end = history(connection, metric, edge)
         while start is not None and end is not None and start < end:
             stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
             summaries.refresh(metric, start, stop)
@@ -59,8 +59,8 @@ def common_edge(connection: Connection, old: Metric, new: Metric) -> str:
     return str(row[0])
 
 
-def history(connection: Connection, metric: Metric) -> tuple[datetime | None, datetime | None]:
-    """From the first interval that is not frozen to the end of the last one; None without readings."""
-    row = connection.execute(SQL["history"], {"metric": metric.name, "width": metric.width}).fetchone()
+def history(connection: Connection, metric: Metric, edge: str) -> tuple[datetime | None, datetime | None]:
+    """From the first interval after the edge to the end of the last one; None without readings."""
+    row = connection.execute(SQL["history"], {"edge": edge, "width": metric.width}).fetchone()
     assert row is not None
     return row[0], row[1]

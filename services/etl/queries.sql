@@ -25,9 +25,13 @@ UPDATE raw_chunk SET dropped_at = now()
 WHERE dropped_at IS NULL AND NOT EXISTS (SELECT FROM present WHERE present.range_start = raw_chunk.range_start)
 
 -- name: widen
--- The queued ranges as whole intervals, without those that begin before the raw history is whole.
+-- The queued ranges as whole intervals, without those that begin before the raw history is whole. That may be in
+-- the middle of an interval, when the width is one that shall take over.
 SELECT coalesce(range_agg(interval) * tstzmultirange(tstzrange(
-    (SELECT frozen_before FROM summary_state WHERE metric = %(metric)s), NULL)), '{}')
+    (SELECT CASE WHEN isfinite(frozen_before)
+                 THEN time_bucket(%(width)s, frozen_before + %(width)s - interval '1 microsecond')
+                 ELSE frozen_before END
+     FROM summary_state WHERE metric = %(metric)s), NULL)), '{}')
 FROM (
     SELECT tstzrange(time_bucket(%(width)s, lower(piece)),
                      time_bucket(%(width)s, upper(piece) - interval '1 microsecond') + %(width)s) AS interval
@@ -89,7 +93,7 @@ CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
        time_bucket({width}, time) AS interval_start,
-       sum({metric}) AS total,
+       avg({metric}) AS average,
        min({metric}) AS least,
        max({metric}) AS greatest,
        count({metric}) AS reading_count
@@ -117,7 +121,7 @@ CREATE OR REPLACE VIEW {live} AS
 SELECT sensor_id,
        interval_start,
        interval_start + {width} AS interval_end,
-       total / reading_count AS {avg},
+       average AS {avg},
        least AS {min},
        greatest AS {max},
        reading_count
@@ -138,11 +142,11 @@ ON CONFLICT (metric) DO NOTHING
 -- name: queue_all
 -- All the history there is, for an aggregate that has just been created.
 INSERT INTO summary_refresh_queue (touched)
-SELECT tstzmultirange(tstzrange(min(time), max(time), '[]')) FROM sensor_data HAVING count(*) > 0
+SELECT tstzmultirange(tstzrange(min(time), max(time) + interval '1 microsecond')) FROM sensor_data HAVING count(*) > 0
 
 -- name: history
--- The whole intervals that hold all there is, from the first that is not frozen.
-SELECT greatest(time_bucket(%(width)s, min(time)), (SELECT frozen_before FROM summary_state WHERE metric = %(metric)s)),
+-- The whole intervals that hold all there is from the edge on, which is where an interval begins.
+SELECT greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz),
        time_bucket(%(width)s, max(time)) + %(width)s
 FROM sensor_data
 
@@ -205,14 +209,14 @@ DELETE FROM {summary} WHERE interval_start >= %(edge)s::timestamptz
 
 -- name: fill_from
 INSERT INTO {summary} (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
-SELECT sensor_id, interval_start, interval_start + {width}, total / reading_count, least, greatest, reading_count
+SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
 FROM {aggregate}
 WHERE interval_start >= %(edge)s::timestamptz
 
 -- name: upsert_summary
 INSERT INTO {summary} AS stored
     (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
-SELECT sensor_id, interval_start, interval_start + {width}, total / reading_count, least, greatest, reading_count
+SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
 FROM {aggregate}
 WHERE interval_start >= %(start)s AND interval_start < %(end)s
 ON CONFLICT (sensor_id, interval_start) DO UPDATE

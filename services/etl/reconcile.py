@@ -48,7 +48,7 @@ def reconcile(connection: Connection, summaries: Summaries | None, shutdown: Shu
                 ids += connection.execute(SQL["queue_forced"], {"touched": touched}).fetchone() or ()
                 log.warning("summary_differs", extra=fields(metric=metric.name, rows=rows, start=start, end=end))
     if summaries is not None:
-        summaries.drain()
+        summaries.refresh_queued()
     while is_queued(connection, ids) and not shutdown.wait(LOOK_EVERY_S):
         pass
     return differing

@@ -52,7 +52,7 @@ class Retention:
         self._compression_job = self._apply("compression", "compress_after", self._compress)
 
     def run_when_due(self) -> None:
-        """Run the policies if they have not run for a while; only when the queue was empty."""
+        """Run the policies if they have not run for a while."""
         if time.monotonic() < self._next_run:
             return
         if self._retention_job is not None:
@@ -87,7 +87,7 @@ class Retention:
                 closed = True
         if not closed:
             return
-        self._summaries.drain()
+        self._summaries.refresh_queued()
         self._connection.execute(SQL["freeze_closed"])
         self._connection.execute(SQL["run_policy"], {"job": job})
         log.info("retention_applied", extra=fields(days=self._keep.days))

@@ -54,7 +54,7 @@ class Summaries:
         self._options = ", options => '{\"buckets_per_batch\": 0}'" if row[0] else ""
 
     def refresh_queued(self) -> int:
-        """Bring the summaries up to what is queued; returns the number of queue rows that were done.
+        """Bring the summaries up to all that is queued now; returns the number of queue rows that were done.
 
         A crash at any point leaves the queue rows in place, and the work is repeated.
         """
@@ -88,11 +88,6 @@ class Summaries:
         )
         return len(queued.ids)
 
-    def drain(self) -> None:
-        """Do all that is queued."""
-        while self.refresh_queued():
-            pass
-
     def refresh(self, metric: Metric, start: datetime, end: datetime, *, force: bool = False) -> None:
         """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be.
 
@@ -115,9 +110,10 @@ class Summaries:
         return None if ids is None else Queued(ids, touched, forced, now - oldest)
 
     def _note_dropped_chunks(self) -> None:
-        if self._connection.execute(SQL["note_chunks"]).rowcount:
-            for metric in self._aggregates.current.values():
-                self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
+        """Every time, and not only when a chunk is newly gone: we may have died between the two steps."""
+        self._connection.execute(SQL["note_chunks"])
+        for metric in self._aggregates.current.values():
+            self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
 
     def _windows(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
         row = self._connection.execute(

@@ -95,17 +95,13 @@ class Leader:
         self._retention.apply()
 
     def run(self, shutdown: Shutdown) -> None:
-        """Look at the queue again and again; what can wait is done when it was empty."""
+        """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
         while not shutdown.requested:
-            if not self.summaries.refresh_queued():
-                self._do_what_can_wait()
+            self.run_once()
             shutdown.wait(self._settings.etl_poll_seconds)
 
     def run_once(self) -> None:
-        """Do all that is queued, and what can wait."""
-        self.summaries.drain()
-        self._do_what_can_wait()
-
-    def _do_what_can_wait(self) -> None:
+        """Do all that is queued, then what the settings ask for: other widths, retention."""
+        self.summaries.refresh_queued()
         change_intervals(self._connection, self._aggregates, self.summaries)
         self._retention.run_when_due()
