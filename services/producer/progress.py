@@ -34,6 +34,7 @@ from services.core.shutdown import Shutdown
 log = logging.getLogger("producer")
 
 REQUEST_TIMEOUT_S = 5.0
+NOTE_AFTER_S = 2.0  # without an answer
 
 
 class Stopped(TransientError):  # noqa: N818 - no error at all
@@ -132,7 +133,7 @@ def _read(settings: Settings, topic: str, shutdown: Shutdown) -> dict[str, Progr
         while not shutdown.requested:
             message = consumer.poll(0.5)
             if message is None:
-                if time.monotonic() - silent_since > REQUEST_TIMEOUT_S:
+                if time.monotonic() - silent_since > NOTE_AFTER_S:
                     log.warning("waiting_for_progress", extra=fields(topic=topic, end=end))
                     silent_since = time.monotonic()
                 continue
