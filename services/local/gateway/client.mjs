@@ -552,7 +552,9 @@ export class Client {
     if (!this.#hub.holds(this)) return this.#hub.acquire(this);
     if (!this.#running) return this.#hub.post({ type: 'close', pid: this.pid });
     // Nobody waits for the statement any more, and everybody else waits for the backend.
-    if (this.#copyIn) this.#postMore(Buffer.concat([copyFail('connection lost'), message('S')]));
+    // The rest of a message that was cut short comes first, or the end would be taken for that rest.
+    const end = [Buffer.alloc(this.#passing), copyFail('connection lost'), message('S')];
+    if (this.#copyIn) this.#postMore(Buffer.concat(end));
     else this.#hub.interrupt(this.pid);
   }
 }
