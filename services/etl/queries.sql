@@ -161,6 +161,7 @@ FROM summary_state WHERE metric = {metric_name}
 
 -- name: find_differences
 -- One snapshot: what the queue does not name must be equal. An average may differ in its last digits.
+-- The queue rows of this comparison do not count, or one metric's difference would hide the other's.
 WITH fresh AS (
     SELECT sensor_id, time_bucket({width}, time) AS interval_start,
            avg({metric}) AS average, min({metric}) AS least, max({metric}) AS greatest, count({metric}) AS readings
@@ -182,7 +183,7 @@ WITH fresh AS (
 SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {width})), '{{}}')
 FROM different
 WHERE NOT tstzrange(interval_start, interval_start + {width})
-          && (SELECT coalesce(range_agg(touched), '{{}}') FROM summary_refresh_queue)
+          && (SELECT coalesce(range_agg(touched), '{{}}') FROM summary_refresh_queue WHERE id <> ALL(%(ours)s::bigint[]))
 
 -- name: queue_forced
 INSERT INTO summary_refresh_queue (touched, forced) VALUES (%(touched)s, true) RETURNING id

@@ -39,7 +39,7 @@ def reconcile(connection: Connection, summaries: Summaries | None, shutdown: Shu
         for start, end in steps(connection, metric):
             if shutdown.requested:
                 break
-            window = {"start": start, "end": end}
+            window = {"start": start, "end": end, "ours": ids}
             row = connection.execute(statement("find_differences", metric), window).fetchone()
             assert row is not None
             rows, touched = row
