@@ -14,9 +14,10 @@ const CANCELLED = 'canceling statement due to user request';
 const TIMED_OUT = 'canceling statement due to statement timeout';
 
 const code = (letter) => letter.charCodeAt(0);
-const [QUERY, PARSE, BIND, DESCRIBE, EXECUTE, CLOSE, SYNC, FLUSH, CALL, TERMINATE, COPY_DATA, COPY_DONE, COPY_FAIL] =
-  [...'QPBDECSHFXdcf'].map(code);
+const [QUERY, PARSE, BIND, DESCRIBE, EXECUTE, CLOSE, SYNC, FLUSH, CALL] = [...'QPBDECSHF'].map(code);
+const [TERMINATE, COPY_DATA, COPY_DONE, COPY_FAIL] = [...'Xdcf'].map(code);
 const [READY, ERROR, NOTICE, NOTIFICATION, COPY_IN, COMPLETE] = [...'ZENAGC'].map(code);
+const LOOKED_AT = new Set([READY, ERROR, NOTICE, NOTIFICATION, COPY_IN, COMPLETE]);
 const ENDS_UNIT = new Set([QUERY, SYNC, CALL, FLUSH]);
 
 const newUnit = () => ({ parts: [], length: 0, marks: null, usesUnnamed: false, parsesUnnamed: null, ready: 0 });
@@ -165,10 +166,11 @@ export class Client {
 
   /** What the settings will be; they are put into force, and checked, with the first statement. */
   #parameters(settings, role) {
-    this.#told = { ...this.#hub.base, is_superuser: role.superuser ? 'on' : 'off', session_authorization: this.#user };
-    for (const name of Object.keys(this.#told)) {
-      for (const [given, value] of settings) if (given.toLowerCase() === name.toLowerCase()) this.#told[name] = value;
-    }
+    const named = new Map([...settings].map(([name, value]) => [name.toLowerCase(), value]));
+    named.set('is_superuser', role.superuser ? 'on' : 'off').set('session_authorization', this.#user);
+    this.#told = Object.fromEntries(
+      Object.entries(this.#hub.base).map(([name, value]) => [name, named.get(name.toLowerCase()) ?? value]),
+    );
     return Object.entries(this.#told).map(([name, value]) => parameterStatus(name, value));
   }
 
@@ -460,7 +462,7 @@ export class Client {
       }
       const known = bytes.length - at >= 5;
       const length = known ? 1 + bytes.readInt32BE(at + 1) : 0;
-      const looked = known && this.#looksAt(bytes[at]);
+      const looked = known && LOOKED_AT.has(bytes[at]);
       if (!known || (looked && bytes.length - at < length)) {
         this.#partial = Buffer.from(bytes.subarray(at));
         break;
@@ -484,10 +486,6 @@ export class Client {
     }
     keep(at);
     return pieces;
-  }
-
-  #looksAt(type) {
-    return type === READY || type === ERROR || type === NOTICE || type === NOTIFICATION || type === COPY_IN || type === COMPLETE;
   }
 
   /** Note what a message says; returns it, or what to send instead, or null. */

@@ -15,7 +15,6 @@ class Hub {
   base = workerData.base;
   database = workerData.database;
   roles = workerData.roles;
-  superuser = workerData.superuser;
   #holder = null;
   #waiting = [];
   #posted = 0;

@@ -7,18 +7,23 @@
 // into this thread through Node's inspector, which V8 lets in at the loops and calls of WebAssembly.
 //
 // Usage: node main.mjs --port=N --data=DIRECTORY --template=DIRECTORY --user=ROLE --database=NAME, with
-// GATEWAY_PASSWORD in the environment. Ends gracefully on SIGTERM or at the end of its standard input when that is a pipe.
+// GATEWAY_PASSWORD in the environment. Ends gracefully on SIGTERM, or at the end of its standard input when
+// that is a pipe.
 //
 // What is unlike a real server: one statement at a time, so a connection in a transaction makes the others
-// wait until it ends. A lock that another connection holds cannot be waited for (pg_advisory_lock fails with
-// 55P03). One database. No TLS, no background workers, no replication. WITH HOLD cursors share their names.
+// wait until it ends. An advisory lock that another connection holds cannot be waited for: pg_advisory_lock
+// fails with 55P03 at once, and lock_timeout and idle_in_transaction_session_timeout do nothing.
+// statement_timeout counts from the moment a statement gets the backend. One database. No TLS, no background
+// workers, no replication; pg_stat_activity is empty. WITH HOLD cursors share their names. A statement whose
+// recursion exhausts V8's stack ends the server, as a crash of PostgreSQL would. The statement of a client
+// that goes away is cancelled.
 // A role that is no superuser could become one with RESET SESSION AUTHORIZATION inside a transaction: roles
 // here show what a program may do by mistake, they do not keep out an attacker.
 
 import fs from 'node:fs';
 import { parseArgs } from 'node:util';
 import { MessageChannel, Worker, receiveMessageOnPort } from 'node:worker_threads';
-import { Engine, SUPERUSER } from './engine.mjs';
+import { Engine } from './engine.mjs';
 import { matches, verifier } from './scram.mjs';
 import { REPORTED, Sessions } from './sessions.mjs';
 
@@ -179,7 +184,7 @@ function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   // back until `done` tells it what has changed.
   const roles = sessions.marks(pid)?.roles && engine.ready && engine.status === 'I';
   const parameters = sessions.settle(pid);
-  send({ type: 'done', taken, parameters, roles: roles ? readRoles((sql) => sessions.asSuperuser(sql)) : undefined });
+  send({ type: 'done', taken, parameters, roles: roles && readRoles((sql) => sessions.asSuperuser(sql)) });
   checkpointInTime(bytes.length + moreBytes);
   moreBytes = 0;
 }
@@ -234,7 +239,7 @@ const base = Object.fromEntries(REPORTED.map((name) => [name, engine.query(`SHOW
 const worker = new Worker(new URL('./frontend.mjs', import.meta.url), {
   workerData: {
     port: Number(options.port), database: options.database, backend: frontendPort, shared, base,
-    roles: readRoles(), pid: process.pid, superuser: SUPERUSER,
+    roles: readRoles(),
   },
   transferList: [frontendPort],
 });

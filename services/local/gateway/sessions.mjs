@@ -167,7 +167,8 @@ export class Sessions {
        SELECT name, pg_catalog.current_setting(name)
          FROM pg_catalog.unnest(ARRAY['session_authorization', 'role']) AS name`,
     );
-    const actual = new Map(rows.filter(([, value]) => value !== null).map(([name, value]) => [name.toLowerCase(), value]));
+    const set = rows.filter(([, value]) => value !== null);
+    const actual = new Map(set.map(([name, value]) => [name.toLowerCase(), value]));
     // Both read as empty before the first SET in a backend, and after some procedures that commit.
     const authorization = actual.get('session_authorization') || SUPERUSER;
     const role = actual.get('role') || 'none';

@@ -1,8 +1,8 @@
 // What the gateway must know about a statement before one backend, shared by all connections, runs it.
 //
-// Text is looked at, not parsed, and its bytes are left alone (latin1), whatever the client's encoding: a mark set too often costs a query at the end of the statement, and the few
-// statements that reach across connections (DEALLOCATE, DISCARD, UNLISTEN) are rewritten only in the plain
-// form that clients send.
+// Text is looked at, not parsed, and its bytes are left alone (latin1), whatever the client's encoding. A mark
+// set too often costs a query at the end of the statement, and the few statements that reach across
+// connections (DEALLOCATE, DISCARD, UNLISTEN) are rewritten only in the plain form that clients send.
 
 const LEAD = String.raw`(?:\s|--[^\n]*\n|/\*[\s\S]*?\*/)*`;
 const NAME = String.raw`"(?:[^"]|"")+"|[A-Za-z_\x80-\xff][\w$\x80-\xff]*`;
@@ -14,7 +14,8 @@ const SETTINGS = new RegExp(
 );
 const LOCAL = new RegExp(`^${LEAD}set\\s+local\\b[^;]*;?\\s*$`, 'i');
 const CUSTOM = /\b[a-z_][\w$]*\.[a-z_][\w$]*\b/gi;
-const TEMPORARY = /\b(?:create|into)\s+(?:or\s+replace\s+)?(?:local\s+|global\s+)?temp(?:orary)?\b|\bpg_temp\./i;
+const TEMPORARY =
+  /\b(?:create|into)\s+(?:or\s+replace\s+)?(?:local\s+|global\s+)?temp(?:orary)?\b|\bpg_temp\./i;
 const ROLES = /\b(?:create|alter|drop)\s+(?:role|user|group)\b/i;
 const LISTEN = new RegExp(`^${LEAD}(un)?listen\\s+(\\*|${NAME})\\s*;?\\s*$`, 'i');
 const PREPARED = new RegExp(
@@ -23,7 +24,8 @@ const PREPARED = new RegExp(
 );
 const DISCARD = new RegExp(`^${LEAD}discard\\s+(all|temp(?:orary)?)\\s*;?\\s*$`, 'i');
 
-const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : name.replace(/[A-Z]/g, (letter) => letter.toLowerCase()));
+const lower = (name) => name.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
+const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : lower(name));
 const quoted = (name) => `"${name.replaceAll('"', '""')}"`;
 
 /**
