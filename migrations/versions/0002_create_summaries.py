@@ -64,8 +64,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DROP TABLE raw_chunk")
-    op.execute("DROP TABLE summary_state")
     for metric in METRICS:
         op.execute(f"DROP VIEW {metric}_summary_live")
         op.execute(f"DROP TABLE {metric}_summary")
+    op.execute("DROP TABLE raw_chunk")
+    op.execute("DROP TABLE summary_state")

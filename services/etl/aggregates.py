@@ -52,7 +52,7 @@ class Aggregates:
                     )
                     self._connection.execute(statement("replace_live_view", current))
                     self._connection.execute(SQL["queue_all"])
-                if current != metric and metric.aggregate not in self._existing(metric.name):
+                if current != metric:
                     self._create(metric)
             self.current[metric.name] = current
             if current != metric:
@@ -83,6 +83,9 @@ class Aggregates:
         return {row[0] for row in self._connection.execute(SQL["list_aggregates"], {"metric": name})}
 
     def _create(self, metric: Metric) -> None:
+        """Unless it exists: an interval change that was begun, or migrations that were taken back and forth."""
+        if metric.aggregate in self._existing(metric.name):
+            return
         self._connection.execute(statement("create_aggregate", metric))
         log.info("aggregate_created", extra=fields(aggregate=metric.aggregate))
 
