@@ -1,0 +1,112 @@
+"""What a user sees when something is wrong: one line, and the exit code that says whose turn it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from services.core.config import Settings
+from tests.fix_services import message, publish, run_cli
+from tests.fix_stack import ROOT, downgrade, free_port, upgrade
+
+MISTAKE = 2
+PERMANENT = 1
+
+
+def error_line(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
+    """The one line; nothing is on stdout, and no traceback anywhere."""
+    assert done.returncode == exit_code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith('{"time"')]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+def run(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_cli(settings, *arguments, **({"STARTUP_TIMEOUT_SECONDS": "1", "LOG_LEVEL": "WARNING"} | environment))
+
+
+@pytest.mark.parametrize("command", ["produce", "consume", "etl", "demo"])
+def test_a_wrong_setting(settings: Settings, command: str) -> None:
+    line = error_line(run(settings, command, TEMPERATURE_INTERVAL="abc"), MISTAKE)
+    assert (
+        line == "TEMPERATURE_INTERVAL=abc is not allowed (width of a temperature interval: whole minutes, at least 1)"
+    )
+
+
+def test_several_wrong_settings_are_one_line(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", POSTGRE_PORT="70000", KAFKA_PORT="x"), MISTAKE)
+    assert line.startswith("POSTGRE_PORT=70000 is not allowed (port of PostgreSQL: 1 to 65535); KAFKA_PORT=x is not")
+
+
+@pytest.mark.parametrize("command", ["consume", "etl"])
+def test_a_wrong_password(settings: Settings, command: str) -> None:
+    line = error_line(run(settings, command, POSTGRE_PASSWORD="hunter2"), MISTAKE)
+    assert line.startswith(f"PostgreSQL at {settings.postgre_host}:{settings.postgre_port}/")
+    assert "POSTGRE_PASSWORD" in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize("command", ["produce", "consume"])
+def test_no_kafka(settings: Settings, command: str) -> None:
+    port = free_port()
+    line = error_line(run(settings, command, KAFKA_PORT=str(port)), MISTAKE)
+    assert line == (
+        f"Kafka does not answer at {settings.kafka_host}:{port} (KAFKA_HOST, KAFKA_PORT): "
+        "start it, or correct the address"
+    )
+
+
+@pytest.mark.parametrize("command", ["consume", "etl"])
+def test_no_postgresql(settings: Settings, command: str) -> None:
+    port = free_port()
+    line = error_line(run(settings, command, POSTGRE_PORT=str(port)), MISTAKE)
+    assert line == (
+        f"PostgreSQL does not answer at {settings.postgre_host}:{port}/{settings.postgre_dbname} "
+        "(POSTGRE_HOST, POSTGRE_PORT): start it, or correct the address"
+    )
+
+
+def test_a_host_that_does_not_exist(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", POSTGRE_HOST="nowhere.invalid"), MISTAKE)
+    assert line.startswith("PostgreSQL does not answer at nowhere.invalid:")
+
+
+def test_a_database_that_does_not_exist(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", POSTGRE_DBNAME="nothing_here"), MISTAKE)
+    assert "nothing_here" in line
+    assert "POSTGRE_DBNAME" in line
+
+
+@pytest.fixture
+def no_tables(settings: Settings) -> Iterator[None]:
+    """A database before its first migration."""
+    downgrade(settings)
+    yield
+    upgrade(settings)
+
+
+@pytest.mark.usefixtures("no_tables")
+@pytest.mark.parametrize("arguments", [["consume"], ["consume", "--until-caught-up"], ["etl"], ["etl", "--once"]])
+def test_missing_tables_are_permanent(settings: Settings, arguments: list[str]) -> None:
+    publish(settings, [message(temperature=1.0)])
+    line = error_line(run(settings, *arguments), PERMANENT)
+    assert "does not exist" in line
+    assert "alembic upgrade head" in line
+
+
+def test_a_command_that_does_not_exist() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "consum"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == MISTAKE
+    assert "invalid choice: 'consum'" in done.stderr

@@ -1,0 +1,204 @@
+"""The schema: up, down and up again, who may read it, and what is said where it cannot be made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from services.consumer.sink import Sink
+from services.core.config import Settings
+from services.core.database import connect
+from services.core.reading import Reading
+from services.etl.worker import Leader
+from tests.fix_services import START, wait_until
+from tests.fix_stack import ROOT, as_environment, downgrade, free_port, upgrade
+
+OURS = {
+    "sensor_data",
+    "summary_refresh_queue",
+    "partition_owner",
+    "temperature_summary",
+    "humidity_summary",
+    "temperature_summary_live",
+    "humidity_summary_live",
+    "summary_state",
+    "raw_chunk",
+}
+OURS_AT_FIRST = {"sensor_data", "summary_refresh_queue", "partition_owner"}
+READABLE = {name for name in OURS if "_summary" in name}
+
+
+def relations(connection: psycopg.Connection) -> set[str]:
+    """Tables and views of the public schema, without Alembic's own and the aggregates, which belong to etl."""
+    rows = connection.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
+    )
+    return {name for (name,) in rows if not name.endswith("min")} - {"alembic_version"}
+
+
+def alembic(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``alembic`` as typed, from the repository root."""
+    return subprocess.run(
+        [Path(sys.executable).parent / "alembic", *arguments],
+        cwd=ROOT,
+        env=os.environ | as_environment(settings) | {"STARTUP_TIMEOUT_SECONDS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def store_and_summarise(settings: Settings, connection: psycopg.Connection) -> None:
+    """One reading through consumer and etl."""
+    sink = Sink(settings)
+    sink.claim([0])
+    sink.write([Reading("s1", START, 20.0, 50.0)], [0])
+    sink.close()
+    Leader(connection, settings).run_once()
+    for name in READABLE:
+        rows = connection.execute(sql.SQL("SELECT sensor_id FROM {}").format(sql.Identifier(name))).fetchall()
+        assert rows == [("s1",)], name
+
+
+@pytest.mark.parametrize("revision", ["base", "0001", "0002"])
+def test_down_and_up_again_with_readings_and_summaries(
+    settings: Settings, connection: psycopg.Connection, revision: str
+) -> None:
+    assert relations(connection) == OURS
+    store_and_summarise(settings, connection)
+    try:
+        downgrade(settings, revision)
+        left = relations(connection)
+    finally:
+        upgrade(settings)
+    assert left == {"base": set(), "0001": OURS_AT_FIRST, "0002": OURS}[revision]
+    assert relations(connection) == OURS
+    store_and_summarise(settings, connection)
+
+
+def test_alembic_as_typed_and_a_second_time(settings: Settings) -> None:
+    for _ in range(2):
+        done = alembic(settings, "upgrade", "head")
+        assert done.returncode == 0, done.stderr
+    current = alembic(settings, "current")
+    assert current.stdout.strip() == "0003 (head)"
+
+
+def test_the_key_is_unique_and_nothing_else_is_indexed(connection: psycopg.Connection) -> None:
+    """A second index would cost a third of the ingest rate."""
+    indexes = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'sensor_data'").fetchall()
+    (definition,) = indexes[0]
+    assert len(indexes) == 1
+    assert "UNIQUE" in definition
+    assert definition.endswith(('(sensor_id, "time")', "(sensor_id, time)"))
+
+
+def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(
+    settings: Settings, connection: psycopg.Connection
+) -> None:
+    store_and_summarise(settings, connection)
+    with connect(settings) as reader:
+        reader.execute("SET ROLE sensor_reader")
+        for name in READABLE:
+            rows = reader.execute(sql.SQL("SELECT sensor_id FROM {}").format(sql.Identifier(name))).fetchall()
+            assert rows == [("s1",)], name
+        for name in [*(OURS - READABLE), "alembic_version", "temperature_10min"]:
+            with pytest.raises(errors.InsufficientPrivilege):
+                reader.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(name)))
+        for statement in (
+            "INSERT INTO temperature_summary SELECT * FROM temperature_summary",
+            "UPDATE temperature_summary SET reading_count = 0",
+            "DELETE FROM humidity_summary",
+            "TRUNCATE humidity_summary",
+            "DROP TABLE humidity_summary",
+            "CREATE TABLE mine (x int)",
+        ):
+            with pytest.raises(errors.InsufficientPrivilege):
+                reader.execute(statement)
+        reader.execute("RESET ROLE")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"POSTGRE_PASSWORD": "wrong"}, "refused user"),
+        ({"POSTGRE_PORT": "closed"}, "PostgreSQL does not answer at"),
+        ({"POSTGRE_PORT": "0"}, "POSTGRE_PORT=0 is not allowed"),
+    ],
+)
+def test_a_mistake_is_one_line(settings: Settings, environment: dict[str, str], expected: str) -> None:
+    closed = {name: str(free_port()) if value == "closed" else value for name, value in environment.items()}
+    done = alembic(settings, "upgrade", "head", **closed)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert "wrong" not in line
+
+
+@pytest.fixture
+def plain_postgres(settings: Settings) -> Iterator[Settings]:
+    """Settings of a PostgreSQL server without TimescaleDB."""
+    found = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    programs = [Path(path).parent for path in found if path]
+    if not programs:
+        pytest.skip("no plain PostgreSQL is installed here (initdb)")
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "data"
+        if user:
+            shutil.chown(directory, user)
+        subprocess.run(
+            [programs[-1] / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"],
+            user=user,
+            check=True,
+            capture_output=True,
+            cwd=directory,
+        )
+        own = settings.model_copy(
+            update={"postgre_host": "127.0.0.1", "postgre_port": free_port(), "postgre_dbname": "postgres"}
+        )
+        server = subprocess.Popen(
+            [programs[-1] / "postgres", "-D", data, "-p", str(own.postgre_port), "-k", "", "-h", "127.0.0.1"],
+            user=user,
+            cwd=directory,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_until(lambda: answers(own), "PostgreSQL")
+            with connect(own) as connection:
+                if connection.execute("SELECT FROM pg_available_extensions WHERE name = 'timescaledb'").fetchone():
+                    pytest.skip("the PostgreSQL that is installed here has TimescaleDB")
+            yield own
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def answers(settings: Settings) -> bool:
+    try:
+        psycopg.connect(
+            host=settings.postgre_host, port=settings.postgre_port, user="postgres", dbname="postgres"
+        ).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_without_timescaledb_one_line_says_what_to_install(plain_postgres: Settings) -> None:
+    done = alembic(plain_postgres, "upgrade", "head", LOG_LEVEL="WARNING")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: this PostgreSQL server has no TimescaleDB: install TimescaleDB 2.23 or newer")
+    with connect(plain_postgres) as connection:
+        assert relations(connection) == set()
