@@ -392,5 +392,5 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
     create_topics(connect_admin(settings, shutdown), settings)
     connect_at_start(settings, shutdown).close()
     totals = Worker(settings, shutdown, until_caught_up=until_caught_up).run()
-    log.info("stopped", extra=fields(**totals.as_fields()))
+    log.info("stopped", extra=fields(**totals.as_fields(), cpu_s=round(time.process_time(), 2)))
     return 0

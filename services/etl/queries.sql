@@ -46,7 +46,7 @@ FROM (
     SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond') AS edge
     FROM raw_chunk WHERE dropped_at IS NOT NULL
 ) AS dropped
-WHERE metric = %(metric)s
+WHERE metric = %(metric)s AND edge > least(frozen_before, closed_before)
 
 -- name: close_history
 -- Waits for the transactions that are storing readings; none that begins later stores one from before the edge.
@@ -215,6 +215,7 @@ FROM {aggregate}
 WHERE interval_start >= %(edge)s::timestamptz
 
 -- name: upsert_summary
+-- The last digits of a sum depend on the order of its rows, so an average that differs only there has not changed.
 INSERT INTO {summary} AS stored
     (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
 SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
@@ -223,9 +224,9 @@ WHERE interval_start >= %(start)s AND interval_start < %(end)s
 ON CONFLICT (sensor_id, interval_start) DO UPDATE
 SET interval_end = excluded.interval_end, {avg} = excluded.{avg}, {min} = excluded.{min}, {max} = excluded.{max},
     reading_count = excluded.reading_count
-WHERE (stored.interval_end, stored.{avg}, stored.{min}, stored.{max}, stored.reading_count)
-    IS DISTINCT FROM
-    (excluded.interval_end, excluded.{avg}, excluded.{min}, excluded.{max}, excluded.reading_count)
+WHERE (stored.interval_end, stored.{min}, stored.{max}, stored.reading_count)
+      IS DISTINCT FROM (excluded.interval_end, excluded.{min}, excluded.{max}, excluded.reading_count)
+   OR abs(stored.{avg} - excluded.{avg}) > 1e-12 * greatest(abs(stored.{avg}), abs(excluded.{avg}))
 
 -- name: delete_vanished
 DELETE FROM {summary} AS stored

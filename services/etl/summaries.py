@@ -60,14 +60,15 @@ class Summaries:
         """
         started = time.monotonic()
         queued = self._read_queue()
+        self._note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
         if queued is None:
             return 0
-        self._note_dropped_chunks()
-        windows = {metric: self._windows(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
+        intervals = {metric: self._widen(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
+        windows = {metric: join_nearest(pieces, MOST_WINDOWS) for metric, pieces in intervals.items()}
         for metric, wanted in windows.items():
             for start, end in wanted:
                 self.refresh(metric, start, end)
-            for start, end in self._windows(metric, queued.forced):
+            for start, end in join_nearest(self._widen(metric, queued.forced), MOST_WINDOWS):
                 self.refresh(metric, start, end, force=True)
         refreshed = time.monotonic()
         changed = 0
@@ -80,6 +81,7 @@ class Summaries:
             extra=fields(
                 queue_rows=len(queued.ids),
                 windows=sum(len(wanted) for wanted in windows.values()),
+                intervals=sum((end - start) // metric.width for metric in windows for start, end in intervals[metric]),
                 summary_rows_changed=changed,
                 oldest_s=round(queued.age.total_seconds(), 2),
                 refresh_s=round(refreshed - started, 3),
@@ -115,12 +117,12 @@ class Summaries:
         for metric in self._aggregates.current.values():
             self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
 
-    def _windows(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
+    def _widen(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
         row = self._connection.execute(
             SQL["widen"], {"metric": metric.name, "width": metric.width, "touched": touched}
         ).fetchone()
         assert row is not None
-        return join_nearest([(piece.lower, piece.upper) for piece in row[0]], MOST_WINDOWS)
+        return [(piece.lower, piece.upper) for piece in row[0]]
 
     def _mirror(self, metric: Metric, windows: Sequence[Window]) -> int:
         """Make the summary's rows in the windows equal to the aggregate's; returns how many changed."""
