@@ -21,7 +21,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,16 +101,17 @@ def main() -> int:
     woken, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker)
+    asked_to_stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the selector
 
     server = _start(order, lock)
-    threading.Thread(target=lambda: (server.wait(), os.write(waker, b"\0")), daemon=True).start()
     record = PidFile(ProcessRecord.of(os.getpid()), ProcessRecord.of(server.pid), order.port)
     record.write(Path(order.pid_path))
     with os.fdopen(1, "wb") as started:
         started.write(b"started\n")
-    _wait_for_an_end(server, woken)
+    _wait_for_an_end(server, woken, asked_to_stop)
     if server.poll() is not None:
         return 1  # It ended by itself: the pid file stays, and says "crashed".
     _stop(server, order.stop_timeout_s)
@@ -153,16 +153,16 @@ def _start(order: Order, lock: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _wait_for_an_end(server: subprocess.Popen[bytes], woken: int) -> None:
+def _wait_for_an_end(server: subprocess.Popen[bytes], woken: int, asked_to_stop: list[int]) -> None:
     """Return when the lifeline ends, a signal asks to stop, or the server ended."""
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
         selector.register(woken, selectors.EVENT_READ)
-        while True:
+        while server.poll() is None and not asked_to_stop:
             for key, _ in selector.select():
                 data = os.read(key.fd, 64)
                 if key.fd == woken:
-                    return
+                    continue
                 if b"detach" in data:
                     selector.unregister(0)
                 elif not data:

@@ -496,6 +496,16 @@ class TestCancel:
         holder.commit()
         assert value(waiting, "SELECT 3") == 3
 
+    def test_cancel_at_once_is_never_lost(self, server: TimescaleDB, connect: Connect) -> None:
+        """Also when the server has read the statement and not yet begun with it."""
+        for _ in range(30):
+            client, other = connect(), connect()
+            client.pgconn.send_query(b"SELECT pg_sleep(60)")
+            client.pgconn.flush()
+            client.close()
+            assert value(other, "SELECT 1") == 1
+            other.close()
+
     def test_wrong_key_cancels_nothing(self, server: TimescaleDB, connect: Connect) -> None:
         connection = connect()
         request = (

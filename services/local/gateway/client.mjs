@@ -391,6 +391,7 @@ export class Client {
     this.#readyLast = false; // a unit without Sync keeps the backend
     this.#cancelReason = null;
     if (this.#timeoutMs > 0) this.#timer = setTimeout(() => this.cancel(TIMED_OUT), this.#timeoutMs);
+    this.#hub.calm();
     this.#hub.postBytes({ type: 'unit', pid: this.pid, bytes, marks, usesUnnamed, parsesUnnamed });
     if (this.#unread < MOST_UNREAD_BYTES) this.#socket.resume();
   }

@@ -113,6 +113,11 @@ class Hub {
     if (client?.key === key) client.cancel();
   }
 
+  /** Forget an interrupt that came too late for the statement before. */
+  calm() {
+    Atomics.store(shared, 2, 0);
+  }
+
   /** Interrupt the running statement of `pid`: the inspector's evaluation happens in the statement's middle. */
   async interrupt(pid) {
     Atomics.store(shared, 2, pid);

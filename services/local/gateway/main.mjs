@@ -107,7 +107,6 @@ function sleep(seconds) {
     Atomics.wait(shared, 2, 0, left);
     if (Atomics.load(shared, 2) === sessions.current) engine.interrupt();
     engine.checkInterrupts();
-    if (Atomics.load(shared, 2) !== 0) Atomics.store(shared, 2, 0);
   }
   return 0;
 }
@@ -175,8 +174,8 @@ function unit({ pid, bytes, marks, usesUnnamed, parsesUnnamed }) {
   }
   if (usesUnnamed) sessions.restoreUnnamed(pid);
   if (marks) sessions.mark(pid, marks);
-  Atomics.store(shared, 2, 0);
   running = true;
+  if (Atomics.load(shared, 2) === pid) engine.interrupt(); // cancelled before it has begun
   engine.run(bytes, pull, emit);
   running = false;
   if (parsesUnnamed) sessions.parsedUnnamed(pid, parsesUnnamed);
