@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -39,9 +40,34 @@ def show_rows(total: int) -> Iterator[Callable[[int], None]]:
         RowsPerSecond(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda rows: progress.update(task, completed=rows)
+    bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+    terminal = sys.stderr
+    with bar:
+        _log_to(sys.stderr, instead_of=terminal)  # now the bar's own, which prints above the bar
+        try:
+            yield _Bar(bar, total).update
+        finally:
+            _log_to(terminal, instead_of=sys.stderr)
+
+
+def _log_to(stream: TextIO, instead_of: TextIO) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
+            handler.setStream(stream)
+
+
+class _Bar:
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=total)
+        self._rows: int | None = None
+
+    def update(self, rows: int) -> None:
+        if self._rows is None or rows < self._rows:  # rows of an earlier run, or an aborted transaction
+            self._progress.reset(self._task, completed=rows)
+        else:
+            self._progress.update(self._task, completed=rows)
+        self._rows = rows
 
 
 class _LogLines:

@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
-from services.core.reading import EARLIEST, EPOCH, LONGEST_SENSOR_ID
+from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID
 
-LATEST = datetime.max.replace(tzinfo=UTC)
 DEFAULT_SENSOR = "default"
 UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -87,13 +86,13 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
     """The messages of ``batch``, in its order, as services/core/reading.py defines them.
 
     Null and NaN are null, and a null field is left out. A row is skipped for the first reason that applies:
-    ``no_time``, ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1 to
-    9999), ``no_sensor``, ``bad_sensor`` (longer than 255 characters, or not UTF-8), ``not_finite`` (an
-    infinite value, which JSON cannot say), ``no_measurement`` (neither value).
+    ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1 to 9999),
+    ``no_time``, ``no_sensor``, ``bad_sensor`` (longer than 255 characters, or not UTF-8),
+    ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (neither value).
     """
     time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
-    temperature, hot = _numbers(_decoded(batch.column(columns.temperature)))
-    humidity, wet = _numbers(_decoded(batch.column(columns.humidity)))
+    temperature, far_temperature = _numbers(_decoded(batch.column(columns.temperature)))
+    humidity, far_humidity = _numbers(_decoded(batch.column(columns.humidity)))
     sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
     rows, skipped = _choose(
         ("bad_time", bad_time),
@@ -101,7 +100,7 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
         ("no_time", time.is_null()),
         ("no_sensor", sensor.missing),
         ("bad_sensor", sensor.bad),
-        ("not_finite", pc.or_(hot, wet)),
+        ("value_out_of_range", pc.or_(far_temperature, far_humidity)),
         ("no_measurement", pc.and_(temperature.is_null(), humidity.is_null())),
     )
     prefix, index = sensor.prefix, sensor.index
@@ -177,19 +176,20 @@ def _mask(rows: int) -> pa.Array:
 
 
 def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """The JSON text of each number (null for null and NaN), and where it is infinite.
+    """The JSON text of each number (null for null and NaN), and where it is further from 0 than is allowed.
 
-    Integers and decimals keep all their digits; floats of any width become doubles first, so that the text
-    says the value that is stored and not a shorter one that only a float of that width would read back.
+    Integers and decimals keep all their digits, and cannot be too large. Floats of any width become doubles
+    first, so that the text says the value that is stored and not a shorter one that only a float of that width
+    would read back.
     """
     if not pa.types.is_floating(column.type):
         return column.cast(pa.string()), _mask(len(column))
     doubles = column.cast(pa.float64())
-    infinite = pc.fill_null(pc.is_inf(doubles), False)
-    finite = pc.fill_null(pc.is_finite(doubles), False)
-    if finite.false_count:
-        doubles = pc.if_else(finite, doubles, pa.scalar(None, pa.float64()))
-    return doubles.cast(pa.string()), infinite
+    far = pc.fill_null(pc.greater(pc.abs(doubles), LARGEST_VALUE), False)
+    nan = pc.fill_null(pc.is_nan(doubles), False)
+    if nan.true_count:
+        doubles = pc.if_else(nan, pa.scalar(None, pa.float64()), doubles)
+    return doubles.cast(pa.string()), far
 
 
 # --- times -------------------------------------------------------------------------------------------------
@@ -213,7 +213,6 @@ def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
         per_second = UNITS_PER_SECOND[unit]
         numbers = column.cast(pa.int64())
         low, high = (_seconds(moment) * per_second for moment in (EARLIEST, LATEST))
-        high += per_second - 1
     if unit == "ns":
         far = _mask(len(column))  # 64 bits of nanoseconds reach from 1677 to 2262
     else:

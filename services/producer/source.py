@@ -27,6 +27,7 @@ BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole colu
 CHUNK_BYTES = 1024 * 1024
 LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
+SECRET = re.compile(r"://[^/@\s]+@")
 GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
@@ -121,6 +122,7 @@ class _Place:
     def of(cls, given: str) -> _Place:
         try:
             scheme, separator, rest = given.partition("://")
+            given = _masked(given)
             if not separator:
                 # Path.resolve() would follow links: which file a name stands for may change, the name stays.
                 path = os.path.abspath(Path(given).expanduser())  # noqa: PTH100
@@ -249,6 +251,11 @@ def _damage(place: _Place, path: str, error: Exception) -> str:
     return f"{url} is not a Parquet file ({size} bytes, begins with {start!r})"
 
 
+def _masked(text: str) -> str:
+    """``text`` without the keys that a URL may hold before an ``@``."""
+    return SECRET.sub("://***@", text)
+
+
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = _masked(" ".join(str(error).split()))
     return text if len(text) <= LONGEST_DETAIL else f"{text[:LONGEST_DETAIL]} ..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -42,7 +42,7 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False) -> int:
     with Publisher(settings, source.url, shutdown) as publisher, show_rows(source.rows) as show:
         job = _Job(settings, source, publisher, shutdown, topic, show)
         job.run(resend=resend)
-        job.report()
+    job.report()
     return 0
 
 
@@ -59,20 +59,23 @@ class _Job:
     committed: dict[str, Progress] = field(default_factory=dict)
     before: dict[str, Progress] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    rows: int = 0  # read until now, in this run and in those before it, committed or not
+    retries: Iterator[float] = field(default_factory=pauses)
 
     def run(self, *, resend: bool) -> None:
         """Go on from the last commit until all is sent, as often as it takes."""
-        retries = pauses()
+        expired = False
         while True:
             try:
+                if expired:
+                    self._check_not_replaced()
                 self._start(resend=resend)
                 resend = False
                 self._send_files()
             except TransactionAborted as error:
-                pause = next(retries)
+                expired = isinstance(error, TransactionExpired)
+                pause = next(self.retries)
                 log.warning("transaction_aborted", extra=fields(error=str(error), retry_s=round(pause, 2)))
-                if isinstance(error, TransactionExpired):
-                    self._check_not_replaced()
                 if self.shutdown.wait(pause):
                     return
             except Stopped as error:
@@ -89,6 +92,8 @@ class _Job:
             self.publisher.commit(fresh)
             known = {}
         self.committed = {key: known.get(key, progress) for key, progress in fresh.items()}
+        self.rows = sum(progress.rows for progress in self.committed.values())
+        self.show(self.rows)
         if not self.before:
             self.before = dict(self.committed)
 
@@ -109,7 +114,6 @@ class _Job:
     def _send_files(self) -> None:
         """Send what is not sent yet, committing as it goes; ends early when the service shall end."""
         waiting: dict[str, Progress] = {}
-        self.show(self._rows(waiting))
         for file in self.source.files:
             key = self._key(file)
             progress = self.committed[key]
@@ -118,7 +122,8 @@ class _Job:
             for messages in file.messages(progress.rows):
                 self.publisher.send(messages)
                 progress = waiting[key] = _advance(progress, messages, self.publisher.run)
-                self.show(self._rows(waiting))
+                self.rows += messages.rows
+                self.show(self.rows)
                 if self.shutdown.requested:
                     self._commit(waiting)
                     return
@@ -136,14 +141,14 @@ class _Job:
     def _commit(self, waiting: dict[str, Progress]) -> None:
         self.publisher.commit(waiting)
         self.committed.update(waiting)
-        log.debug("transaction_committed", extra=fields(rows=self._rows({}), files=len(waiting)))
+        self.retries = pauses()
+        log.debug("transaction_committed", extra=fields(rows=self.rows, files=len(waiting)))
         waiting.clear()
 
-    def _rows(self, waiting: dict[str, Progress]) -> int:
-        return sum(progress.rows for progress in (self.committed | waiting).values())
-
     def report(self) -> None:
-        """Say what this run did and where the source stands."""
+        """Say what this run did and where the source stands, if that was learnt."""
+        if not self.committed:
+            return
         seconds = time.monotonic() - self.started
         now, before = list(self.committed.values()), list(self.before.values())
         rows = sum(p.rows for p in now) - sum(p.rows for p in before)
