@@ -216,6 +216,7 @@ WHERE interval_start >= %(edge)s::timestamptz
 
 -- name: upsert_summary
 -- The last digits of a sum depend on the order of its rows, so an average that differs only there has not changed.
+-- The 1e-200 is for the server, to which a product below the smallest number is an error.
 INSERT INTO {summary} AS stored
     (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
 SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
@@ -226,7 +227,7 @@ SET interval_end = excluded.interval_end, {avg} = excluded.{avg}, {min} = exclud
     reading_count = excluded.reading_count
 WHERE (stored.interval_end, stored.{min}, stored.{max}, stored.reading_count)
       IS DISTINCT FROM (excluded.interval_end, excluded.{min}, excluded.{max}, excluded.reading_count)
-   OR abs(stored.{avg} - excluded.{avg}) > 1e-12 * greatest(abs(stored.{avg}), abs(excluded.{avg}))
+   OR abs(stored.{avg} - excluded.{avg}) > 1e-12 * greatest(abs(stored.{avg}), abs(excluded.{avg}), 1e-200)
 
 -- name: delete_vanished
 DELETE FROM {summary} AS stored
