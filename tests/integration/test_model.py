@@ -1,0 +1,670 @@
+"""Anything in any order: the pipeline and a model of it live through the same history and must never differ.
+
+Hypothesis draws readings (new, late, repeated, corrected, partial, malformed, far past, far future), refreshes,
+restarts, zombies, changes of intervals, retention, compression, chunks dropped by hand, rows changed by hand,
+reconciling, and etl runs that are cut off or interfered with between two statements. The services' own classes run
+in this process, against the real database, some steps through the real broker. tests/model.py knows what must
+come out.
+
+The draws are the same in every run (their times lie around the present day). ``MODEL_EXAMPLES=500 MODEL_STEPS=40``
+makes a longer run with draws of its own. A failure prints its steps, and a blob that repeats it; ``MODEL_SHRINK=1``
+looks for fewer steps that fail too, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+from psycopg.types.multirange import Multirange
+
+from services.consumer.sink import PartitionsLostError, Sink
+from services.consumer.worker import Worker
+from services.core.config import Settings
+from services.core.database import connect, connection_arguments
+from services.core.errors import MalformedMessage
+from services.core.kafka import headers_of
+from services.core.reading import Decoder, Reading
+from services.core.shutdown import Shutdown
+from services.etl.reconcile import reconcile
+from services.etl.worker import Leader, try_lead
+from tests.fix_services import publish, read_topic, wait_until
+from tests.fix_stack import empty
+from tests.model import (
+    CHUNK,
+    METRICS,
+    NEVER,
+    Key,
+    Model,
+    Row,
+    Rows,
+    Stage,
+    ceil,
+    chunk_of,
+    differing,
+    floor,
+    minute_of,
+)
+
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "0"))
+SHRINK = "MODEL_SHRINK" in os.environ
+STEPS = int(os.environ.get("MODEL_STEPS", "20"))
+NOW = datetime.now(UTC).replace(second=0, microsecond=0)
+PARTITIONS = (0, 1, 2)
+MINUTES = (10, 15, 7, 60)
+MINUTE = timedelta(minutes=1)
+DAY = timedelta(days=1)
+
+# Ages in days whose limit is not near a chunk's end, so that no clock can decide between two outcomes.
+AGES = [days for days in range(6, 33) if DAY < NOW - days * DAY - chunk_of(NOW - days * DAY) < CHUNK - DAY]
+ANCHORS = [
+    *(chunk_of(NOW) - weeks * CHUNK for weeks in range(6)),
+    NOW - timedelta(hours=5),
+    NOW + timedelta(hours=20),  # a fast clock, but not too fast
+    chunk_of(NOW - 70 * DAY),
+]
+OFFSETS = [timedelta(minutes=at) for at in (0, 1, 7, 9, 10, 14, 15, 59, 60, 69, 70, 104, 105)]
+
+MALFORMED = {
+    b"": "empty",
+    b"not json": "invalid_json",
+    b'{"sensor_id":"a"}': "invalid_reading",
+    b'{"sensor_id":"","time":"2024-03-01T00:00:00Z","temperature":1}': "invalid_reading",
+    b'{"sensor_id":"a","time":"2024-03-01T00:00:00Z"}': "no_measurement",
+    b'{"sensor_id":"a","time":"0001-01-01T00:00:00Z","humidity":1}': "time_out_of_range",
+    b'{"sensor_id":"a","time":"2999-01-01T00:00:00Z","humidity":1}': "future_time",
+    b'{"sensor_id":"a","time":"2024-03-01T00:00:00Z","temperature":1e300}': "invalid_reading",
+}
+UNSTORABLE = "a\0b"
+
+numbers = st.sampled_from([0.0, -40.0, 20.25, 20.3, 21.0, 1e90, 5e-324])
+times = st.builds(
+    lambda anchor, offset, sign, late: anchor + sign * (offset + late),
+    st.sampled_from(ANCHORS),
+    st.sampled_from(OFFSETS),
+    st.sampled_from([1, 1, -1]),
+    st.sampled_from([timedelta(0), timedelta(0), timedelta(microseconds=1), timedelta(seconds=30)]),
+)
+readings = st.builds(
+    lambda sensor, time, values: Reading(sensor, time, *values),
+    st.sampled_from("aaabbc"),
+    times,
+    st.one_of(st.tuples(numbers, numbers), st.tuples(numbers, st.none()), st.tuples(st.none(), numbers)),
+)
+bursts = st.builds(  # one sensor, readings a few minutes apart
+    lambda sensor, start, step, values: [
+        Reading(sensor, start + at * step, value, None if at % 3 else value) for at, value in enumerate(values)
+    ],
+    st.sampled_from("ab"),
+    times,
+    st.sampled_from([timedelta(minutes=1), timedelta(minutes=4), timedelta(minutes=25)]),
+    st.lists(numbers, min_size=2, max_size=6),
+)
+broken = st.one_of(
+    st.sampled_from(sorted(MALFORMED)),
+    st.builds(lambda time: encode(Reading(UNSTORABLE, time, 1.0)), times),
+)
+batches = st.builds(
+    lambda drawn, burst, bad: shuffled([encode(reading) for reading in [*drawn, *burst]], bad),
+    st.lists(readings, min_size=1, max_size=6),
+    st.one_of(st.just([]), bursts),
+    st.lists(broken, max_size=2),
+)
+
+
+def encode(reading: Reading) -> bytes:
+    """The message of a reading; a field that is None is left out or null."""
+    fields: dict[str, object] = {"sensor_id": reading.sensor_id, "time": reading.time.isoformat()}
+    fields["temperature"] = reading.temperature
+    if reading.humidity is not None:
+        fields["humidity"] = reading.humidity
+    return json.dumps(fields).encode()
+
+
+def shuffled(good: list[bytes], bad: list[bytes]) -> list[bytes]:
+    """The bad messages between the good ones."""
+    middle = len(good) // 2
+    return [*good[:middle], *bad, *good[middle:]]
+
+
+class Leading(psycopg.Connection[Any]):
+    """A connection that can be cut, or let others write, just before a statement."""
+
+    statements_left: int | None = None
+    then: Callable[[], None] | None = None
+
+    def execute(self, *arguments: Any, **options: Any) -> psycopg.Cursor[Any]:
+        """Run a statement, unless this is the moment; one that others use is never inside a transaction."""
+        if self.statements_left is not None:
+            self.statements_left -= 1
+            then = self.then
+            if self.statements_left < 0 and (then is None or self.info.transaction_status == TransactionStatus.IDLE):
+                self.statements_left = self.then = None
+                if then is None:
+                    self.close()
+                else:
+                    then()
+        return super().execute(*arguments, **options)
+
+
+@dataclass
+class Etl:
+    """The leader of now and its connection."""
+
+    connection: Leading
+    leader: Leader | None = None
+    is_due: bool = True  # retention and compression run once in ten minutes
+
+
+class Pipeline(RuleBasedStateMachine):
+    """The rules are what can happen, the invariants are what is promised."""
+
+    def __init__(self, servers: Settings, database: psycopg.Connection) -> None:
+        super().__init__()
+        empty(database)
+        self.database = database
+        self.settings = servers
+        self.model = Model()
+        self.etl: Etl | None = None
+        self.zombie: Sink | None = None
+        self.named: set[datetime] = set()  # minutes that accepted readings were of, since the last refresh
+        self.changed: set[datetime] = set()  # those of them in which something changed
+        self.is_all_queued = False
+        self.is_drop_unseen = False
+        self.last: list[bytes] = []
+        self.letters: Counter[str] = Counter()
+        self.dead_before: int | None = None
+        self.sink = self.new_sink()
+
+    def teardown(self) -> None:
+        self.stop_etl()
+        for sink in (self.sink, self.zombie):
+            if sink is not None:
+                sink.close()
+
+    # What can happen: readings ---------------------------------------------------------------------------
+
+    @initialize(batch=batches, temperature=st.sampled_from(MINUTES), humidity=st.sampled_from(MINUTES))
+    def begin(self, batch: list[bytes], temperature: int, humidity: int) -> None:
+        self.configure({"temperature_interval": temperature, "humidity_interval": humidity})
+        self.write(batch)
+
+    @rule(batch=batches)
+    def store(self, batch: list[bytes]) -> None:
+        self.write(batch)
+
+    @rule()
+    def store_again(self) -> None:
+        self.write(self.last)
+
+    @rule()
+    def restart_consumer(self) -> None:
+        if self.zombie is not None:
+            self.zombie.close()
+        self.zombie, self.sink = self.sink, self.new_sink()
+
+    @precondition(lambda self: self.zombie is not None)
+    @rule(reading=readings)
+    def wake_zombie(self, reading: Reading) -> None:
+        assert self.zombie is not None
+        with pytest.raises(PartitionsLostError):
+            self.zombie.write([reading], [1])
+
+    @precondition(lambda self: self.dead_before is None)
+    @rule(batch=batches, is_rare=st.sampled_from([False, False, False, True]))
+    def go_through_kafka(self, batch: list[bytes], is_rare: bool) -> None:
+        if not is_rare:  # it takes as long as fifty other steps
+            self.write(batch)
+            return
+        self.dead_before = len(read_topic(self.settings, self.settings.dead_letter_topic))
+        publish(self.settings, batch, partition=1)
+        totals = Worker(self.settings, Shutdown(), until_caught_up=True).run()
+        expected = self.expect(batch)
+        assert totals.inserted + totals.updated + totals.unchanged + totals.dead_letters.total() == len(batch)
+        assert totals.inserted == expected["inserted"]
+        assert totals.dead_letters == expected["dead"]
+        letters = read_topic(self.settings, self.settings.dead_letter_topic)[self.dead_before :]
+        found = Counter((dict(headers_of(letter))["sensor_pipeline.reason"] or b"").decode() for letter in letters)
+        assert found == totals.dead_letters
+        self.restart_consumer()
+        assert self.zombie is not None
+        with pytest.raises(PartitionsLostError):
+            self.zombie.write([Reading("a", NOW, 1.0)], [1])
+
+    # What can happen: etl --------------------------------------------------------------------------------
+
+    @rule()
+    def refresh(self) -> None:
+        self.run_etl()
+
+    @rule(batch=batches)
+    def store_and_refresh(self, batch: list[bytes]) -> None:
+        self.write(batch)
+        self.run_etl()
+
+    @rule(temperature=st.sampled_from(MINUTES), humidity=st.sampled_from(MINUTES))
+    def change_intervals(self, temperature: int, humidity: int) -> None:
+        self.configure({"temperature_interval": temperature, "humidity_interval": humidity})
+        self.run_etl()
+
+    @rule(days=st.sampled_from([0, *AGES]), compress=st.sampled_from([0, 0, 8, 15]))
+    def change_retention(self, days: int, compress: int) -> None:
+        self.configure({"raw_retention_days": days, "compress_after_days": compress})
+        self.run_etl()
+
+    @rule(after=st.integers(0, 60), restart=st.booleans(), minutes=st.none() | st.sampled_from(MINUTES))
+    def cut_etl(self, after: int, restart: bool, minutes: int | None) -> None:
+        if restart:
+            self.stop_etl()
+        if minutes is not None:
+            self.configure({"temperature_interval": minutes})
+        self.run_etl(after)
+
+    @rule(after=st.integers(0, 60), batch=batches, minutes=st.none() | st.sampled_from(MINUTES))
+    def store_while_etl_runs(self, after: int, batch: list[bytes], minutes: int | None) -> None:
+        if minutes is not None:
+            self.configure({"humidity_interval": minutes})
+        self.run_etl(after, batch)
+
+    @rule()
+    def reconcile(self) -> None:
+        if self.is_drop_unseen or self.etl is None or self.etl.leader is None:
+            self.run_etl()
+        assert self.etl is not None
+        assert self.etl.leader is not None
+        queued = self.queue()
+        wanted = {}
+        for metric in METRICS:
+            state = self.model.summaries[metric]
+            assert state.minutes is not None
+            stored = {key: row for key, row in self.summary(metric).items() if key[1] >= state.frozen}
+            differ = differing(stored, self.model.recomputed(metric))
+            wanted[metric] = sum(not overlaps(queued, start, start + state.minutes * MINUTE) for _, start in differ)
+        self.note_refresh()
+        found = reconcile(self.etl.connection, self.etl.leader.summaries, Shutdown())
+        assert found == wanted
+        self.end_refresh()
+        for state in self.model.summaries.values():
+            state.suspect.clear()
+        assert reconcile(self.etl.connection, self.etl.leader.summaries, Shutdown()) == dict.fromkeys(METRICS, 0)
+
+    # What can happen: by hand ----------------------------------------------------------------------------
+
+    @rule(weeks=st.integers(1, 12))
+    def drop_chunks_by_hand(self, weeks: int) -> None:
+        limit = chunk_of(NOW) - weeks * CHUNK
+        gone = {start for start in self.chunks() if start + CHUNK <= limit}
+        seen = {row[0] for row in self.database.execute("SELECT range_start FROM raw_chunk WHERE dropped_at IS NULL")}
+        for metric, state in self.model.summaries.items():
+            if gone & seen and state.minutes is not None:
+                edge = ceil(max(gone & seen) + CHUNK, state.minutes)
+                self.model.freeze(metric, edge, self.summary(metric))
+                state.suspect = {key for key in state.suspect if key[1] >= edge}
+                self.is_drop_unseen = True
+        self.database.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (limit,))
+        self.model.forget(gone)
+        assert not gone & self.chunks()
+
+    @precondition(lambda self: self.model.rows)
+    @rule(data=st.data(), change=st.sampled_from(["UPDATE", "DELETE"]))
+    def change_a_reading_by_hand(self, data: st.DataObject, change: str) -> None:
+        sensor, time = data.draw(st.sampled_from(sorted(self.model.rows)))
+        where = "WHERE sensor_id = %s AND time = %s"
+        if change == "UPDATE":
+            self.database.execute(f"UPDATE sensor_data SET temperature = 77, humidity = NULL {where}", (sensor, time))
+            self.model.rows[sensor, time] = (77.0, None)
+        else:
+            self.database.execute(f"DELETE FROM sensor_data {where}", (sensor, time))
+            del self.model.rows[sensor, time]
+        for metric, state in self.model.summaries.items():
+            if state.minutes is not None and floor(time, state.minutes) >= state.frozen:
+                self.model.summaries[metric].suspect.add((sensor, floor(time, state.minutes)))
+
+    @precondition(lambda self: self.open_rows())
+    @rule(
+        data=st.data(),
+        damage=st.sampled_from(["average", "end", "count", "delete", "sensor", "start"]),
+    )
+    def damage_a_summary_row(self, data: st.DataObject, damage: str) -> None:
+        metric, (sensor, start) = data.draw(st.sampled_from(self.open_rows()))
+        table = f"{metric}_summary"
+        statement = {
+            "average": f"UPDATE {table} SET avg_{metric} = avg_{metric} * 2 + 1",
+            "end": f"UPDATE {table} SET interval_end = interval_end + interval '1 minute'",
+            "count": f"UPDATE {table} SET reading_count = reading_count + 1",
+            "delete": f"DELETE FROM {table}",
+            "sensor": f"UPDATE {table} SET sensor_id = 'ghost'",
+            "start": f"UPDATE {table} SET interval_start = interval_start + interval '1 minute'",
+        }[damage]
+        keys = {(sensor, start)}
+        if damage == "sensor":
+            keys.add(("ghost", start))
+        elif damage == "start":
+            keys.add((sensor, start + MINUTE))
+        if (keys - {(sensor, start)}) & self.summary(metric).keys():
+            return
+        self.database.execute(f"{statement} WHERE sensor_id = %s AND interval_start = %s", (sensor, start))
+        self.model.summaries[metric].suspect |= keys
+
+    # What is promised ------------------------------------------------------------------------------------
+
+    @invariant()
+    def readings_are_stored_once(self) -> None:
+        found = {
+            (sensor, time): (temperature, humidity)
+            for sensor, time, temperature, humidity in self.database.execute(
+                "SELECT sensor_id, time, temperature, humidity FROM sensor_data"
+            )
+        }
+        assert found == self.model.rows
+
+    @invariant()
+    def what_changed_is_queued_and_nothing_else(self) -> None:
+        queued = self.queue()
+        missing = {minute for minute in self.changed if not overlaps(queued, minute, minute + MINUTE)}
+        assert not missing, f"changed, but not queued: {sorted(missing)}"
+        if not self.is_all_queued:
+            length = sum(((piece.upper or NOW) - (piece.lower or NOW) for piece in queued), timedelta(0))
+            named = sum(overlaps(queued, minute, minute + MINUTE) for minute in self.named)
+            assert length == named * MINUTE, f"queued, but no reading came: {queued}"
+
+    @invariant()
+    def summaries_are_right_where_nothing_is_queued(self) -> None:
+        queued = self.queue()
+        for metric, state in self.model.summaries.items():
+            stored, wanted = self.summary(metric), self.model.expected(metric)
+            width = (state.minutes or 1) * MINUTE
+            wrong = {
+                key: (stored.get(key), wanted.get(key))
+                for key in differing(stored, wanted) - state.suspect
+                if key[1] < state.frozen or not overlaps(queued, key[1], key[1] + width)
+            }
+            assert not wrong, f"{metric}_summary: stored and wanted {wrong}"
+            assert not overlapping(stored, state.suspect)
+
+    @invariant()
+    def live_views_are_right(self) -> None:
+        queued = self.queue()
+        for metric, state in self.model.summaries.items():
+            stored, live, wanted = self.summary(metric), self.summary(metric, "_live"), self.model.expected(metric)
+            frozen = self.stage(metric).frozen
+            newest = self.model.refreshed_to
+            for key in differing(live, wanted) - state.suspect:
+                start, end = key[1], key[1] + (state.minutes or 1) * MINUTE
+                if state.minutes is None or start < frozen:
+                    assert live.get(key) == stored.get(key), f"{metric}_summary_live {key}"
+                elif start >= state.frozen:
+                    assert overlaps(queued, start, end), f"{metric}_summary_live {key}: {live.get(key)}"
+                    assert start <= newest, f"{metric}_summary_live {key}: the newest readings are not in it"
+
+    # How the steps are done ------------------------------------------------------------------------------
+
+    def new_sink(self) -> Sink:
+        sink = Sink(self.settings)
+        sink.claim(PARTITIONS)
+        return sink
+
+    def configure(self, update: dict[str, int]) -> None:
+        """New settings; etl takes them at its next start."""
+        self.stop_etl()
+        self.settings = self.settings.model_copy(update=update)
+
+    def write(self, batch: list[bytes]) -> None:
+        """Decode and store a batch as the consumer does."""
+        self.last = batch
+        decoder, found = self.decoder(), []
+        dead: Counter[str] = Counter()
+        for value in batch:
+            try:
+                found.append(decoder.decode(value))
+            except MalformedMessage as error:
+                dead[error.reason] += 1
+        closed = self.closed()
+        result = self.sink.write(found, PARTITIONS)
+        dead.update(refused.reason for refused in result.refused)
+        expected = self.expect(batch, closed)
+        assert result.inserted + result.updated + result.unchanged + len(result.refused) == len(found)
+        assert result.inserted == expected["inserted"]
+        assert dead == expected["dead"]
+
+    def decoder(self) -> Decoder:
+        days = self.settings.raw_retention_days
+        decoder = Decoder(
+            max_bytes=self.settings.max_message_bytes,
+            max_future=timedelta(seconds=self.settings.max_future_seconds),
+            max_age=timedelta(days=days) if days else None,
+        )
+        decoder.set_clock(NOW)
+        return decoder
+
+    def expect(self, batch: list[bytes], closed: datetime | None = None) -> dict[str, Any]:
+        """Store a batch in the model; how many readings are new, and why messages are dead letters."""
+        closed = self.closed() if closed is None else closed
+        days = self.settings.raw_retention_days
+        oldest = NOW - timedelta(days=days) if days else NEVER
+        kinds: Counter[str] = Counter()
+        dead: Counter[str] = Counter()
+        for value in batch:
+            reason = MALFORMED.get(value)
+            if reason is None:
+                fields = json.loads(value)
+                time = datetime.fromisoformat(fields["time"])
+                if time < max(oldest, closed):
+                    reason = "too_late"
+                elif fields["sensor_id"] == UNSTORABLE:
+                    reason = "refused_by_database"
+            if reason is not None:
+                dead[reason] += 1
+                continue
+            kind = self.model.store(fields["sensor_id"], time, fields["temperature"], fields.get("humidity"))
+            kinds[kind] += 1
+            self.named.add(minute_of(time))
+            if kind != "unchanged":
+                self.changed.add(minute_of(time))
+        return {"inserted": kinds["inserted"], "dead": dead}
+
+    def stop_etl(self) -> None:
+        if self.etl is not None:
+            self.etl.connection.close()
+            self.etl = None
+
+    def start_etl(self) -> Etl:
+        connection = Leading.connect(
+            **connection_arguments(self.settings),
+            autocommit=True,
+            prepare_threshold=None,
+            options="-c timezone=UTC",
+        )
+        wait_until(lambda: try_lead(connection), "the leader before has gone")
+        return Etl(connection)
+
+    def run_etl(self, after: int | None = None, batch: list[bytes] | None = None) -> None:
+        """One run to the end; or cut after some statements; or, with a batch, stored into at that moment."""
+        before = {metric: self.stage(metric) for metric in METRICS}
+        self.etl = self.etl or self.start_etl()
+        etl = self.etl
+        etl.connection.statements_left = after
+        etl.connection.then = None if batch is None else lambda: self.write(batch)
+        self.note_refresh()
+        chunks = self.chunks()
+        is_cut = False
+        try:
+            etl.leader = etl.leader or Leader(etl.connection, self.settings)
+            etl.leader.run_once()
+        except psycopg.OperationalError:
+            if not etl.connection.closed:
+                raise
+            is_cut = True
+            self.stop_etl()
+        is_interfered = batch is not None and etl.connection.statements_left is None
+        etl.connection.statements_left = etl.connection.then = None
+        self.follow(before, chunks, etl, is_cut=is_cut)
+        etl.is_due = False
+        if not is_cut:
+            self.is_drop_unseen = False
+        if is_cut:
+            self.is_all_queued = True
+        elif is_interfered:  # of what was stored meanwhile, some waits for the next run
+            queued = self.queue()
+            self.changed = {minute for minute in self.changed if overlaps(queued, minute, minute + MINUTE)}
+        else:
+            self.end_refresh()
+
+    def note_refresh(self) -> None:
+        """From now on something may be refreshed up to the newest reading."""
+        times = [self.model.refreshed_to, *self.named, *(time for _, time in self.model.rows)]
+        for state in self.model.summaries.values():
+            times += [start for _, start in state.suspect]
+        self.model.refreshed_to = max(times) + timedelta(minutes=0)
+
+    def end_refresh(self) -> None:
+        """A run has come to its end: nothing waits, nothing is left behind."""
+        self.note_refresh()
+        assert not self.queue()
+        self.named.clear()
+        self.changed.clear()
+        self.is_all_queued = False
+        aggregates = self.database.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates")
+        wanted = {f"{metric}_{state.minutes}min" for metric, state in self.model.summaries.items()}
+        assert {name for (name,) in aggregates} == wanted
+        seen = {row[0] for row in self.database.execute("SELECT range_start FROM raw_chunk WHERE dropped_at IS NULL")}
+        assert self.chunks() <= seen
+        for metric, state in self.model.summaries.items():  # what the run has repaired by the way
+            differ = differing(self.summary(metric), self.model.expected(metric))
+            assert differ <= state.suspect, f"{metric}_summary after a refresh: {differ}"
+            state.suspect &= differ
+
+    def follow(self, before: dict[str, Stage], chunks: set[datetime], etl: Etl, *, is_cut: bool) -> None:
+        """Take the model where etl has gone, if it may have gone there; to its end, if it was not cut."""
+        gone = chunks - self.chunks()
+        days = self.settings.raw_retention_days
+        limit = NOW - timedelta(days=days)
+        expired = {start for start in chunks if days and etl.is_due and start + CHUNK <= limit}
+        assert gone <= expired
+        assert is_cut or gone == expired
+        for metric, state in self.model.summaries.items():
+            target = int(getattr(self.settings, f"{metric}_interval"))
+            stages = self.model.stages(metric, target, expired)
+            found = self.stage(metric)
+            if is_cut:
+                assert found.minutes in {before[metric].minutes, *(stage.minutes for stage in stages)}
+                assert found.closed in {before[metric].closed, *(stage.closed for stage in stages)}
+                assert found.frozen in {before[metric].frozen, *(stage.frozen for stage in stages)}
+            else:
+                assert found == stages[-1], f"{metric}: {[before[metric], *stages]}"
+            self.model.advance(metric, found, self.model.edge(metric, target))
+            stored = self.summary(metric)
+            for key in [key for key in state.suspect if key[1] < state.frozen]:  # frozen as it is
+                state.suspect.discard(key)
+                state.kept.pop(key, None)
+                if key in stored:
+                    state.kept[key] = stored[key]
+        assert all(start + CHUNK <= state.frozen for state in self.model.summaries.values() for start in gone)
+        self.model.forget(gone)
+
+    # What the database has -------------------------------------------------------------------------------
+
+    def chunks(self) -> set[datetime]:
+        return {
+            row[0]
+            for row in self.database.execute(
+                "SELECT range_start FROM timescaledb_information.chunks"
+                " WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'"
+            )
+        }
+
+    def closed(self) -> datetime:
+        """How far back the database says that history is closed."""
+        return max(self.stage(metric).closed for metric in METRICS)
+
+    def stage(self, metric: str) -> Stage:
+        row = self.database.execute(
+            "SELECT extract(epoch FROM width)::int / 60, CASE WHEN isfinite(closed_before) THEN closed_before END,"
+            " CASE WHEN isfinite(frozen_before) THEN frozen_before END FROM summary_state WHERE metric = %s",
+            (metric,),
+        ).fetchone()
+        return Stage(None) if row is None else Stage(row[0], row[1] or NEVER, row[2] or NEVER)
+
+    def queue(self) -> Multirange[datetime]:
+        row = self.database.execute("SELECT range_agg(touched) FROM summary_refresh_queue").fetchone()
+        assert row is not None
+        return row[0] or Multirange()
+
+    def summary(self, metric: str, suffix: str = "") -> Rows:
+        query = sql.SQL("SELECT sensor_id, interval_start, interval_end, {}, {}, {}, reading_count FROM {}").format(
+            *(sql.Identifier(f"{function}_{metric}") for function in ("avg", "min", "max")),
+            sql.Identifier(f"{metric}_summary{suffix}"),
+        )
+        found = self.database.execute(query).fetchall()
+        rows: Rows = {(row[0], row[1]): row_of(row[2:]) for row in found}
+        assert len(rows) == len(found), f"an interval twice in {metric}_summary{suffix}"
+        return rows
+
+    def open_rows(self) -> list[tuple[str, Key]]:
+        """The summary rows that are not frozen."""
+        return [
+            (metric, key)
+            for metric, state in self.model.summaries.items()
+            for key in sorted(self.summary(metric))
+            if key[1] >= state.frozen
+        ]
+
+
+def row_of(values: tuple[Any, ...]) -> Row:
+    """The values of a summary row."""
+    end, average, least, greatest, count = values
+    return end, average, least, greatest, count
+
+
+def overlaps(ranges: Multirange[datetime], start: datetime, end: datetime) -> bool:
+    """Whether one of the ranges [lower, upper) has a part of [start, end)."""
+    return any((piece.lower or NEVER) < end and start < (piece.upper or NEVER) for piece in ranges)
+
+
+def overlapping(rows: Rows, except_for: Iterable[Key]) -> list[tuple[Key, Key]]:
+    """Pairs of one sensor's rows that share some time."""
+    keys = sorted(rows.keys() - set(except_for))
+    return [(first, second) for first, second in pairwise(keys) if first[0] == second[0] and rows[first][0] > second[1]]
+
+
+def test_the_pipeline_does_what_the_model_says(settings: Settings) -> None:
+    with connect(settings) as database:
+
+        class Here(Pipeline):
+            def __init__(self) -> None:
+                super().__init__(settings, database)
+
+        run_state_machine_as_test(
+            Here,
+            settings=hypothesis_settings(
+                max_examples=EXAMPLES or 25,
+                stateful_step_count=STEPS,
+                derandomize=not EXAMPLES,
+                deadline=None,
+                database=None,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
+                phases=(Phase.generate, Phase.shrink) if SHRINK else (Phase.generate,),
+            ),
+        )
