@@ -24,7 +24,6 @@ from services.producer.encoding import Columns, Messages, encode_batch
 
 BATCH_ROWS = 20_000
 BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
-CHUNK_BYTES = 1024 * 1024
 LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
 SECRET = re.compile(r"://[^/@\s]+@")
