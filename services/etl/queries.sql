@@ -145,8 +145,9 @@ INSERT INTO summary_refresh_queue (touched)
 SELECT tstzmultirange(tstzrange(min(time), max(time) + interval '1 microsecond')) FROM sensor_data HAVING count(*) > 0
 
 -- name: history
--- The whole intervals that hold all there is from the edge on, which is where an interval begins.
-SELECT greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz),
+-- The whole intervals that hold all there is from the edge on, which is where an interval begins. Without
+-- readings nothing: greatest() takes no notice of NULL.
+SELECT CASE WHEN min(time) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz) END,
        time_bucket(%(width)s, max(time)) + %(width)s
 FROM sensor_data
 
