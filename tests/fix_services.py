@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
 from services.core.config import Settings
 from services.core.kafka import client_settings
@@ -176,9 +176,11 @@ def read_topic(settings: Settings, topic: str) -> list[Message]:
         received = consumer.poll(1)
         if received is None:
             continue
-        if received.error() is None:
+        error = received.error()
+        if error is None:
             found.append(received)
         else:
+            assert error.code() == KafkaError._PARTITION_EOF, error.str()
             at_end += 1
     consumer.close()
     return sorted(found, key=lambda item: (item.partition() or 0, item.offset() or 0))

@@ -6,7 +6,6 @@ Every field's description is what a user is told when the value is wrong, and wh
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError
@@ -115,12 +114,12 @@ class Settings(BaseSettings):
         "auto", description="text, json, or auto: text on a terminal, json elsewhere"
     )
 
-    @cached_property
+    @property
     def dead_letter_topic(self) -> str:
         """Where messages go that are not readings."""
         return f"{self.kafka_topic}.dlq"
 
-    @cached_property
+    @property
     def bootstrap_servers(self) -> str:
         """``host:port`` of the broker, as librdkafka takes it."""
         return f"{self.kafka_host}:{self.kafka_port}"

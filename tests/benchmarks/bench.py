@@ -160,7 +160,8 @@ class Bench:
         """Rows a second of the loop that tutorials show: poll, json.loads, executemany of 1,000, commit."""
         self.truncate()
         consumer = Consumer(
-            client_settings(settings, "peer") | {"group.id": f"g{time.time_ns()}", "auto.offset.reset": "earliest"}
+            client_settings(settings, "peer")
+            | {"group.id": f"g{time.time_ns()}", "auto.offset.reset": "earliest", "enable.auto.commit": False}
         )
         consumer.subscribe([settings.kafka_topic])
         first = None
