@@ -36,13 +36,13 @@ def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIE
 
 
 class Service:
-    """One ``sensor-pipeline`` process with its log lines."""
+    """One ``sensor-pipeline`` process with its log lines; ``module`` may be one that wraps the command line."""
 
-    def __init__(self, settings: Settings, *arguments: str, log_path: Path) -> None:
+    def __init__(self, settings: Settings, *arguments: str, log_path: Path, module: str = "services.cli") -> None:
         self.log_path = log_path
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env=os.environ | as_environment(settings),
                 stdin=subprocess.DEVNULL,
@@ -94,9 +94,9 @@ def start(tmp_path: Path, settings: Settings) -> Iterator[StartService]:
     """Starts services of this test; all are killed at its end. ``start("consume", settings=...)``."""
     services: list[Service] = []
 
-    def start_one(*arguments: str, settings: Settings = settings) -> Service:
-        log_path = tmp_path / f"{arguments[0]}-{len(services)}.log"
-        services.append(Service(settings, *arguments, log_path=log_path))
+    def start_one(*arguments: str, settings: Settings = settings, module: str = "services.cli") -> Service:
+        log_path = tmp_path / f"{module.rpartition('.')[2]}-{arguments[-1].lstrip('-')}-{len(services)}.log"
+        services.append(Service(settings, *arguments, log_path=log_path, module=module))
         return services[-1]
 
     yield start_one

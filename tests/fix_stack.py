@@ -113,17 +113,29 @@ def as_environment(settings: Settings) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Settings of running servers whose database is migrated to head."""
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack | None]:
+    """The running local stack of this session; None when the environment names servers."""
     if is_native():
-        settings = native_settings()
-        upgrade(settings)
-        yield settings
+        yield None
         return
     with make_stack(tmp_path_factory.mktemp("stack")) as stack:
-        settings = stack_settings(stack)
-        upgrade(settings)
-        yield settings
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def servers(stack: Stack | None) -> Settings:
+    """Settings of running servers whose database is migrated to head."""
+    settings = native_settings() if stack is None else stack_settings(stack)
+    upgrade(settings)
+    return settings
+
+
+@pytest.fixture
+def own_stack(stack: Stack | None) -> Stack:
+    """The local stack, for a test that kills servers; servers of yours are left alone."""
+    if stack is None:
+        pytest.skip("the servers that TEST_* name are not killed")
+    return stack
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""The real command line, but the process harms itself at the n-th call of a step of the commit order.
+
+    python -m tests.crash_runner '{"step": "transaction", "when": "before", "call": 2}' consume
+
+Nothing is replaced: the real function is called before or after the signal. ``librdkafka`` overrides settings of
+the consumer, for time-outs that a test cannot wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from services import cli
+from services.consumer import worker
+from services.consumer.dead_letter import DeadLetterTopic
+from services.consumer.sink import Sink
+from services.consumer.worker import Worker
+from services.consumer.writer import Stored
+from services.core import backoff
+from services.core.config import Settings
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens when. ``until`` names a file: the thread then waits for it instead of a signal."""
+
+    step: str = ""
+    when: str = "before"
+    call: int = 1
+    signal: str = "SIGKILL"
+    until: str = ""
+    librdkafka: dict[str, int] = field(default_factory=dict)
+    hand_over_within_s: float = worker.HAND_OVER_WITHIN_S
+    most_doubtful_tries: int = backoff.MOST_DOUBTFUL_TRIES
+
+    def strike(self) -> None:
+        """Harm this process."""
+        if self.until:
+            pause = threading.Event()
+            while not Path(self.until).exists():
+                pause.wait(0.05)
+        else:
+            # To this thread: with a signal to the process another thread might be stopped first, and we go on.
+            signal.pthread_kill(threading.get_ident(), signal.Signals[self.signal])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A function of the commit order, and which of its calls count."""
+
+    owner: Any
+    name: str
+    counts: Callable[[Arguments], bool] = lambda _: True
+
+
+STEPS = {
+    "claim": Step(Sink, "claim"),
+    "confirm": Step(Worker, "_confirm_claim"),
+    "write": Step(Sink, "write"),
+    "transaction": Step(psycopg.Transaction, "__exit__"),
+    "letters": Step(DeadLetterTopic, "send", lambda arguments: len(arguments[1]) > 0),
+    "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[1], Stored)),
+}
+
+
+def wrap(plan: Plan) -> None:
+    """Put the plan around its step."""
+    step = STEPS[plan.step]
+    real = getattr(step.owner, step.name)
+    calls = 0
+
+    def wrapped(*arguments: Any) -> Any:
+        nonlocal calls
+        due = False
+        if step.counts(arguments):
+            calls += 1
+            due = calls == plan.call
+        if due and plan.when == "before":
+            plan.strike()
+        result = real(*arguments)
+        if due and plan.when == "after":
+            plan.strike()
+        return result
+
+    setattr(step.owner, step.name, wrapped)
+
+
+def main() -> int:
+    """Run the command line with the plan of the first argument."""
+    plan = Plan(**json.loads(sys.argv[1]))
+    if plan.step:
+        wrap(plan)
+    real_settings = worker.consumer_settings
+
+    def consumer_settings(settings: Settings) -> dict[str, Any]:
+        return real_settings(settings) | plan.librdkafka
+
+    worker.consumer_settings = consumer_settings
+    worker.HAND_OVER_WITHIN_S = plan.hand_over_within_s
+    backoff.MOST_DOUBTFUL_TRIES = plan.most_doubtful_tries
+    return cli.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
