@@ -31,10 +31,6 @@ SQL = queries("services.consumer")
 COLUMN_TYPES = ("timestamptz", "text", "float8", "float8")
 MINUTE = timedelta(minutes=1)
 
-# Classes of SQLSTATE that blame a row: data exception, integrity violation, program limit (an index row too
-# large). psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
-DATA_CLASSES = frozenset({"22", "23", "54"})
-
 # A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
 # split where its times jump, but not into so many transactions that late readings slow the others down.
 JUMP = timedelta(hours=1)
@@ -134,9 +130,7 @@ class Sink:
             if len(late) < len(part):
                 result.add(self._write_part(readings, part[len(late) :], fence))  # the part is in order of time
             return result
-        except psycopg.Error as error:
-            if error.sqlstate is not None and error.sqlstate[:2] not in DATA_CLASSES:
-                raise
+        except psycopg.Error as error:  # it blames a row
             if len(part) == 1:
                 detail = " ".join(str(error).split())
                 return WriteResult(refused=[Refused(part[0], "refused_by_database", detail)])
@@ -204,7 +198,7 @@ class _TranslatedCursor:
     def __init__(self, sink: Sink, connection: Connection) -> None:
         self._sink = sink
         self._cursor = connection.cursor()
-        self._translated = translated()
+        self._translated = translated(by_row=True)
 
     def __enter__(self) -> Cursor:
         self._translated.__enter__()

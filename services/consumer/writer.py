@@ -17,7 +17,7 @@ from confluent_kafka import Message
 
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.sink import PartitionsLostError, Sink, WriteResult
-from services.core.backoff import pauses
+from services.core.backoff import Retries
 from services.core.config import Settings
 from services.core.errors import MalformedMessage, TransientError
 from services.core.kafka import place_of
@@ -33,6 +33,7 @@ T = TypeVar("T")
 class Batch:
     """Messages of one transaction: decoded, or dead letters, and where each partition goes on."""
 
+    term: int = 0  # in which assignment of partitions it was polled
     readings: list[Reading] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)  # of the readings, same positions
     dead_letters: list[DeadLetter] = field(default_factory=list)
@@ -206,11 +207,12 @@ class Writer:
 
     def _retry(self, event: str, step: Callable[[], T]) -> T | None:
         """Run a step until the server is back; None if the job was abandoned in between."""
-        for pause in pauses():
+        retries = Retries()
+        while True:
             try:
                 return step()
             except TransientError as error:
+                pause = retries.pause_after(error)
                 log.warning(event, extra=fields(detail=error, retry_s=round(pause, 1)))
             if self._abandon.wait(pause):
                 return None
-        raise AssertionError("pauses() has no end")

@@ -1,9 +1,9 @@
 """PostgreSQL: connections, and the one place where psycopg's errors are translated.
 
 transient   connection lost, server starting or stopping, out of a resource, deadlock, lock not available,
-            read-only: wait and try again
-permanent   missing table or schema, no permission, wrong password: end with one line
-data        everything else that names a row (class 22, 23, 54): the caller finds the row
+            read-only: wait and try again; some of them only so often (DOUBTFUL)
+data        errors that blame a row (class 22, 23, 54, or raised by psycopg itself): the caller finds the row
+permanent   all others, such as a missing table or no permission: end with one line
 """
 
 from __future__ import annotations
@@ -27,9 +27,29 @@ from services.core.shutdown import Shutdown
 # 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), XX internal.
 TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58", "XX"})
 TRANSIENT_STATES = frozenset({"25006", "25P03"})
-PERMANENT_STATES = frozenset({"42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
+# A bug of the server, a state it may never leave, a time limit that may always be too short, a limit of its
+# configuration: often gone with the next try, but they may also come back each time.
+DOUBTFUL_CLASSES = frozenset({"XX"})
+DOUBTFUL_STATES = frozenset({"55000", "57014", "53400"})
+# Data exception, integrity violation, program limit (an index row too large).
+DATA_CLASSES = frozenset({"22", "23", "54"})
+# What the migrations create is missing, or not ours.
+SCHEMA_STATES = frozenset({"42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
 
 CONNECT_TIMEOUT_S = 5
+
+# What holds for a session: UTC; and that the server ends it, with its locks, soon after this machine is gone or
+# this process is frozen in a transaction. Otherwise nobody could take over from it for hours.
+SESSION_OPTIONS = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        "timezone": "UTC",
+        "tcp_keepalives_idle": 10,
+        "tcp_keepalives_interval": 5,
+        "tcp_keepalives_count": 3,
+        "idle_in_transaction_session_timeout": "60s",
+    }.items()
+)
 
 
 def connection_arguments(settings: Settings) -> dict[str, Any]:
@@ -43,10 +63,11 @@ def connection_arguments(settings: Settings) -> dict[str, Any]:
         "sslmode": settings.postgre_sslmode,
         "connect_timeout": CONNECT_TIMEOUT_S,
         "application_name": "sensor-pipeline",
-        # A dead network must not hold a service for the kernel's two hours.
+        # A dead network must not hold a service for the kernel's two hours (or 15 minutes, with data under way).
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
     }
     if settings.postgre_sslrootcert:
         arguments["sslrootcert"] = settings.postgre_sslrootcert
@@ -69,7 +90,7 @@ def connect(settings: Settings) -> Connection:
             **connection_arguments(settings),
             autocommit=True,
             prepare_threshold=None,
-            options="-c timezone=UTC",
+            options=SESSION_OPTIONS,
         )
     except psycopg.OperationalError as error:
         raise _translate_connect(error, settings) from error
@@ -109,19 +130,23 @@ def connect_at_start(settings: Settings, shutdown: Shutdown) -> Connection:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turn psycopg's infrastructure errors into ours; errors of data pass as they are."""
+def translated(*, by_row: bool = False) -> Iterator[None]:
+    """Turn psycopg's errors into ours; with ``by_row`` those that blame a row pass as they are."""
     try:
         yield
     except psycopg.Error as error:
         state = error.sqlstate
         text = " ".join(str(error).split())
-        if state in PERMANENT_STATES:
-            raise PermanentError(f"{text} (did you run 'alembic upgrade head', as a role that may?)") from error
-        lost = state is None and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        if lost or (state is not None and (state in TRANSIENT_STATES or state[:2] in TRANSIENT_CLASSES)):
+        if state is None and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             raise TransientError(text) from error
-        raise
+        if state is not None and (state in TRANSIENT_STATES or state[:2] in TRANSIENT_CLASSES):
+            doubtful = state in DOUBTFUL_STATES or state[:2] in DOUBTFUL_CLASSES
+            raise TransientError(text, doubtful=doubtful) from error
+        # psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
+        if by_row and (isinstance(error, psycopg.DataError) if state is None else state[:2] in DATA_CLASSES):
+            raise
+        hint = " (did you run 'alembic upgrade head', as a role that may?)" if state in SCHEMA_STATES else ""
+        raise PermanentError(text + hint) from error
 
 
 @cache

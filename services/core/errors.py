@@ -26,7 +26,14 @@ class ConfigurationError(PipelineError):
 
 
 class TransientError(PipelineError):
-    """A server is unreachable, restarting, or out of a resource."""
+    """A server is unreachable, restarting, or out of a resource.
+
+    ``doubtful``: it may also be a failure that comes back each time, so it is not tried again without end.
+    """
+
+    def __init__(self, text: str, *, doubtful: bool = False) -> None:
+        super().__init__(text)
+        self.doubtful = doubtful
 
 
 class PermanentError(PipelineError):

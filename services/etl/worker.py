@@ -6,7 +6,7 @@ import logging
 
 from psycopg import Connection
 
-from services.core.backoff import pauses
+from services.core.backoff import Retries
 from services.core.config import Settings
 from services.core.database import connect, connect_at_start, queries, translated
 from services.core.errors import PermanentError, TransientError
@@ -34,15 +34,18 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
                 raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
             Leader(connection, settings).run_once()
         return 0
-    waits = pauses()
+    retries = Retries()
     while not shutdown.requested:
+        leader = None
         try:
             with translated(), connect(settings) as connection:
                 if wait_to_lead(connection, settings, shutdown):
-                    waits = pauses()
-                    Leader(connection, settings).run(shutdown)
+                    leader = Leader(connection, settings)
+                    leader.run(shutdown)
         except TransientError as error:
-            pause = next(waits)
+            if leader is not None and leader.has_worked:
+                retries = Retries()
+            pause = retries.pause_after(error)
             log.warning("database_unavailable", extra=fields(detail=error, retry_s=round(pause, 1)))
             shutdown.wait(pause)
     log.info("stopped")
@@ -86,6 +89,7 @@ class Leader:
     """The one instance that works. Its connection holds the lock, so losing one is losing both."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
+        self.has_worked = False
         self._connection = connection
         self._settings = settings
         self._aggregates = Aggregates(connection, configured_metrics(settings))
@@ -98,6 +102,7 @@ class Leader:
         """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
         while not shutdown.requested:
             self.run_once()
+            self.has_worked = True
             shutdown.wait(self._settings.etl_poll_seconds)
 
     def run_once(self) -> None:
