@@ -6,7 +6,8 @@ The commit order is the guarantee:
    nobody with older messages of these partitions can write after us,
 2. commit the readings and the ranges they touch, in one database transaction (sink.py),
 3. send the dead letters and wait for the broker (dead_letter.py),
-4. commit the offsets.
+4. commit the offsets, if the partitions have not moved since the batch was polled: an owner in between may be
+   repeating what lies before these offsets, and Kafka takes them from any member of the group.
 
 A crash between two steps repeats the earlier ones, and those change nothing the second time.
 
@@ -97,7 +98,7 @@ class Ownership(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """An offset commit under way; ``confirms`` is the assignment that it shall confirm."""
+    """An offset commit under way; ``confirms`` is the term that it shall confirm."""
 
     confirms: int | None
 
@@ -121,7 +122,7 @@ class Worker:
         self._filling = Batch()
         self._ready: Batch | None = None  # waits for the claim or for the writer
         self._ownership = Ownership.NONE
-        self._assignment = 0
+        self._term = 0  # one for each assignment of partitions, and for the time without any
         self._commits: deque[Commit] = deque()
         self._confirm_deadline = 0.0
         self._assigned: set[int] = set()
@@ -195,7 +196,7 @@ class Worker:
         """Take the writer's outcome, then start what comes next: a claim, or the batch that is ready."""
         self._settle(self._writer.wait(0))
         if self._ready is None and self._is_due():
-            self._ready, self._filling = self._filling, Batch()
+            self._ready, self._filling = self._filling, Batch(self._term)
         if self._ready is None:
             self._blocked_since = None
             self._commit_ends()
@@ -224,8 +225,11 @@ class Worker:
                 self._confirm_claim()
             case Stored(batch, result, letters):
                 self.totals.add(result, letters)
-                self._commit(batch.next_offsets, Commit(confirms=None))
-            case Lost(batch):  # write the same again after a new claim, unless the group has moved on
+                if batch.term == self._term:
+                    self._commit(batch.next_offsets, Commit(confirms=None))
+                else:  # the next owner may be between these offsets, and has to come to their end itself
+                    log.info("offsets_left_to_the_next_owner")
+            case Lost(batch) if batch.term == self._term:  # else its next owner polls it again
                 self._ownership = Ownership.NONE
                 if self._ready is not None:
                     batch = joined(batch, self._ready)
@@ -244,7 +248,7 @@ class Worker:
             return
         self._ownership = Ownership.CONFIRMING
         self._confirm_deadline = time.monotonic() + CONFIRM_WITHIN_S
-        self._commit(self._ready.first_offsets, Commit(confirms=self._assignment))
+        self._commit(self._ready.first_offsets, Commit(confirms=self._term))
 
     def _commit_ends(self) -> None:
         """When all that was polled is stored, step over what is not a message (a transaction's end marker).
@@ -281,7 +285,7 @@ class Worker:
             raise PermanentError(f"Kafka refuses to commit offsets: {error.str()}")
         if error is not None:  # the next commit covers this one; after a crash the batch is merged again
             log.warning("offsets_not_committed", extra=fields(detail=error.str()))
-        if self._ownership is Ownership.CONFIRMING and commit.confirms == self._assignment:
+        if self._ownership is Ownership.CONFIRMING and commit.confirms == self._term:
             if error is None:
                 self._ownership = Ownership.OWNED
             else:  # ask again, until the group says yes or takes the partitions away
@@ -307,7 +311,6 @@ class Worker:
     # Membership ------------------------------------------------------------------------------------------
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._assignment += 1
         self._assigned = {place.partition for place in partitions}
         self._start_over()
         log.info("partitions_assigned", extra=fields(partitions=sorted(self._assigned)))
@@ -323,7 +326,8 @@ class Worker:
 
     def _start_over(self) -> None:
         self._ownership = Ownership.NONE
-        self._filling = Batch()
+        self._term += 1
+        self._filling = Batch(self._term)
         self._ready = None
         self._ends.clear()
         self._ends_committed.clear()
@@ -359,6 +363,7 @@ class Worker:
 def joined(first: Batch, second: Batch) -> Batch:
     """Two batches in a row as one."""
     return Batch(
+        term=first.term,
         readings=first.readings + second.readings,
         messages=first.messages + second.messages,
         dead_letters=first.dead_letters + second.dead_letters,
@@ -377,6 +382,9 @@ def consumer_settings(settings: Settings) -> ClientSettings:
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
         "isolation.level": "read_committed",
+        "session.timeout.ms": settings.kafka_session_timeout_ms,
+        "heartbeat.interval.ms": min(3000, settings.kafka_session_timeout_ms // 3),
+        "max.poll.interval.ms": max(300_000, settings.kafka_session_timeout_ms),
         "enable.partition.eof": True,
         # Read-ahead for a few batches; a small message costs several times its size in librdkafka's queue.
         "queued.min.messages": 30_000,

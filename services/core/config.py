@@ -43,6 +43,12 @@ class Settings(BaseSettings):
     kafka_partitions: int = Field(6, ge=1, le=10000, description="partitions the topic is created with: at least 1")
     kafka_replication_factor: int = Field(1, ge=1, le=100, description="copies of each partition: at least 1")
     kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
+    kafka_session_timeout_ms: int = Field(
+        45_000,
+        ge=6000,
+        le=1_800_000,
+        description="silence after which a consumer counts as dead and others get its partitions: 6000 to 1800000",
+    )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
     )
