@@ -54,6 +54,7 @@ def upgrade() -> None:
         CREATE TABLE raw_chunk (
             range_start timestamptz PRIMARY KEY,
             range_end   timestamptz NOT NULL,
+            created_at  timestamptz NOT NULL,
             dropped_at  timestamptz
         )
     """)

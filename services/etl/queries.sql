@@ -13,16 +13,16 @@ FROM summary_refresh_queue
 DELETE FROM summary_refresh_queue WHERE id = ANY(%(ids)s)
 
 -- name: note_chunks
--- A chunk that was seen and is gone marks history that is no longer whole.
+-- A chunk that was seen and is gone marks history that is no longer whole, even if a late reading made a new one.
 WITH present AS (
-    SELECT range_start, range_end FROM timescaledb_information.chunks
+    SELECT range_start, range_end, chunk_creation_time AS created_at FROM timescaledb_information.chunks
     WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
 ), seen AS (
-    INSERT INTO raw_chunk (range_start, range_end) SELECT range_start, range_end FROM present
+    INSERT INTO raw_chunk (range_start, range_end, created_at) SELECT range_start, range_end, created_at FROM present
     ON CONFLICT (range_start) DO NOTHING
 )
 UPDATE raw_chunk SET dropped_at = now()
-WHERE dropped_at IS NULL AND NOT EXISTS (SELECT FROM present WHERE present.range_start = raw_chunk.range_start)
+WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (SELECT range_start, created_at FROM present)
 
 -- name: widen
 -- The queued ranges as whole intervals, without those that begin before the raw history is whole. That may be in
@@ -152,12 +152,14 @@ SELECT CASE WHEN min(time) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(
 FROM sensor_data
 
 -- name: compared_range
--- All raw readings and all summary rows, from the first interval that is not frozen.
-SELECT greatest(least(time_bucket({width}, (SELECT min(time) FROM sensor_data)),
-                      (SELECT min(interval_start) FROM {summary} WHERE interval_start >= frozen_before)),
-                frozen_before),
+-- All raw readings and all summary rows, as whole intervals from the first that is not frozen. Without any, NULL:
+-- greatest() takes no notice of it, and Python has no -infinity.
+SELECT nullif(greatest(least(time_bucket({width}, (SELECT min(time) FROM sensor_data)),
+                             time_bucket({width}, (SELECT min(interval_start) FROM {summary}
+                                                   WHERE interval_start >= frozen_before))),
+                       frozen_before), '-infinity'),
        greatest(time_bucket({width}, (SELECT max(time) FROM sensor_data)),
-                (SELECT max(interval_start) FROM {summary})) + {width}
+                time_bucket({width}, (SELECT max(interval_start) FROM {summary}))) + {width}
 FROM summary_state WHERE metric = {metric_name}
 
 -- name: find_differences
@@ -193,11 +195,12 @@ INSERT INTO summary_refresh_queue (touched, forced) VALUES (%(touched)s, true) R
 SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE id = ANY(%(ids)s))
 
 -- name: common_edge
--- The first time that is not frozen and where an interval of both widths begins.
+-- The first time that is not closed and where an interval of both widths begins. (A change that was given up may
+-- have closed more than is frozen.)
 -- As text: Python has no -infinity.
-SELECT (CASE WHEN isfinite(frozen_before)
-             THEN time_bucket(%(common)s, frozen_before + %(common)s - interval '1 microsecond')
-             ELSE frozen_before END)::text
+SELECT (CASE WHEN isfinite(closed_before)
+             THEN time_bucket(%(common)s, closed_before + %(common)s - interval '1 microsecond')
+             ELSE closed_before END)::text
 FROM summary_state WHERE metric = %(metric)s
 
 -- name: replace_state
