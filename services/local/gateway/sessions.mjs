@@ -76,7 +76,7 @@ export class Sessions {
     }
     const same = applied.authorization === authorization && applied.role === role;
     if (same && !calls.length) return;
-    const sql = ['RESET SESSION AUTHORIZATION'];
+    const sql = [`SET SESSION AUTHORIZATION ${identifier(SUPERUSER)}`]; // RESET does nothing in a standalone backend
     if (calls.length) sql.push(`SELECT ${calls.join(', ')}`);
     if (authorization !== SUPERUSER) sql.push(`SET SESSION AUTHORIZATION ${identifier(authorization)}`);
     if (role !== 'none') sql.push(`SET ROLE ${identifier(role)}`);
@@ -106,7 +106,7 @@ export class Sessions {
   /** Run a query of the gateway's own as superuser, whoever the current connection is. */
   asSuperuser(sql) {
     if (this.#applied.authorization !== SUPERUSER || this.#applied.role !== 'none') {
-      this.#query('RESET SESSION AUTHORIZATION');
+      this.#query(`SET SESSION AUTHORIZATION ${identifier(SUPERUSER)}`);
       this.#applied = { ...this.#applied, authorization: SUPERUSER, role: 'none' };
       const session = this.#sessions.get(this.#current);
       if (session) session.stale = true;
