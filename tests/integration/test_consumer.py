@@ -13,7 +13,7 @@ import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
 
 from services.core.config import Settings
-from services.core.kafka import client_settings
+from services.core.kafka import client_settings, headers_of
 from tests.fix_services import Service, StartService, message, minutes, publish, read_topic, wait_until
 
 
@@ -23,9 +23,9 @@ def rows(connection: psycopg.Connection) -> list[tuple[object, ...]]:
     ).fetchall()
 
 
-def headers_of(letter: Message) -> dict[str, str]:
+def headers(letter: Message) -> dict[str, str]:
     """The headers of a dead letter; all of ours are text."""
-    return {name: value.decode() for name, value in letter.headers() or [] if isinstance(value, bytes)}
+    return {name: (value or b"").decode() for name, value in headers_of(letter)}
 
 
 def test_new_readings_are_copied_and_their_minutes_queued(
@@ -60,12 +60,12 @@ def test_malformed_messages_become_dead_letters_and_their_neighbours_are_stored(
     assert consumer.wait() == 0
     assert [row[2] for row in rows(connection)] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     letters = read_topic(settings, settings.dead_letter_topic)
-    found = {letter.value() or b"": headers_of(letter) for letter in letters}
-    assert {value: headers["sensor_pipeline.reason"] for value, headers in found.items()} == malformed
-    headers = found[b"not json"]
-    assert headers["__connect.errors.topic"] == settings.kafka_topic
-    assert headers["__connect.errors.offset"] == "3"
-    assert headers["__connect.errors.exception.message"].startswith("JSON is malformed")
+    found = {letter.value() or b"": headers(letter) for letter in letters}
+    assert {value: ours["sensor_pipeline.reason"] for value, ours in found.items()} == malformed
+    of_one = found[b"not json"]
+    assert of_one["__connect.errors.topic"] == settings.kafka_topic
+    assert of_one["__connect.errors.offset"] == "3"
+    assert of_one["__connect.errors.exception.message"].startswith("JSON is malformed")
     assert consumer.events("stopped")[0]["dead_letters"] == 5
 
 
@@ -84,7 +84,7 @@ def lag(settings: Settings) -> int:
 def stopped(service: Service) -> dict[str, int]:
     """The counters that a consumer ends with."""
     fields = service.events("stopped")[0]
-    return {name: fields[name] for name in fields if name not in ("time", "level", "service", "event")}
+    return {name: value for name, value in fields.items() if isinstance(value, int)}
 
 
 def test_dropped_readings_never_leave_the_counters_at_zero(
@@ -137,13 +137,17 @@ def test_caught_up_means_no_lag_and_a_second_run_reads_nothing(
 def test_the_last_message_of_a_key_wins_across_batches(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
-    values = [message(time=minutes(at), temperature=float(at)) for at in range(30)]
-    values += [message(time=minutes(at), humidity=50.0) for at in range(30)]
-    values += [message(time=minutes(at), temperature=float(-at)) for at in range(0, 30, 2)]
-    publish(settings, values, partition=0)
-    consumer = start("consume", "--until-caught-up", settings=settings.model_copy(update={"consumer_batch_rows": 7}))
-    assert consumer.wait() == 0
-    assert len(consumer.events("batch_written")) >= 75 // 7
+    consumer = start("consume")
+    for batch in (
+        [message(time=minutes(at), temperature=float(at)) for at in range(30)],
+        [message(time=minutes(at), humidity=50.0) for at in range(30)],
+        [message(time=minutes(at), temperature=float(-at)) for at in range(0, 30, 2)],
+    ):
+        publish(settings, batch, partition=0)
+        wait_until(lambda: lag(settings) == 0, "the batch is stored")
+    assert consumer.stop() == 0
+    counters = stopped(consumer)
+    assert (counters["inserted"], counters["updated"], counters["unchanged"]) == (30, 44, 1)  # -0.0 equals 0.0
     assert rows(connection) == [("s1", minutes(at), float(at if at % 2 else -at), 50.0) for at in range(30)]
 
 
@@ -260,8 +264,9 @@ def test_a_lost_database_fills_no_dead_letters_and_costs_no_partition(
     wait_until(lambda: len(rows(connection)) == 1050, "all readings stored")
     wait_until(lambda: lag(settings) == 0, "all offsets committed")
     assert consumer.stop() == 0
-    assert consumer.events("partitions_revoked") == consumer.events("partitions_revoked")[:1]  # the one at its end
+    assert len(consumer.events("partitions_revoked")) <= 1  # the one at its end
     assert len(consumer.events("partitions_assigned")) == 1
+    assert all(batch["readings"] <= 100 for batch in consumer.events("batch_written")), "it read on while paused"
     assert stopped(consumer)["dead_letters"] == 0
     assert read_topic(settings, settings.dead_letter_topic) == []
     assert [row[2] for row in rows(connection)] == [1.0] * 50 + [2.0] * 1000

@@ -338,7 +338,7 @@ def test_one_leads_and_another_takes_over_when_it_is_killed(
     second.wait_for("leading")
     store(sink, at(10))
     wait_until(lambda: len(summary(connection)) == 2, "a summary by the second")
-    assert second.events("standing_by") == second.events("standing_by")[:1]
+    assert len(second.events("standing_by")) == 1
     second.signal(signal.SIGTERM)
     assert second.wait(10) == 0
 
