@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import threading
+from contextlib import suppress
 
+import psycopg
 from psycopg import Connection
 
 from services.core.backoff import Retries
@@ -21,6 +26,7 @@ from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
 LEADER_LOCK = 0x5E_50_11  # any number of ours; session level, so that it ends with the leader's connection
+FINISH_WITHIN_S = 5.0  # a service has 10 s to end
 
 log = logging.getLogger("etl")
 
@@ -35,10 +41,13 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
             Leader(connection, settings).run_once()
         return 0
     retries = Retries()
+    open_now: list[Connection] = []
+    threading.Thread(target=cut_when_late, args=(shutdown, open_now), daemon=True).start()
     while not shutdown.requested:
         leader = None
         try:
             with translated(), connect(settings) as connection:
+                open_now[:] = [connection]
                 if wait_to_lead(connection, settings, shutdown):
                     leader = Leader(connection, settings)
                     leader.run(shutdown)
@@ -50,6 +59,18 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
             shutdown.wait(pause)
     log.info("stopped")
     return 0
+
+
+def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
+    """After a signal give the statement in hand a moment, then cut the connection: the work is repeated one day.
+
+    Without this a long refresh, or a server that does not answer, would hold the service up.
+    """
+    shutdown.wait(threading.TIMEOUT_MAX)
+    threading.Event().wait(FINISH_WITHIN_S)
+    for connection in connections:
+        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
 
 
 def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
