@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo demo-down test chaos lint types lock clean
+.PHONY: setup demo demo-down test chaos bench lint types lock clean
 
 setup: $(READY)
 
@@ -27,6 +27,9 @@ test: setup ## all tests, on a local stack that they start themselves
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos
+
+bench: setup ## ratios to a bare COPY in the same run
+	@$(BIN)/python -m tests.benchmarks.bench
 
 lint: setup
 	@$(BIN)/ruff check .
