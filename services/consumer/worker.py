@@ -43,6 +43,7 @@ log = logging.getLogger("consumer")
 
 POLL_AT_ONCE = 2000
 POLL_S = 0.1
+WRITER_LOOK_S = 0.01  # between two looks at the writer while a batch waits for it
 MOST_BATCH_BYTES = 32 * 1024 * 1024
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
 CONFIRM_WITHIN_S = 10.0
@@ -157,9 +158,11 @@ class Worker:
         """Fill the batch. A full one waits for the writer a moment at a time, and polls on when paused."""
         room = self._settings.consumer_batch_rows - len(self._filling)
         full = room <= 0 or self._filling.size_bytes >= MOST_BATCH_BYTES
-        if full and self._writer.busy and not self._paused:
-            self._settle(self._writer.wait(POLL_S / 2))
-            return
+        if full and not self._paused:
+            if self._writer.busy:
+                self._settle(self._writer.wait(POLL_S / 2))
+                return
+            self._pause()  # the group's answer to our claim comes by polling, and no more readings shall
         messages = self._consumer.consume(max(1, min(room, POLL_AT_ONCE)), timeout=self._poll_timeout())
         readable = [message for message in messages if self._is_readable(message)]
         if readable:
@@ -171,6 +174,8 @@ class Worker:
     def _poll_timeout(self) -> float:
         if not len(self._filling) or self._paused:
             return POLL_S
+        if self._ready is not None:
+            return WRITER_LOOK_S
         age = time.monotonic() - self._filling.opened_at
         return min(POLL_S, max(0.0, self._settings.consumer_batch_seconds - age))
 
@@ -297,9 +302,12 @@ class Worker:
         now = time.monotonic()
         self._blocked_since = self._blocked_since or now
         if not self._paused and now - self._blocked_since > PAUSE_AFTER_S:
-            self._paused = True
-            self._consumer.pause(self._consumer.assignment())
+            self._pause()
             log.warning("paused", extra=fields(waiting=len(self._ready or ()) + len(self._filling)))
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._consumer.pause(self._consumer.assignment())
 
     def _unblock(self) -> None:
         self._blocked_since = None

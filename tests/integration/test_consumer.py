@@ -292,3 +292,11 @@ def test_offsets_follow_the_readings_and_never_lead(
     assert again.wait() == 0
     assert stopped(again)["inserted"] == 499
     assert [letter.value() for letter in read_topic(settings, settings.dead_letter_topic)] == [b"not json"]
+
+
+def test_no_batch_is_larger_than_the_setting_says(settings: Settings, start: StartService) -> None:
+    publish(settings, [message(time=minutes(at), temperature=float(at)) for at in range(100)])
+    consumer = start("consume", "--until-caught-up", settings=settings.model_copy(update={"consumer_batch_rows": 7}))
+    assert consumer.wait() == 0
+    sizes = [event["readings"] for event in consumer.events("batch_written")]
+    assert (sum(sizes), max(sizes)) == (100, 7)
