@@ -82,6 +82,10 @@ SELECT remove_compression_policy('sensor_data')
 -- name: unschedule_policy
 SELECT alter_job(%(job)s, scheduled => false)
 
+-- name: drop_expired
+-- What the retention policy would drop, as far as it is frozen: a reading that came just now may have made a chunk.
+SELECT drop_chunks('sensor_data', older_than => least(min(frozen_before), now() - %(age)s)) FROM summary_state
+
 -- name: run_policy
 CALL run_job(%(job)s)
 

@@ -6,7 +6,7 @@ policies are not scheduled; etl runs them when the queue is empty. Before a chun
 1. close its time: the consumer stores no more readings of it (they become dead letters, too_late),
 2. drain the queue: every reading that was stored is in the summaries,
 3. freeze its intervals: neither refresh nor mirror touches them again,
-4. run the policy.
+4. drop what the policy names, as far as it is frozen.
 
 A crash in between leaves closed or frozen time whose chunk still exists; the next run goes on.
 """
@@ -56,7 +56,7 @@ class Retention:
         if time.monotonic() < self._next_run:
             return
         if self._retention_job is not None:
-            self._drop_expired(self._retention_job)
+            self._drop_expired()
         if self._compression_job is not None:
             self._connection.execute(SQL["run_policy"], {"job": self._compression_job})
         self._next_run = time.monotonic() + RUN_EVERY_S
@@ -78,7 +78,7 @@ class Retention:
         log.info("policy_added", extra=fields(policy=policy, days=age.days))
         return int(row[0])
 
-    def _drop_expired(self, job: int) -> None:
+    def _drop_expired(self) -> None:
         closed = False
         for metric in self._aggregates.current.values():
             row = self._connection.execute(SQL["expired_edge"], {"width": metric.width, "age": self._keep}).fetchone()
@@ -89,5 +89,5 @@ class Retention:
             return
         self._summaries.refresh_queued()
         self._connection.execute(SQL["freeze_closed"])
-        self._connection.execute(SQL["run_policy"], {"job": job})
+        self._connection.execute(SQL["drop_expired"], {"age": self._keep})
         log.info("retention_applied", extra=fields(days=self._keep.days))
