@@ -557,6 +557,7 @@ class Pipeline(RuleBasedStateMachine):
         if not is_cut:
             self.is_drop_unseen = False
         if is_cut or is_interfered:  # something may wait for the next run
+            self.note_refresh()
             queued = self.queue()
             self.changed = {minute for minute in self.changed if overlaps(queued, minute, minute + MINUTE)}
             self.is_all_queued |= is_cut
@@ -569,7 +570,7 @@ class Pipeline(RuleBasedStateMachine):
         times = [self.model.refreshed_to, *self.named, *(time for _, time in self.model.rows)]
         for state in self.model.summaries.values():
             times += [start for _, start in state.suspect]
-        self.model.refreshed_to = max(times) + timedelta(minutes=0)
+        self.model.refreshed_to = max(times)
 
     def end_refresh(self) -> None:
         """A run has come to its end: nothing waits, nothing is left behind."""
