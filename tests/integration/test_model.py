@@ -7,8 +7,8 @@ in this process, against the real database, some steps through the real broker. 
 come out.
 
 The draws are the same in every run (their times lie around the present day). ``MODEL_EXAMPLES=500 MODEL_STEPS=40``
-makes a longer run with draws of its own. A failure prints its steps, and a blob that repeats it; ``MODEL_SHRINK=1``
-looks for fewer steps that fail too, which takes minutes.
+makes a longer run with draws of its own, and cuts at each statement instead of every third. A failure prints its
+steps, and a blob that repeats it; ``MODEL_SHRINK=1`` looks for fewer steps that fail too, which takes minutes.
 """
 
 from __future__ import annotations
