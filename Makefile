@@ -22,8 +22,11 @@ demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
 
+# Two workers, each with servers of its own; native servers have one database, which they would empty for each other.
+WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 2 --dist loadfile)
+
 test: setup ## all tests, on a local stack that they start themselves
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(WORKERS)
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos
