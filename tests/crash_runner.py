@@ -33,7 +33,10 @@ Arguments = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens when. ``until`` names a file: the thread then waits for it instead of a signal."""
+    """What happens when. ``until`` names a file: the thread then waits for it instead of a signal.
+
+    The file ``until`` + ".awaited" says that it does.
+    """
 
     step: str = ""
     when: str = "before"
@@ -47,6 +50,7 @@ class Plan:
     def strike(self) -> None:
         """Harm this process."""
         if self.until:
+            Path(self.until + ".awaited").touch()
             pause = threading.Event()
             while not Path(self.until).exists():
                 pause.wait(0.05)
