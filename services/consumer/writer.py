@@ -46,22 +46,39 @@ class Batch:
         return len(self.readings) + len(self.dead_letters)
 
     def add(self, messages: Sequence[Message], decoder: Decoder) -> None:
-        """Decode messages, in the order they came."""
-        decode = decoder.decode
+        """Decode messages, in the order they came.
+
+        Runs for each message, so it asks for an offset only where the messages change from one partition to another.
+        """
+        decode, readings, kept = decoder.decode, self.readings, self.messages
+        before = messages[0]
+        partition = self._begin(before)
         for message in messages:
             value = message.value()
             try:
-                self.readings.append(decode(value))
+                readings.append(decode(value))
             except MalformedMessage as error:
                 self.dead_letters.append(DeadLetter(message, error.reason, str(error)))
             else:
-                self.messages.append(message)
+                kept.append(message)
             if value:
                 self.size_bytes += len(value)
-            partition, offset = place_of(message)
-            if partition not in self.next_offsets:
-                self.first_offsets[partition] = offset
-            self.next_offsets[partition] = offset + 1
+            if message.partition() != partition:
+                self._end(before)
+                partition = self._begin(message)
+            before = message
+        self._end(before)
+
+    def _begin(self, message: Message) -> int:
+        """Note where the batch begins in the message's partition, which is returned."""
+        partition, offset = place_of(message)
+        self.first_offsets.setdefault(partition, offset)
+        return partition
+
+    def _end(self, message: Message) -> None:
+        """Note where the message's partition goes on after this batch."""
+        partition, offset = place_of(message)
+        self.next_offsets[partition] = offset + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         description="age at which Kafka ends the transaction of a dead producer: 5 to 900 whole seconds",
     )
     consumer_batch_rows: int = Field(
-        10_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
+        50_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
     )
     consumer_batch_seconds: float = Field(
         0.5,
