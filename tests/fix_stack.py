@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
+from services.etl.metrics import BASE
 from services.local.stack import Stack, StackOptions
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +168,9 @@ def connection(settings: Settings) -> Iterator[psycopg.Connection]:
 
 def empty(connection: psycopg.Connection) -> None:
     """Leave the schema and remove all rows and all aggregates."""
-    views = connection.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates").fetchall()
+    views = connection.execute(  # those that are built on others first
+        "SELECT view_name FROM timescaledb_information.continuous_aggregates ORDER BY view_name = %s", [BASE]
+    ).fetchall()
     connection.execute(
         "CREATE OR REPLACE VIEW temperature_summary_live AS SELECT * FROM temperature_summary;"
         "CREATE OR REPLACE VIEW humidity_summary_live AS SELECT * FROM humidity_summary;"

@@ -1,5 +1,7 @@
 """The life of the continuous aggregates: created for the configured widths, replaced when a width changes.
 
+Each is built on one of minutes, which is there for all widths and never changes.
+
 They belong to etl and not to the migrations because their bucket width is configuration. How a width changes
 is told in interval_change.py.
 """
@@ -7,12 +9,13 @@ is told in interval_change.py.
 from __future__ import annotations
 
 import logging
+import re
 
 from psycopg import Connection, sql
 
 from services.core.database import queries
 from services.core.logs import fields
-from services.etl.metrics import Metric
+from services.etl.metrics import BASE, Metric
 
 SQL = queries("services.etl")
 
@@ -40,10 +43,13 @@ class Aggregates:
 
     def prepare(self) -> None:
         """Create what is missing, and see which widths have to change. Drops what a crash left behind."""
+        if BASE not in self._existing():
+            self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE)))
+            log.info("aggregate_created", extra=fields(aggregate=BASE))
         for metric in self._configured:
             with self._connection.transaction():
                 current = stored_metrics(self._connection).get(metric.name)
-                if current is None or current.aggregate not in self._existing(metric.name):
+                if current is None or current.aggregate not in self._existing():
                     current = current or metric
                     self._create(current)
                     self._connection.execute(
@@ -79,18 +85,19 @@ class Aggregates:
         """Every aggregate that must follow the readings: the current ones and those being built."""
         return (*self.current.values(), *self.building.values())
 
-    def _existing(self, name: str) -> set[str]:
-        return {row[0] for row in self._connection.execute(SQL["list_aggregates"], {"metric": name})}
+    def _existing(self) -> set[str]:
+        return {row[0] for row in self._connection.execute(SQL["list_aggregates"])}
 
     def _create(self, metric: Metric) -> None:
         """Unless it exists: an interval change that was begun, or migrations that were taken back and forth."""
-        if metric.aggregate in self._existing(metric.name):
+        if metric.aggregate in self._existing():
             return
         self._connection.execute(statement("create_aggregate", metric))
         log.info("aggregate_created", extra=fields(aggregate=metric.aggregate))
 
     def _drop_others(self, name: str) -> None:
         used = {metric.aggregate for metric in self.all_refreshed()}
-        for aggregate in self._existing(name) - used:
+        of_metric = {aggregate for aggregate in self._existing() if re.fullmatch(f"{name}_[0-9]+min", aggregate)}
+        for aggregate in of_metric - used:
             self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
             log.info("aggregate_dropped", extra=fields(aggregate=aggregate))

@@ -44,7 +44,7 @@ def change_intervals(connection: Connection, aggregates: Aggregates, summaries: 
         start, end = history(connection, metric, edge)
         while start is not None and end is not None and start < end:
             stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
-            summaries.refresh(metric, start, stop)
+            summaries.refresh(metric.aggregate, start, stop)
             summaries.refresh_queued()
             start = stop
         rows = aggregates.switch(metric, edge)

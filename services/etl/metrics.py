@@ -9,6 +9,11 @@ from psycopg import sql
 
 from services.core.config import Settings
 
+# Between the readings and all intervals: sums, least, greatest and counts of each minute, since an interval is made
+# of whole minutes. A reading that comes into an open interval of a day makes us read again its minute, not the day.
+BASE = "sensor_data_minute"
+BASE_WIDTH = timedelta(minutes=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -38,6 +43,11 @@ class Metric:
             "avg": sql.Identifier(f"avg_{self.name}"),
             "min": sql.Identifier(f"min_{self.name}"),
             "max": sql.Identifier(f"max_{self.name}"),
+            "base": sql.Identifier(BASE),
+            "base_sum": sql.Identifier(f"{self.name}_sum"),
+            "base_min": sql.Identifier(f"{self.name}_min"),
+            "base_max": sql.Identifier(f"{self.name}_max"),
+            "base_count": sql.Identifier(f"{self.name}_count"),
             "width": sql.SQL("interval {}").format(sql.Literal(f"{self.minutes} minutes")),
         }
 

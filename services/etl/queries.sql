@@ -4,9 +4,14 @@
 SELECT pg_try_advisory_lock(%(key)s)
 
 -- name: read_queue
+-- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
+-- that is loaded comes in many pieces, and its intervals shall be computed when they are complete.
 SELECT array_agg(id), range_agg(touched), coalesce(range_agg(touched) FILTER (WHERE forced), '{}'),
        min(queued_at), clock_timestamp()
 FROM summary_refresh_queue
+WHERE %(all)s OR forced OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
+   OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
+                      WHERE queued_at > now() - interval '1 second')
 
 -- name: delete_queued
 -- Exactly the rows that were read: a lower id may commit later.
@@ -23,6 +28,13 @@ WITH present AS (
 )
 UPDATE raw_chunk SET dropped_at = now()
 WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (SELECT range_start, created_at FROM present)
+
+-- name: whole_minutes
+-- The queued ranges as whole minutes, without those before all that is frozen.
+SELECT coalesce(range_agg(tstzrange(date_trunc('minute', lower(piece)),
+                                    date_trunc('minute', upper(piece) - interval '1 microsecond') + interval '1 minute'))
+                * tstzmultirange(tstzrange((SELECT min(frozen_before) FROM summary_state), NULL)), '{}')
+FROM unnest(%(touched)s::tstzmultirange) AS piece
 
 -- name: widen
 -- The queued ranges as whole intervals, without those that begin before the raw history is whole. That may be in
@@ -86,30 +98,51 @@ SELECT alter_job(%(job)s, scheduled => false)
 -- What the retention policy would drop, as far as it is frozen: a reading that came just now may have made a chunk.
 SELECT drop_chunks('sensor_data', older_than => least(min(frozen_before), now() - %(age)s)) FROM summary_state
 
+-- name: drop_frozen_minutes
+-- They would only be in the way: nothing reads the minutes of frozen intervals again.
+SELECT drop_chunks({base}, older_than => min(frozen_before)) FROM summary_state
+
 -- name: run_policy
 CALL run_job(%(job)s)
 
 -- name: refresh
 CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
 
+-- name: create_base
+CREATE MATERIALIZED VIEW {base}
+WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+SELECT sensor_id,
+       time_bucket(interval '1 minute', time) AS minute,
+       sum(temperature) AS temperature_sum,
+       min(temperature) AS temperature_min,
+       max(temperature) AS temperature_max,
+       count(temperature) AS temperature_count,
+       sum(humidity) AS humidity_sum,
+       min(humidity) AS humidity_min,
+       max(humidity) AS humidity_max,
+       count(humidity) AS humidity_count
+FROM sensor_data
+GROUP BY sensor_id, time_bucket(interval '1 minute', time)
+WITH NO DATA
+
 -- name: create_aggregate
+-- The CASE is for the server, to which a quotient below the smallest number is an error.
 CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
-       time_bucket({width}, time) AS interval_start,
-       avg({metric}) AS average,
-       min({metric}) AS least,
-       max({metric}) AS greatest,
-       count({metric}) AS reading_count
-FROM sensor_data
-WHERE {metric} IS NOT NULL
-GROUP BY sensor_id, time_bucket({width}, time)
+       time_bucket({width}, minute) AS interval_start,
+       CASE WHEN abs(sum({base_sum})) >= sum({base_count}) * '5e-324'::float8
+            THEN sum({base_sum}) / sum({base_count}) ELSE 0 END AS average,
+       min({base_min}) AS least,
+       max({base_max}) AS greatest,
+       sum({base_count})::bigint AS reading_count
+FROM {base}
+WHERE {base_count} > 0
+GROUP BY sensor_id, time_bucket({width}, minute)
 WITH NO DATA
 
 -- name: list_aggregates
--- The aggregates of a metric, by our naming.
-SELECT view_name FROM timescaledb_information.continuous_aggregates
-WHERE view_schema = 'public' AND view_name ~ ('^' || %(metric)s || '_[0-9]+min$')
+SELECT view_name FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public'
 
 -- name: refresh_has_options
 -- Since TimescaleDB 2.28 a refresh works in small batches unless told otherwise.
@@ -185,7 +218,7 @@ WITH fresh AS (
     FROM fresh FULL JOIN stored USING (sensor_id, interval_start)
     WHERE (fresh.readings, fresh.least, fresh.greatest, interval_start + {width})
           IS DISTINCT FROM (stored.readings, stored.least, stored.greatest, stored.interval_end)
-       OR abs(fresh.average - stored.average) > 1e-9 * greatest(1, abs(stored.average))
+   OR abs(fresh.average - stored.average) > 1e-9 * greatest(1, abs(fresh.least), abs(fresh.greatest))
 )
 SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {width})), '{{}}')
 FROM different

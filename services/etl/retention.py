@@ -17,12 +17,13 @@ import logging
 import time
 from datetime import timedelta
 
-from psycopg import Connection
+from psycopg import Connection, sql
 
 from services.core.config import Settings
 from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates
+from services.etl.metrics import BASE
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
@@ -90,4 +91,5 @@ class Retention:
         self._summaries.refresh_queued()
         self._connection.execute(SQL["freeze_closed"])
         self._connection.execute(SQL["drop_expired"], {"age": self._keep})
+        self._connection.execute(SQL["drop_frozen_minutes"].format(base=sql.Literal(BASE)))
         log.info("retention_applied", extra=fields(days=self._keep.days))

@@ -19,7 +19,7 @@ from psycopg.types.multirange import Multirange
 from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates, statement
-from services.etl.metrics import Metric
+from services.etl.metrics import BASE, Metric
 
 SQL = queries("services.etl")
 
@@ -53,23 +53,24 @@ class Summaries:
         # In batches of ten intervals, the default since 2.28, a wide refresh takes many times as long.
         self._options = ", options => '{\"buckets_per_batch\": 0}'" if row[0] else ""
 
-    def refresh_queued(self) -> int:
+    def refresh_queued(self, *, settled: bool = False) -> int:
         """Bring the summaries up to all that is queued now; returns the number of queue rows that were done.
 
-        A crash at any point leaves the queue rows in place, and the work is repeated.
+        ``settled`` leaves out what is of the past and still being loaded. A crash at any point leaves the queue rows
+        in place, and the work is repeated.
         """
         started = time.monotonic()
-        queued = self._read_queue()
+        queued = self._read_queue(settled=settled)
         self._note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
         if queued is None:
             return 0
         intervals = {metric: self._widen(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
         windows = {metric: join_nearest(pieces, MOST_WINDOWS) for metric, pieces in intervals.items()}
+        self._refresh_windows(BASE, self._whole_minutes(queued.touched))
+        self._refresh_windows(BASE, self._whole_minutes(queued.forced), force=True)
         for metric, wanted in windows.items():
-            for start, end in wanted:
-                self.refresh(metric, start, end)
-            for start, end in join_nearest(self._widen(metric, queued.forced), MOST_WINDOWS):
-                self.refresh(metric, start, end, force=True)
+            self._refresh_windows(metric.aggregate, wanted)
+            self._refresh_windows(metric.aggregate, self._widen(metric, queued.forced), force=True)
         refreshed = time.monotonic()
         changed = 0
         with self._connection.transaction():
@@ -90,14 +91,18 @@ class Summaries:
         )
         return len(queued.ids)
 
-    def refresh(self, metric: Metric, start: datetime, end: datetime, *, force: bool = False) -> None:
+    def _refresh_windows(self, aggregate: str, windows: list[Window], *, force: bool = False) -> None:
+        for start, end in join_nearest(windows, MOST_WINDOWS):
+            self.refresh(aggregate, start, end, force=force)
+
+    def refresh(self, aggregate: str, start: datetime, end: datetime, *, force: bool = False) -> None:
         """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be.
 
         ``force`` recomputes them even where TimescaleDB does not know of a change.
         """
         self._connection.execute(
             SQL["refresh"].format(
-                aggregate=sql.Literal(metric.aggregate),
+                aggregate=sql.Literal(aggregate),
                 start=sql.Literal(start),
                 end=sql.Literal(end),
                 force=sql.Literal(force),
@@ -105,8 +110,8 @@ class Summaries:
             )
         )
 
-    def _read_queue(self) -> Queued | None:
-        row = self._connection.execute(SQL["read_queue"]).fetchone()
+    def _read_queue(self, *, settled: bool) -> Queued | None:
+        row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
         assert row is not None
         ids, touched, forced, oldest, now = row
         return None if ids is None else Queued(ids, touched, forced, now - oldest)
@@ -117,10 +122,14 @@ class Summaries:
         for metric in self._aggregates.current.values():
             self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
 
+    def _whole_minutes(self, touched: Multirange[datetime]) -> list[Window]:
+        return self._windows("whole_minutes", touched=touched)
+
     def _widen(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
-        row = self._connection.execute(
-            SQL["widen"], {"metric": metric.name, "width": metric.width, "touched": touched}
-        ).fetchone()
+        return self._windows("widen", metric=metric.name, width=metric.width, touched=touched)
+
+    def _windows(self, statement: str, **arguments: object) -> list[Window]:
+        row = self._connection.execute(SQL[statement], arguments).fetchone()
         assert row is not None
         return [(piece.lower, piece.upper) for piece in row[0]]
 

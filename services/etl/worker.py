@@ -122,12 +122,15 @@ class Leader:
     def run(self, shutdown: Shutdown) -> None:
         """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
         while not shutdown.requested:
-            self.run_once()
+            self._work(settled=True)
             self.has_worked = True
             shutdown.wait(self._settings.etl_poll_seconds)
 
     def run_once(self) -> None:
         """Do all that is queued, then what the settings ask for: other widths, retention."""
-        self.summaries.refresh_queued()
+        self._work(settled=False)
+
+    def _work(self, *, settled: bool) -> None:
+        self.summaries.refresh_queued(settled=settled)
         change_intervals(self._connection, self._aggregates, self.summaries)
         self._retention.run_when_due()

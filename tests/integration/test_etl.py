@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
@@ -18,7 +18,7 @@ from services.consumer.sink import Sink, touched_ranges
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
-from services.etl.metrics import Metric
+from services.etl.metrics import BASE
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import START, StartService, minutes, run_cli, wait_until
@@ -109,7 +109,7 @@ def test_a_committed_reading_shows_in_table_and_live_view(
 ) -> None:
     etl = start("etl")
     etl.wait_for("leading")
-    wait_until(lambda: len(aggregates(connection)) == 2, "aggregates")
+    wait_until(lambda: len(aggregates(connection)) == 3, "aggregates")
     store(sink, at(1, 20.0, 50.0), at(2, 22.0), at(3, None, 52.0), at(11, 10.0, sensor="s2"))
     expected = [("s1", minutes(0), 21.0, 20.0, 22.0, 2), ("s2", minutes(10), 10.0, 10.0, 10.0, 1)]
     wait_until(lambda: summary(connection) == expected, "the summary", within_s=5)
@@ -157,9 +157,9 @@ def test_a_late_reading_recomputes_its_interval_and_no_other(
     windows = []
     refresh = leader.summaries.refresh
 
-    def note_and_refresh(metric: Metric, start: datetime, end: datetime) -> None:
-        windows.append((metric.name, start, end))
-        refresh(metric, start, end)
+    def note_and_refresh(aggregate: str, start: datetime, end: datetime, *, force: bool) -> None:
+        windows.append((aggregate, start, end))
+        refresh(aggregate, start, end, force=force)
 
     monkeypatch.setattr(leader.summaries, "refresh", note_and_refresh)
     caplog.clear()
@@ -167,8 +167,9 @@ def test_a_late_reading_recomputes_its_interval_and_no_other(
         store(sink, at(months_ago + 302, 80.0))
         leader.run_once()
     assert windows == [
-        ("temperature", minutes(months_ago + 300), minutes(months_ago + 310)),
-        ("humidity", minutes(months_ago + 300), minutes(months_ago + 320)),
+        (BASE, minutes(months_ago + 302), minutes(months_ago + 303)),
+        ("temperature_10min", minutes(months_ago + 300), minutes(months_ago + 310)),
+        ("humidity_20min", minutes(months_ago + 300), minutes(months_ago + 320)),
     ]
     (refreshed,) = [record.fields for record in caplog.records if record.message == "summaries_refreshed"]  # type: ignore[attr-defined]
     assert (refreshed["queue_rows"], refreshed["summary_rows_changed"]) == (1, 1)
@@ -248,14 +249,14 @@ def test_a_queue_row_that_commits_after_a_higher_id_is_not_lost(
     late = [taken[0]]
     refresh = leader.summaries.refresh
 
-    def commit_then_refresh(metric: Metric, start: datetime, end: datetime) -> None:
+    def commit_then_refresh(aggregate: str, start: datetime, end: datetime, *, force: bool) -> None:
         if late:
             connection.execute("INSERT INTO sensor_data VALUES (%s, 's1', 5, NULL)", [minutes(0)])
             connection.execute(
                 "INSERT INTO summary_refresh_queue (id, touched) OVERRIDING SYSTEM VALUE VALUES (%s, %s)",
                 [late.pop(), touched_ranges([at(0)])],
             )
-        refresh(metric, start, end)
+        refresh(aggregate, start, end, force=force)
 
     monkeypatch.setattr(leader.summaries, "refresh", commit_then_refresh)
     leader.run_once()
@@ -263,6 +264,37 @@ def test_a_queue_row_that_commits_after_a_higher_id_is_not_lost(
     leader.run_once()
     assert queue_length(connection) == 0
     assert [row[2] for row in summary(connection)] == [5.0, 20.0]
+
+
+def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
+    connection: psycopg.Connection, sink: Sink, leader: Leader
+) -> None:
+    long_ago = minutes(0) - timedelta(days=300)
+    store(sink, Reading("s1", long_ago, 5.0), Reading("s1", datetime.now(UTC), 20.0))
+
+    def age(which: str, seconds: float) -> None:
+        connection.execute(
+            "UPDATE summary_refresh_queue SET queued_at = now() - make_interval(secs => %s)"
+            f" WHERE id = (SELECT {which}(id) FROM summary_refresh_queue)",
+            [seconds],
+        )
+
+    def averages() -> list[object]:
+        leader.summaries.refresh_queued(settled=True)
+        return [row[2] for row in summary(connection)]
+
+    age("min", 0)
+    assert averages() == [20.0]
+    store(sink, Reading("s1", long_ago, 6.0))
+    age("min", 4)
+    age("max", 0)
+    assert averages() == [20.0]  # it was touched again
+    age("min", 6)
+    assert averages() == [6.0, 20.0]  # but it does not wait for ever
+    assert queue_length(connection) == 1
+    age("max", 2)
+    assert averages() == [6.0, 20.0]  # settled
+    assert queue_length(connection) == 0
 
 
 def test_readings_that_were_there_before_etl_are_summarised_to_the_last(
@@ -407,7 +439,7 @@ def test_changing_an_interval_never_shows_an_empty_or_mixed_answer(
             changed = settings.model_copy(update={"temperature_interval": width})
             etl = start("etl", settings=changed)
             etl.wait_for("interval_changed")
-            wait_until(lambda: len(aggregates(connection)) == 2, "the old aggregate is gone")
+            wait_until(lambda: len(aggregates(connection)) == 3, "the old aggregate is gone")
             assert f"temperature_{width}min" in aggregates(connection)
             assert etl.stop() == 0
             assert differences(connection, changed) == []
@@ -426,7 +458,7 @@ def test_an_interval_change_that_was_killed_finishes_on_restart(
         etl.kill()
         assert run_cli(changed, "etl", "--once").returncode == 0
     assert seen == []
-    assert aggregates(connection) == {"temperature_15min", "humidity_7min"}
+    assert aggregates(connection) == {BASE, "temperature_15min", "humidity_7min"}
     assert differences(connection, changed) == []
 
 
@@ -438,7 +470,7 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
     Leader(connection, settings.model_copy(update={"temperature_interval": 15}))  # begun, and no more
     assert "temperature_15min" in aggregates(connection)
     Leader(connection, settings).run_once()
-    assert aggregates(connection) == {"temperature_10min", "humidity_20min"}
+    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
     assert differences(connection, settings) == []
 
 

@@ -43,7 +43,7 @@ def relations(connection: psycopg.Connection) -> set[str]:
     rows = connection.execute(
         "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
     )
-    return {name for (name,) in rows if not name.endswith("min")} - {"alembic_version"}
+    return {name for (name,) in rows if not name.endswith(("min", "minute"))} - {"alembic_version"}
 
 
 def alembic(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

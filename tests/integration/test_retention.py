@@ -9,6 +9,7 @@ import pytest
 
 from services.core.config import Settings
 from services.core.kafka import headers_of
+from services.etl.metrics import BASE
 from tests.fix_services import message, publish, read_topic, run_cli
 
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -73,6 +74,17 @@ def test_retention_of_raw_readings_does_not_wipe_the_summary(
         "humidity_summary: 0 rows differed",
         "temperature_summary: 0 rows differed",
     ]
+
+
+def test_the_minutes_of_history_that_is_gone_are_dropped_too(
+    settings: Settings, connection: psycopg.Connection
+) -> None:
+    store(settings, message(time=ago(400), temperature=4.0), message(time=ago(1), temperature=1.0))
+    run(settings, "etl", "--once")
+    assert count(connection, BASE) == 2
+    run(settings, "etl", "--once", **KEEP)
+    assert count(connection, BASE) == 1
+    assert [row[2] for row in summary(connection)] == [4, 1]
 
 
 @pytest.mark.parametrize("environment", [KEEP, {}], ids=["by the setting", "by what is dropped"])
