@@ -79,12 +79,13 @@ def test_retention_of_raw_readings_does_not_wipe_the_summary(
 def test_the_minutes_of_history_that_is_gone_are_dropped_too(
     settings: Settings, connection: psycopg.Connection
 ) -> None:
-    store(settings, message(time=ago(400), temperature=4.0), message(time=ago(1), temperature=1.0))
+    """By whole chunks of minutes, which span ten of the readings' own."""
+    store(settings, *(message(time=ago(days), temperature=days) for days in (400, 300, 1)))
     run(settings, "etl", "--once")
-    assert count(connection, BASE) == 2
+    assert count(connection, BASE) == 3
     run(settings, "etl", "--once", **KEEP)
-    assert count(connection, BASE) == 1
-    assert [row[2] for row in summary(connection)] == [4, 1]
+    assert count(connection, BASE) == 2
+    assert [row[2] for row in summary(connection)] == [400, 300, 1]
 
 
 @pytest.mark.parametrize("environment", [KEEP, {}], ids=["by the setting", "by what is dropped"])
