@@ -291,49 +291,55 @@ def measure_end_to_end(bench: Bench) -> None:
     path.unlink()
 
 
-def measure_freshness(bench: Bench, rate: int = 20_000, seconds: int = 40) -> None:
-    """At a steady rate: from the message's time in Kafka to the summary row that includes it."""
+def measure_freshness(bench: Bench, rate: int = 20_000) -> None:
+    """At a steady rate, at the begin of an interval and at the end of one that is half full of it already."""
+    width = timedelta(minutes=20)
+    start = datetime.fromtimestamp(0, UTC) + (datetime.now(UTC).timestamp() // width.total_seconds() + 1) * width
+    begin = freshness(bench, rate, start)
+    full = timedelta(minutes=9)
     bench.truncate()
-    topic = bench.new_topic()
-    seen: list[tuple[float, float]] = []  # (when looked, newest publishing time that is included)
-    published: list[tuple[float, int]] = []  # (when, readings of the probe sensor so far)
-    with running(bench, topic, "consume", "etl"):
-        ended = threading.Event()
-        thread = threading.Thread(target=publish_steadily, args=(topic, rate, seconds, published, ended))
-        thread.start()
-        with connect(bench.settings) as connection:
-            while not ended.is_set() or (seen and seen[-1][1] < published[-1][0]):
-                row = connection.execute(
-                    "SELECT coalesce(sum(reading_count), 0) FROM temperature_summary WHERE sensor_id = 'probe'"
-                ).fetchone()
-                included = int(row[0]) if row else 0
-                if included:
-                    seen.append((time.monotonic(), published[included - 1][0]))
-                ended.wait(0.05)
-        thread.join()
-    # For each probe: the first look that included it.
-    ages, at = [], 0
-    for moment, _ in published:
-        while at < len(seen) and seen[at][1] < moment:
-            at += 1
-        if at < len(seen):
-            ages.append(seen[at][0] - moment)
-    quarter = len(ages) // 4
+    load(bench, min(6 * ROWS, int(rate * full.total_seconds()) // 2), start, full)
+    end = freshness(bench, rate, start + full)
+    ages = begin + end
     bench.results["freshness_p50_s"] = statistics.median(ages)
     bench.results["freshness_p99_s"] = statistics.quantiles(ages, n=100)[98]
-    bench.results["freshness_end_over_begin"] = statistics.median(ages[-quarter:]) / statistics.median(
-        ages[quarter : 2 * quarter]
-    )
+    bench.results["freshness_end_over_begin"] = statistics.median(end) / statistics.median(begin)
+
+
+def freshness(bench: Bench, rate: int, clock: datetime, seconds: int = 30) -> list[float]:
+    """From the message's time in Kafka to the summary row that includes it, for a probe each tenth of a second."""
+    topic = bench.new_topic()
+    seen: list[tuple[float, float]] = []  # (when looked, newest publishing time that is included)
+    published: list[float] = []  # when each probe was
+    with running(bench, topic, "consume", "etl"), connect(bench.settings) as connection:
+        wait_until(lambda: not is_queued(connection), "what was there before", PATIENCE_S)
+        ended = threading.Event()
+        thread = threading.Thread(target=publish_steadily, args=(topic, rate, seconds, clock, published, ended))
+        thread.start()
+        while not ended.is_set() or not seen or seen[-1][1] < published[-1]:
+            row = connection.execute(
+                "SELECT coalesce(sum(reading_count), 0) FROM temperature_summary WHERE sensor_id = 'probe'"
+            ).fetchone()
+            if row is not None and row[0]:
+                seen.append((time.monotonic(), published[int(row[0]) - 1]))
+            ended.wait(0.05)
+        thread.join()
+    ages, at = [], 0
+    for moment in published:  # the first look that included it
+        while seen[at][1] < moment:
+            at += 1
+        ages.append(seen[at][0] - moment)
+    bench.truncate()
+    return ages
 
 
 def publish_steadily(
-    settings: Settings, rate: int, seconds: int, published: list[tuple[float, int]], ended: threading.Event
+    settings: Settings, rate: int, seconds: int, clock: datetime, published: list[float], ended: threading.Event
 ) -> None:
-    """``rate`` readings a second of SENSORS sensors at the present time, and one probe reading each tenth."""
+    """``rate`` readings a second of SENSORS sensors, their times from ``clock`` on, and a probe each tenth."""
     producer = Producer(client_settings(settings, "bench") | {"linger.ms": 5, "compression.type": "lz4"})
     pause = threading.Event()
     began = time.monotonic()
-    clock = datetime.now(UTC).replace(microsecond=0)
     for tick in range(seconds * 10):
         for number in range(rate // 10):
             moment = clock + timedelta(seconds=tick / 10, microseconds=number * 10)
@@ -341,7 +347,7 @@ def publish_steadily(
             producer.produce(settings.kafka_topic, key=f"s{number % SENSORS:04d}", value=value)
         moment = clock + timedelta(seconds=tick / 10)
         producer.produce(settings.kafka_topic, key="probe", value=encode(Reading("probe", moment, 20.0, 50.0)))
-        published.append((time.monotonic(), tick + 1))
+        published.append(time.monotonic())
         producer.poll(0)
         pause.wait(max(0.0, began + (tick + 1) / 10 - time.monotonic()))
     producer.flush()
@@ -353,7 +359,7 @@ def measure_history_cost(bench: Bench) -> None:
     costs = []
     for history in (ROWS, 10 * ROWS):
         bench.truncate()
-        load(bench, history)
+        load(bench, history, START, timedelta(seconds=history // SENSORS))
         with connect(bench.settings) as connection:
             leader = Leader(connection, bench.settings)
             leader.run_once()
@@ -376,12 +382,17 @@ def measure_history_cost(bench: Bench) -> None:
     bench.results["history_cost_ratio"] = costs[1] / costs[0]
 
 
-def load(bench: Bench, count: int) -> None:
-    """History of ``count`` readings whose time grows with it, queued as the consumer would."""
+def load(bench: Bench, count: int, start: datetime, span: timedelta) -> None:
+    """History of ``count`` readings, spread over ``span``, queued as the consumer would."""
+    step = span / (count // SENSORS)
     with connect(bench.settings) as connection:
         for first in range(0, count, 100_000):
+            rows = [
+                (start + number // SENSORS * step, f"s{number % SENSORS:04d}", 20.0 + number % 100 / 10, 50.0)
+                for number in range(first, min(first + 100_000, count))
+            ]
             with connection.transaction(), connection.cursor() as cursor:
-                copy(cursor, "sensor_data", list(readings(min(100_000, count - first), first)))
+                copy(cursor, "sensor_data", rows)
         connection.execute(
             "INSERT INTO summary_refresh_queue (touched)"
             " SELECT tstzmultirange(tstzrange(min(time), max(time), '[]')) FROM sensor_data"
@@ -467,11 +478,16 @@ def running(bench: Bench, settings: Settings, *commands: str) -> Iterator[list[S
             service.stop()
 
 
+def is_queued(connection: psycopg.Connection) -> bool:
+    """Whether etl has something to do."""
+    row = connection.execute("SELECT EXISTS (SELECT FROM summary_refresh_queue)").fetchone()
+    return row is not None and bool(row[0])
+
+
 def is_complete(bench: Bench, rows: int) -> bool:
     """Whether all readings are stored and nothing is queued."""
     with connect(bench.settings) as connection:
-        queued = connection.execute("SELECT EXISTS (SELECT FROM summary_refresh_queue)").fetchone()
-        if queued != (False,):
+        if is_queued(connection):
             return False
         row = connection.execute("SELECT sum(reading_count) FROM humidity_summary").fetchone()
         return row is not None and row[0] == rows
