@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from services.core.config import Settings, load_settings
-from services.core.errors import PipelineError
+from services.core.errors import ConfigurationError, PipelineError
 from services.core.logs import configure_logging
 from services.core.shutdown import Shutdown
 
@@ -17,8 +19,8 @@ LOCAL_DIRECTORY = Path(".local")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can cause are one line and exit code 2, others 1."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
         return int(options.run(settings, options))
@@ -38,7 +40,32 @@ def parser() -> argparse.ArgumentParser:
 
     produce = commands.add_parser("produce", help="send the readings of PARQUET_URL to the Kafka topic")
     produce.add_argument("--resend", action="store_true", help="send files that were sent before once more")
+    produce.add_argument(
+        "--speed",
+        metavar="60x",
+        help="replay by the readings' times: the gaps between them, divided by 60, lie between sending",
+    )
     produce.set_defaults(run=run_produce)
+
+    generate = commands.add_parser(
+        "generate", help="write made-up readings to a Parquet file, to try the pipeline with"
+    )
+    generate.add_argument("out", metavar="OUT", type=Path, help="the file")
+    generate.add_argument("--sensors", type=_between("--sensors", 1, 100_000), default=200, help="default: 200")
+    generate.add_argument("--days", type=_between("--days", 0, 100_000, float), default=7, help="default: 7")
+    generate.add_argument(
+        "--interval",
+        type=_between("--interval", 1, 86_400),
+        default=60,
+        help="seconds between two readings of a sensor (default: 60)",
+    )
+    generate.add_argument("--start", type=_start, default="2024-01-01", help="first day, UTC (default: 2024-01-01)")
+    generate.add_argument("--seed", type=_between("--seed", 0, 2**63), default=1, help="default: 1")
+    for name, what in (("gaps", "left out"), ("late", "that come after newer ones"), ("duplicates", "that come twice")):
+        share = _between(f"--{name}", 0, 0.5, float)
+        generate.add_argument(f"--{name}", type=share, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
+    generate.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    generate.set_defaults(run=run_generate)
 
     consume = commands.add_parser("consume", help="store the topic's readings in sensor_data")
     consume.add_argument("--until-caught-up", action="store_true", help="end at the topic's end")
@@ -70,11 +97,57 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _between(option: str, least: float, most: float, kind: type[int | float] = int) -> Callable[[str], float]:
+    """A parser of numbers; what is none of those allowed raises ConfigurationError."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            number = kind(text)
+            if least <= number <= most:
+                return number
+        what = "whole number" if kind is int else "number"
+        raise ConfigurationError(f"{option}={text} is not allowed (a {what}, {least:,} to {most:,})")
+
+    return parse
+
+
+def _start(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--start={text} is not allowed (a day or time like 2024-01-01, in UTC)") from error
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def run_produce(settings: Settings, options: argparse.Namespace) -> int:
     """``produce``."""
+    from services.producer.pace import parse_speed
     from services.producer.worker import run
 
-    return run(settings, Shutdown().listen(), resend=options.resend)
+    speed = None if options.speed is None else parse_speed(options.speed)
+    return run(settings, Shutdown().listen(), resend=options.resend, speed=speed)
+
+
+def run_generate(settings: Settings, options: argparse.Namespace) -> int:
+    """``generate``."""
+    from services.producer.generate import Plan, generate
+
+    plan = Plan(
+        sensors=options.sensors,
+        days=options.days,
+        interval_s=options.interval,
+        seed=options.seed,
+        start=options.start,
+        gaps=options.gaps,
+        late=options.late,
+        duplicates=options.duplicates,
+    )
+    counts = generate(settings, plan, options.out, Shutdown().listen(), force=options.force)
+    print(
+        f"{options.out}: {counts.rows:,} rows, of which {counts.duplicates:,} are duplicates and {counts.late:,} late; "
+        f"{counts.gaps:,} were left out. In sensor_data they are {counts.rows - counts.duplicates:,} rows."
+    )
+    return 0
 
 
 def run_consume(settings: Settings, options: argparse.Namespace) -> int:

@@ -79,6 +79,15 @@ class Settings(BaseSettings):
         le=900,
         description="age at which Kafka ends the transaction of a dead producer: 5 to 900 whole seconds",
     )
+    producer_rate: float = Field(
+        0, ge=0, le=10_000_000, description="readings a second to send: 0 (as fast as possible) to 10000000"
+    )
+    producer_watch_seconds: float = Field(
+        0,
+        ge=0,
+        le=86_400,
+        description="pause between two looks for new files: 0 (send what is there and end) to 86400 seconds",
+    )
     consumer_batch_rows: int = Field(
         50_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
     )

@@ -31,7 +31,7 @@ class RowsPerSecond(ProgressColumn):
 @contextmanager
 def show_rows(total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that is told, again and again, how many of ``total`` rows are behind us."""
-    if not sys.stderr.isatty():
+    if not (total and sys.stderr.isatty()):
         yield _LogLines(total).update
         return
     columns = (

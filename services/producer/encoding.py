@@ -140,6 +140,11 @@ def _choose(*reasons: tuple[str, pa.Array]) -> tuple[pa.Array | None, dict[str, 
     return (None if out is None else pc.invert(out)), skipped
 
 
+def event_times(column: pa.Array) -> pa.Array:
+    """The time of each row in microseconds since 1970, UTC; null where it has none that can be sent."""
+    return _times(_decoded(column))[0].cast(pa.timestamp("us")).cast(pa.int64())
+
+
 # --- types -------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """Parquet files: found, checked, then streamed as messages.
 
-A source is what PARQUET_URL names. All its files are opened and checked before anything is sent; then each is
-read batch by batch, so that memory follows neither the size of a file nor that of its row groups.
+A source is what PARQUET_URL names. All its files are opened and checked before anything is sent (watch.py: each
+when it arrives); then each is read batch by batch, so that memory follows neither the size of a file nor that of
+its row groups.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -20,7 +22,9 @@ import pyarrow.parquet as pq
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
+from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns, Messages, encode_batch
+from services.producer.progress import Stopped
 
 BATCH_ROWS = 20_000
 BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
@@ -31,12 +35,28 @@ GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 
+class UnreadableFileError(PermanentError):
+    """A file that was checked turned out to be damaged, or has changed or gone since."""
+
+
+class FileState(NamedTuple):
+    """What a listing tells about a file: its size in bytes, and when it was last changed, by its own clock."""
+
+    size: int
+    mtime_ns: int
+
+
+def _whole(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    yield batch
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One Parquet file.
 
     ``fingerprint`` (hex) stands for what would be sent: it changes with the file's URL, its contents and the
-    column mapping, and with nothing else that we can know. ``rows`` counts all its rows.
+    column mapping, and with nothing else that we can know. ``rows`` counts all its rows. ``state`` is from just
+    before the contents were read for that.
     """
 
     url: str
@@ -45,15 +65,23 @@ class SourceFile:
     columns: Columns
     rows: int
     fingerprint: str
+    state: FileState
 
-    def messages(self, start: int = 0) -> Iterator[Messages]:
-        """The file's rows from row number ``start`` on, in order, up to 20,000 at a time.
+    def messages(
+        self, start: int = 0, parts: Callable[[pa.RecordBatch], Iterator[pa.RecordBatch]] = _whole
+    ) -> Iterator[Messages]:
+        """The file's rows from row number ``start`` on, in order, up to 20,000 at a time, as ``parts`` cuts them.
 
-        Raises PermanentError where the file turns out to be damaged, or has gone.
+        Raises UnreadableFileError where the file turns out to be damaged, or has changed or gone.
         """
         row = start
         try:
             with _open(self.filesystem, self.path) as parquet:
+                # What is open now stays what it is when the name is given to another file.
+                if _state(self.filesystem.get_file_info(self.path)) != self.state:
+                    raise UnreadableFileError(
+                        f"{self.url} changed after it was checked; the next look, or the next run, sends what it is now"
+                    )
                 groups, skip = _groups_from(parquet.metadata, start)
                 batches = parquet.iter_batches(
                     BATCH_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False
@@ -62,12 +90,12 @@ class SourceFile:
                     if skip >= batch.num_rows:
                         skip -= batch.num_rows
                         continue
-                    messages = encode_batch(batch.slice(skip), self.columns)
+                    for part in parts(batch.slice(skip)):
+                        yield encode_batch(part, self.columns)
+                        row += part.num_rows
                     skip = 0
-                    yield messages
-                    row += messages.rows
         except (OSError, pa.ArrowException) as error:
-            raise PermanentError(
+            raise UnreadableFileError(
                 f"{self.url} cannot be read beyond row {row} of {self.rows}: {_one_line(error)}"
             ) from error
 
@@ -85,28 +113,25 @@ class Source:
         return sum(file.rows for file in self.files)
 
 
-def open_source(settings: Settings) -> Source:
+def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     """Find and check the files that PARQUET_URL names.
 
     It is a file; or a directory: all ``*.parquet`` in it and below, but for names that start with ``.`` or
     ``_``, as Spark and Arrow have it; or a glob: ``*``, ``?``, ``[...]`` in a name, ``**`` over directories.
 
-    Raises ConfigurationError, one line, for anything that keeps a file from being read.
+    Raises ConfigurationError, one line, for anything that keeps a file from being read; Stopped when
+    ``shutdown`` was requested meanwhile.
     """
     columns = Columns.of(settings)
-    place = _Place.of(settings.parquet_url)
-    try:
-        paths = place.find()
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigurationError(f"PARQUET_URL={place.given}: {_one_line(error)}") from error
-    return Source(place.url, tuple(_check(place, path, columns) for path in paths))
+    place = Place.of(settings.parquet_url)
+    return Source(place.url, tuple(check_file(place, path, columns, shutdown) for path in place.find()))
 
 
 # --- finding -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one.
 
     ``scheme`` is empty for local files, ``s3://`` and so on for others.
@@ -118,7 +143,8 @@ class _Place:
     filesystem: pa.fs.FileSystem
 
     @classmethod
-    def of(cls, given: str) -> _Place:
+    def of(cls, given: str) -> Place:
+        """Raises ConfigurationError where it is no URL."""
         try:
             scheme, separator, rest = given.partition("://")
             given = _masked(given)
@@ -142,30 +168,52 @@ class _Place:
 
     @property
     def url(self) -> str:
+        """The URL in full, without its options."""
         return self.scheme + self.path
 
     def find(self) -> list[str]:
-        """Paths of the files, sorted."""
+        """Paths of the files, sorted. Raises ConfigurationError when there is none."""
+        states = self.list_states(must_exist=True)
+        if not states:
+            missing = (
+                "no file matches this glob" if GLOB.search(self.path) else "this directory holds no *.parquet file"
+            )
+            raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
+        return sorted(states)
+
+    def list_states(self, *, must_exist: bool = False) -> dict[str, FileState]:
+        """The files by path, as they are now; ``must_exist``: what is no glob has to name something.
+
+        Raises ConfigurationError when they cannot be listed.
+        """
+        try:
+            return self._list_states(must_exist=must_exist)
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigurationError(f"PARQUET_URL={self.given}: {_one_line(error)}") from error
+
+    def _list_states(self, *, must_exist: bool) -> dict[str, FileState]:
         info = self.filesystem.get_file_info(self.path)
         if info.type == pa.fs.FileType.File:
-            return [self.path]
+            return {self.path: _state(info)}
         if info.type == pa.fs.FileType.Directory:
-            paths = [path for path in self._list(self.path) if _is_data(path[len(self.path) :])]
-            missing = "this directory holds no *.parquet file"
-        elif GLOB.search(self.path):
+            states = self._list(self.path)
+            return {path: state for path, state in states.items() if _is_data(path[len(self.path) :])}
+        if GLOB.search(self.path):
             pattern = _glob_pattern(self.path)
-            base = self.path[: _glob_start(self.path)].rstrip("/") or "/"
-            paths = [path for path in self._list(base) if pattern.fullmatch(path)]
-            missing = "no file matches this glob"
-        else:
-            paths, missing = [], "there is no such file or directory"
-        if not paths:
-            raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
-        return sorted(paths)
+            states = self._list(self.path[: _glob_start(self.path)].rstrip("/") or "/")
+            return {path: state for path, state in states.items() if pattern.fullmatch(path)}
+        if must_exist:
+            raise ConfigurationError(f"PARQUET_URL={self.given}: there is no such file or directory ({self.url})")
+        return {}
 
-    def _list(self, base: str) -> list[str]:
+    def _list(self, base: str) -> dict[str, FileState]:
         selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
-        return [info.path for info in self.filesystem.get_file_info(selector) if info.type == pa.fs.FileType.File]
+        found = self.filesystem.get_file_info(selector)
+        return {info.path: _state(info) for info in found if info.type == pa.fs.FileType.File}
+
+
+def _state(info: pa.fs.FileInfo) -> FileState:
+    return FileState(info.size or 0, info.mtime_ns or 0)
 
 
 def _is_data(path: str) -> bool:
@@ -195,20 +243,26 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
 # --- checking ----------------------------------------------------------------------------------------------
 
 
-def _check(place: _Place, path: str, columns: Columns) -> SourceFile:
+def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | None = None) -> SourceFile:
+    """The file at ``path``, when it can be read and has the columns.
+
+    Raises ConfigurationError, one line, where not; Stopped when ``shutdown`` was requested meanwhile.
+    """
     url = place.scheme + path
     try:
+        state = _state(place.filesystem.get_file_info(path))
         with _open(place.filesystem, path) as parquet:
             columns.check(parquet.schema_arrow, url)
             rows = parquet.metadata.num_rows
-        contents = _contents(place.filesystem, path)
+        contents = _contents(place.filesystem, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
     identity = "\0".join((url, contents, columns.time, columns.temperature, columns.humidity, columns.sensor))
-    return SourceFile(url, path, place.filesystem, columns, rows, hashlib.sha256(identity.encode()).hexdigest())
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 
 
-def _contents(filesystem: pa.fs.FileSystem, path: str) -> str:
+def _contents(filesystem: pa.fs.FileSystem, path: str, state: FileState, shutdown: Shutdown | None) -> str:
     """Something that changes when the contents of a file do, and not otherwise.
 
     Of a local file it is the hash of all its bytes, at over a gigabyte a second: a time stamp would change
@@ -216,10 +270,14 @@ def _contents(filesystem: pa.fs.FileSystem, path: str) -> str:
     only written anew, so its size and the time of that are enough, and save the transfer.
     """
     if not isinstance(filesystem, pa.fs.LocalFileSystem):
-        info = filesystem.get_file_info(path)
-        return f"{info.size} {info.mtime_ns}"
+        return f"{state.size} {state.mtime_ns}"
+    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while chunk := stream.read(BUFFER_BYTES):
+            if shutdown is not None and shutdown.requested:  # a large file takes minutes
+                raise Stopped("the files were not checked to the end")
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _open(filesystem: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
@@ -235,7 +293,7 @@ def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]
     return list(range(first, metadata.num_row_groups)), start - before
 
 
-def _damage(place: _Place, path: str, error: Exception) -> str:
+def _damage(place: Place, path: str, error: Exception) -> str:
     """Why a file is not one that can be read, in one line."""
     url = place.scheme + path
     if not isinstance(error, pa.ArrowInvalid):

@@ -12,55 +12,128 @@ import msgspec
 
 from services.core.backoff import pauses
 from services.core.config import Settings
-from services.core.errors import PermanentError
+from services.core.errors import ConfigurationError, PermanentError
 from services.core.kafka import connect_admin, create_topics
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.encoding import Messages
+from services.producer.pace import Pace, choose_pace
 from services.producer.progress import Progress, Stopped, progress_topic, topic_id
 from services.producer.publisher import Publisher, TransactionAborted, TransactionExpired
-from services.producer.source import Source, SourceFile, open_source
+from services.producer.source import Source, SourceFile, UnreadableFileError, open_source
+from services.producer.watch import Watch
 
 log = logging.getLogger("producer")
 
-TRANSACTION_SECONDS = 5.0  # a slow broker gets smaller transactions, so that none grows too old
+LONG_WAIT_S = 60.0  # for the next reading: said in the log
 
 
-def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False) -> int:
+def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: float | None = None) -> int:
     """Send what PARQUET_URL names and was not sent before; with ``resend`` all of it again.
+
+    ``speed``: replay by the readings' times, with the gaps between them divided by it. With
+    PRODUCER_WATCH_SECONDS the files are those that are there or arrive until ``shutdown`` is requested.
 
     Returns 0 when all is sent, and also when ``shutdown`` was requested: what was committed until then stays,
     and the next run goes on from there. Raises ConfigurationError before anything is sent, PermanentError
     when no retry can help.
     """
-    source = open_source(settings)
-    log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
-    admin = connect_admin(settings, shutdown)
-    create_topics(admin, settings, progress_topic(settings))
-    topic = topic_id(admin, settings)
-    with Publisher(settings, source.url, shutdown) as publisher, show_rows(source.rows) as show:
-        job = _Job(settings, source, publisher, shutdown, topic, show)
-        job.run(resend=resend)
-    job.report()
+    pace = choose_pace(settings, speed)
+    period_s = settings.producer_watch_seconds
+    if period_s and resend:
+        raise ConfigurationError(
+            f"PRODUCER_WATCH_SECONDS={period_s:g} and --resend cannot both hold: resend with PRODUCER_WATCH_SECONDS=0"
+        )
+    try:
+        source: Source | Watch
+        if period_s:
+            source = Watch(settings, shutdown)
+            log.info("watching", extra=fields(url=source.url, seconds=period_s))
+        else:
+            source = open_source(settings, shutdown)
+            log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
+        admin = connect_admin(settings, shutdown)
+        create_topics(admin, settings, progress_topic(settings))
+        topic = topic_id(admin, settings)
+        with Publisher(settings, source.url, shutdown) as publisher:
+            sender = _Sender(settings, publisher, shutdown, topic, pace)
+            if isinstance(source, Watch):
+                sender.send_arriving(source)
+            else:
+                sender.send(source, resend=resend)
+    except Stopped as error:
+        log.warning("stopped", extra=fields(reason=str(error)))
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """What every source of this run is sent with."""
+
+    settings: Settings
+    publisher: Publisher
+    shutdown: Shutdown
+    topic_id: str
+    pace: Pace
+
+    def send(self, source: Source, *, resend: bool) -> None:
+        """Send what of ``source`` was not sent before."""
+        with show_rows(source.rows) as show:
+            job = _Job(self, source, show)
+            job.run(resend=resend)
+        job.report()
+
+    def send_arriving(self, watch: Watch) -> None:
+        """Send the files of each look, until the service shall end.
+
+        The first look finds nothing whole yet: the publisher starts then, and ends what an earlier run left open.
+        """
+        source, started = watch.look(), False
+        while not self.shutdown.requested:
+            if source.files or not started:
+                with show_rows(source.rows) as show:
+                    job = _Job(self, source, show, started=started, unreadable=watch.note_unreadable)
+                    job.run(resend=False)
+                started = True
+                for file in job.sent_files():
+                    watch.note_sent(file)
+                job.report()
+            if self.shutdown.wait(self.settings.producer_watch_seconds):
+                return
+            source = watch.look()
 
 
 @dataclass(slots=True)
 class _Job:
-    """One run of the producer over one source."""
+    """One source on its way: what was committed, what is next.
 
-    settings: Settings
+    ``started``: the publisher lives already. ``unreadable`` is told of a file that cannot be read to its end, and
+    the others are sent; without it that is the end.
+    """
+
+    sender: _Sender
     source: Source
-    publisher: Publisher
-    shutdown: Shutdown
-    topic_id: str
     show: Callable[[int], None]
+    started: bool = False
+    unreadable: Callable[[SourceFile, UnreadableFileError], None] | None = None
     committed: dict[str, Progress] = field(default_factory=dict)
     before: dict[str, Progress] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)
     rows: int = 0  # read until now, in this run and in those before it, committed or not
     retries: Iterator[float] = field(default_factory=pauses)
+
+    @property
+    def publisher(self) -> Publisher:
+        return self.sender.publisher
+
+    @property
+    def shutdown(self) -> Shutdown:
+        return self.sender.shutdown
+
+    @property
+    def pace(self) -> Pace:
+        return self.sender.pace
 
     def run(self, *, resend: bool) -> None:
         """Go on from the last commit until all is sent, as often as it takes."""
@@ -85,8 +158,12 @@ class _Job:
                 return
 
     def _start(self, *, resend: bool) -> None:
-        """Take over the source and learn what is committed; with ``resend`` begin at the first row again."""
-        known = self.publisher.start()
+        """Take over the source and learn what is committed; with ``resend`` begin at the first row again.
+
+        A publisher that lives is not started anew, or it would fence one that has taken over meanwhile.
+        """
+        known = self.publisher.read_progress() if self.started else self.publisher.start()
+        self.started = False
         fresh = {self._key(file): Progress(url=file.url, run=self.publisher.run) for file in self.source.files}
         if resend:
             self.publisher.commit(fresh)
@@ -109,33 +186,57 @@ class _Job:
                 raise PermanentError(f"fenced: another producer has taken over {self.source.url}; this one stops")
 
     def _key(self, file: SourceFile) -> str:
-        return f"{self.topic_id}/{file.fingerprint}"
+        return f"{self.sender.topic_id}/{file.fingerprint}"
 
     def _send_files(self) -> None:
         """Send what is not sent yet, committing as it goes; ends early when the service shall end."""
         waiting: dict[str, Progress] = {}
+        self.pace.begin()
         for file in self.source.files:
-            key = self._key(file)
-            progress = self.committed[key]
-            if progress.done:
+            if self.committed[self._key(file)].done:
                 continue
-            for messages in file.messages(progress.rows):
-                self.publisher.send(messages)
-                progress = waiting[key] = _advance(progress, messages, self.publisher.run)
-                self.rows += messages.rows
-                self.show(self.rows)
-                if self.shutdown.requested:
-                    self._commit(waiting)
-                    return
-                if self._is_due():
-                    self._commit(waiting)
-            waiting[key] = msgspec.structs.replace(progress, done=True, run=self.publisher.run)
+            try:
+                if not self._send_file(file, waiting):
+                    break
+            except UnreadableFileError as error:
+                if self.unreadable is None:
+                    raise
+                self.unreadable(file, error)
         if waiting:
             self._commit(waiting)
 
+    def _send_file(self, file: SourceFile, waiting: dict[str, Progress]) -> bool:
+        """Send the rest of ``file``; False as soon as the service shall end."""
+        key = self._key(file)
+        progress = self.committed[key]
+        for messages in file.messages(progress.rows, self.pace.parts):
+            self._wait_until(self.pace.due(messages), waiting)
+            if self.shutdown.requested:
+                return False
+            self.publisher.send(messages)
+            progress = waiting[key] = _advance(progress, messages, self.publisher.run)
+            self.rows += messages.rows
+            self.show(self.rows)
+            if self._is_due():
+                self._commit(waiting)
+        waiting[key] = msgspec.structs.replace(progress, done=True, run=self.publisher.run)
+        return True
+
+    def _wait_until(self, due: float, waiting: dict[str, Progress]) -> None:
+        """Wait until ``due``; what would be kept from readers for too long is committed first."""
+        pause = due - time.monotonic()
+        if pause <= 0:
+            return
+        if waiting and self.publisher.age_s + pause > self.pace.transaction_s:
+            self._commit(waiting)
+        if pause > LONG_WAIT_S:
+            log.info("waiting_for_next_reading", extra=fields(seconds=round(pause)))
+        self.shutdown.wait(due - time.monotonic())
+
     def _is_due(self) -> bool:
-        return self.publisher.pending >= self.settings.producer_transaction_rows or self.publisher.age_s >= min(
-            TRANSACTION_SECONDS, self.settings.producer_transaction_timeout_seconds / 3
+        settings = self.sender.settings
+        return self.publisher.pending >= settings.producer_transaction_rows or self.publisher.age_s >= min(
+            self.pace.transaction_s, settings.producer_transaction_timeout_seconds / 3
         )
 
     def _commit(self, waiting: dict[str, Progress]) -> None:
@@ -145,11 +246,15 @@ class _Job:
         log.debug("transaction_committed", extra=fields(rows=self.rows, files=len(waiting)))
         waiting.clear()
 
+    def sent_files(self) -> list[SourceFile]:
+        """The files of which every row was committed, in this run or before."""
+        return [file for file in self.source.files if (found := self.committed.get(self._key(file))) and found.done]
+
     def report(self) -> None:
         """Say what this run did and where the source stands, if that was learnt."""
         if not self.committed:
             return
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.began
         now, before = list(self.committed.values()), list(self.before.values())
         rows = sum(p.rows for p in now) - sum(p.rows for p in before)
         sent = sum(p.sent for p in now) - sum(p.sent for p in before)
@@ -159,8 +264,10 @@ class _Job:
         if whole and all(p.done for p in before):
             log.info("nothing_to_send", extra=fields(url=self.source.url, files=len(now), rows=self.source.rows))
             return
+        if not rows and not whole and not self.shutdown.requested:  # a file that stays unreadable was reported
+            return
         log.info(
-            "all_sent" if whole else "stopped_early",
+            "all_sent" if whole else "stopped_early" if self.shutdown.requested else "sent_in_part",
             extra=fields(
                 rows=rows,
                 sent=sent,

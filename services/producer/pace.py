@@ -1,0 +1,154 @@
+"""When readings are sent: at once, at a fixed rate, or with the gaps that lie between their own times.
+
+A pace cuts record batches into parts so small that no part is a burst, and says for each part when it is due.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Protocol
+
+import pyarrow as pa
+
+from services.core.config import Settings
+from services.core.errors import ConfigurationError
+from services.producer.encoding import Messages, event_times
+
+TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
+MOST_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
+MOST_PART_ROWS = 20_000
+LARGEST_SPEED = 1e6
+LONG_AGO = -(2**62)
+SPEED = re.compile(r"(\d+(?:\.\d+)?)x", re.ASCII)
+
+
+class Pace(Protocol):
+    """``transaction_s``: age at which a transaction is committed, so that readers see what was sent."""
+
+    transaction_s: float
+
+    def begin(self) -> None:
+        """Called before the first part of a run of files: time that has passed before it is not made up for."""
+
+    def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """``batch`` in parts, in order; each is to be asked for only when the one before was sent."""
+
+    def due(self, messages: Messages) -> float:
+        """When to send the newest part, which became ``messages``: seconds of time.monotonic()."""
+
+
+class AtOnce:
+    """As fast as Kafka takes them."""
+
+    transaction_s = 5.0  # a slow broker gets smaller transactions, so that none grows too old
+
+    def begin(self) -> None:
+        """Nothing is timed."""
+
+    def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """The batch as it is."""
+        yield batch
+
+    def due(self, messages: Messages) -> float:
+        """Always overdue."""
+        return -math.inf
+
+
+class FixedRate:
+    """``rate`` readings a second; rows that are skipped take no time."""
+
+    transaction_s = 0.5
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._part_rows = min(max(1, int(rate * TICK_S)), MOST_PART_ROWS)
+        self._next = -math.inf
+
+    def begin(self) -> None:
+        """The next reading is due now, or when the last one before asks for it."""
+        self._next = max(self._next, time.monotonic())
+
+    def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """Parts of a hundredth of a second, of one row at least."""
+        for start in range(0, batch.num_rows, self._part_rows):
+            yield batch.slice(start, self._part_rows)
+
+    def due(self, messages: Messages) -> float:
+        """So long after the part before as its readings take."""
+        due = max(self._next, time.monotonic() - MOST_BEHIND_S)
+        self._next = due + len(messages.keys) / self._rate
+        return due
+
+
+class Replay:
+    """The gaps between the readings' times, divided by ``speed``, become the gaps between sending.
+
+    The clock of the replay starts with the first reading and never goes back: a reading that is older than one
+    before it is due at once, and the next gap counts from the newest reading until then.
+    """
+
+    transaction_s = 0.5
+
+    def __init__(self, speed: float, time_column: str) -> None:
+        self._speed = speed
+        self._time_column = time_column
+        self._tick_us = TICK_S * speed * 1e6
+        self._began: tuple[float, int] | None = None  # time.monotonic() and the first reading's microseconds
+        self._newest = LONG_AGO
+        self._due = -math.inf
+
+    def begin(self) -> None:
+        """The clock goes on."""
+
+    def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """Readings whose moments lie within a hundredth of a second."""
+        times = event_times(batch.column(self._time_column)).fill_null(LONG_AGO).to_pylist()
+        newest = list(accumulate(times, max, initial=self._newest))[1:]
+        start = 0
+        while start < len(newest):
+            end = bisect_right(newest, newest[start] + self._tick_us, lo=start + 1)
+            self._due = self._moment(newest[start])
+            self._newest = newest[end - 1]
+            yield batch.slice(start, end - start)
+            start = end
+
+    def _moment(self, newest: int) -> float:
+        if newest == LONG_AGO:  # no row with a time until now
+            return -math.inf
+        if self._began is None:
+            self._began = time.monotonic(), newest
+        began, first = self._began
+        return began + (newest - first) / 1e6 / self._speed
+
+    def due(self, messages: Messages) -> float:
+        """The moment of the newest part's first reading."""
+        return self._due
+
+
+def parse_speed(text: str) -> float:
+    """``60x`` is 60. Raises ConfigurationError."""
+    match = SPEED.fullmatch(text)
+    speed = float(match[1]) if match else 0.0
+    if not 0 < speed <= LARGEST_SPEED:
+        raise ConfigurationError(
+            f"--speed={' '.join(text.splitlines())} is not allowed "
+            "(how many times faster than the readings' own times: 1x is real time, 60x, 0.5x; at most 1000000x)"
+        )
+    return speed
+
+
+def choose_pace(settings: Settings, speed: float | None) -> Pace:
+    """The pace that PRODUCER_RATE or ``--speed`` asks for. Raises ConfigurationError for both."""
+    if speed is None:
+        return FixedRate(settings.producer_rate) if settings.producer_rate else AtOnce()
+    if settings.producer_rate:
+        raise ConfigurationError(
+            f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot both hold: "
+            "leave one out (PRODUCER_RATE=0 is none)"
+        )
+    return Replay(speed, settings.data_feature_date)
