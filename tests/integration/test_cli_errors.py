@@ -71,6 +71,23 @@ def test_no_postgresql(settings: Settings, command: str) -> None:
     )
 
 
+def test_a_wrong_speed(settings: Settings) -> None:
+    line = error_line(run(settings, "produce", "--speed", "60"), MISTAKE)
+    assert line.startswith("--speed=60 is not allowed (how many times faster than the readings' own times")
+
+
+def test_what_cannot_both_hold(settings: Settings) -> None:
+    line = error_line(run(settings, "produce", "--speed", "60x", PRODUCER_RATE="100"), MISTAKE)
+    assert line == "PRODUCER_RATE=100 and --speed cannot both hold: leave one out (PRODUCER_RATE=0 is none)"
+    line = error_line(run(settings, "produce", "--resend", PRODUCER_WATCH_SECONDS="5"), MISTAKE)
+    assert line.startswith("PRODUCER_WATCH_SECONDS=5 and --resend cannot both hold")
+
+
+def test_watching_a_directory_that_does_not_exist(settings: Settings) -> None:
+    line = error_line(run(settings, "produce", PARQUET_URL="/no/such", PRODUCER_WATCH_SECONDS="5"), MISTAKE)
+    assert line.startswith("PARQUET_URL=/no/such: there is no such file or directory")
+
+
 def test_a_host_that_does_not_exist(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_HOST="nowhere.invalid"), MISTAKE)
     assert line.startswith("PostgreSQL does not answer at nowhere.invalid:")

@@ -35,7 +35,9 @@ def test_every_setting_that_is_named_exists() -> None:
 
 
 def test_every_command_is_one() -> None:
-    found = re.findall(rf"{SHELL}sensor-pipeline ([a-z-]+(?: [a-z-]+)?(?: --[a-z-]+)*)", README, re.MULTILINE)
+    found = re.findall(
+        rf"{SHELL}sensor-pipeline ([a-z-]+(?: [a-z-]+)?(?: --[a-z-]+(?: [\d.]+x?)?)*)", README, re.MULTILINE
+    )
     assert found
     for command in found:
         parser().parse_args(command.split())

@@ -568,13 +568,24 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
 def test_damage_in_the_middle_names_the_row(tmp_path: Path) -> None:
     rows = BATCH_ROWS + 1000
     path = write(tmp_path / "a.parquet", rows, row_group_size=BATCH_ROWS, compression="zstd")
-    (file,) = open_source(settings(path)).files
     damaged = bytearray(path.read_bytes())
     start = pq.ParquetFile(path).metadata.row_group(1).column(2).data_page_offset
     damaged[start : start + 200] = b"\xff" * 200
     path.write_bytes(damaged)
+    (file,) = open_source(settings(path)).files
     with pytest.raises(PermanentError, match=rf"a\.parquet cannot be read beyond row \d+ of {rows}: "):
         list(file.messages())
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", BATCH_ROWS * 2)
+    (file,) = open_source(settings(path)).files
+    going = file.messages()
+    rows = next(going).rows
+    write(tmp_path / "longer", BATCH_ROWS * 3).replace(path)
+    assert rows + sum(messages.rows for messages in going) == file.rows  # what was open stays what it was
+    with pytest.raises(PermanentError, match=r"a\.parquet changed after it was checked"):
+        next(file.messages(rows))
 
 
 def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""How batches are cut, and when their parts are due."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pyarrow as pa
+import pytest
+
+from services.core.config import Settings
+from services.core.errors import ConfigurationError
+from services.producer.encoding import Messages
+from services.producer.pace import AtOnce, FixedRate, Replay, choose_pace, parse_speed
+
+NOTHING = Messages(0, [], [], {})
+
+
+def batch(*seconds: float | None) -> pa.RecordBatch:
+    """A row for each time."""
+    microseconds = [None if second is None else int(second * 1e6) for second in seconds]
+    return pa.record_batch({"time": pa.array(microseconds, pa.int64()).cast(pa.timestamp("us"))})
+
+
+def messages(count: int) -> Messages:
+    return Messages(count, [b"a"] * count, [b"{}"] * count, {})
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(0.1, 1), (99, 1), (1000, 10), (10_000_000, 20_000)])
+def test_a_part_of_a_fixed_rate_is_a_hundredth_of_a_second(rate: float, rows: int) -> None:
+    parts = list(FixedRate(rate).parts(batch(*[0.0] * 25_000)))
+    assert {part.num_rows for part in parts[:-1]} == {rows}
+    assert sum(part.num_rows for part in parts) == 25_000
+
+
+def test_parts_of_a_fixed_rate_are_due_one_after_the_other() -> None:
+    pace = FixedRate(100)
+    pace.begin()
+    first = pace.due(messages(50))
+    assert first == pytest.approx(time.monotonic(), abs=0.1)
+    assert pace.due(NOTHING) - first == pytest.approx(0.5)  # skipped rows take no time
+    assert pace.due(messages(1)) - first == pytest.approx(0.5)
+    pace.begin()  # goes on: between two files there is no burst
+    assert pace.due(messages(1)) - first == pytest.approx(0.51)
+
+
+def test_after_a_long_hold_up_a_fixed_rate_makes_up_for_a_second_at_most() -> None:
+    pace = FixedRate(100)
+    assert pace.due(messages(1)) == pytest.approx(time.monotonic() - 1, abs=0.1)
+    pace.begin()
+    assert pace.due(messages(1)) == pytest.approx(time.monotonic(), abs=0.1)
+
+
+def test_the_clock_of_a_replay_never_goes_back() -> None:
+    pace = Replay(60, "time")
+    due = []
+    for rows in (batch(None, 100, 100.5, 160, 130, None), batch(150, 220, 100)):
+        for part in pace.parts(rows):
+            due.append((part.num_rows, pace.due(NOTHING)))
+    assert due[0] == (1, -math.inf)
+    began = due[1][1]
+    assert began == pytest.approx(time.monotonic(), abs=0.1)
+    # 130 and 150 are older than 160: they are due with it, as is what has no time.
+    assert [(rows, round(moment - began, 6)) for rows, moment in due[1:]] == [(2, 0), (3, 1), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("text", "speed"), [("60x", 60), ("1x", 1), ("0.5x", 0.5), ("1000000x", 1e6)])
+def test_a_speed(text: str, speed: float) -> None:
+    assert parse_speed(text) == speed
+
+
+@pytest.mark.parametrize("text", ["60", "x", "0x", "-1x", "infx", "nanx", "1e3x", "2000000x", "60x\n", "", "\uff160x"])
+def test_no_speed(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^--speed=.* is not allowed [^\n]*$"):
+        parse_speed(text)
+
+
+def test_the_pace_is_chosen_by_rate_or_speed() -> None:
+    default, slow = Settings(_env_file=None), Settings(_env_file=None, producer_rate=2.5)
+    assert isinstance(choose_pace(default, None), AtOnce)
+    assert isinstance(choose_pace(default, 60), Replay)
+    assert isinstance(choose_pace(slow, None), FixedRate)
+    with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot both hold"):
+        choose_pace(slow, 60)
