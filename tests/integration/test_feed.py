@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ def sending_times(settings: Settings) -> list[tuple[float, int]]:
 
 
 def test_a_rate_is_held_without_bursts(settings: Settings, start: StartService, tmp_path: Path) -> None:
-    rows = 4 * RATE
+    rows = 3 * RATE
     settings = source(settings, write(tmp_path / "a.parquet", rows), producer_rate=RATE)
     producer = start("produce", settings=settings)
     assert producer.wait() == 0
@@ -47,9 +48,9 @@ def test_a_rate_is_held_without_bursts(settings: Settings, start: StartService, 
     assert (rows - 1) / (moments[-1] - moments[0]) == pytest.approx(RATE, rel=0.05)
     tenths = Counter(int((moment - moments[0]) * 10) for moment in moments)
     # A busy machine may hold the producer up now and then; whole batches would leave most tenths empty.
-    even = [tenth for tenth in range(40) if RATE / 20 <= tenths[tenth] <= RATE / 5]
-    assert len(even) >= 30, tenths
-    assert len(producer.events("transaction_committed")) >= 5
+    even = [tenth for tenth in range(30) if RATE / 20 <= tenths[tenth] <= RATE / 5]
+    assert len(even) >= 20, tenths
+    assert len(producer.events("transaction_committed")) >= 4  # seen soon, not at the end
 
 
 def test_a_slow_feed_is_seen_at_once_and_ends_at_once(settings: Settings, start: StartService, tmp_path: Path) -> None:
@@ -160,22 +161,21 @@ def test_a_file_that_goes_while_it_is_sent_does_not_end_the_watching(
 
 def test_killed_while_watching_each_row_is_there_once(arriving: tuple[Settings, Path], start: StartService) -> None:
     settings, data = arriving
-    rows = 60_000
-    for kill, moment in enumerate((1, 2, 4)):
+    rows, kills = 100_000, 3
+    moments = random.Random(20240101)  # noqa: S311 - a seed, so that a failure can be had again
+    for kill in range(kills):
         watcher = start("produce", settings=settings)
         watcher.wait_for("watching")
         write(data / f"{kill}.parquet", rows, first=kill * rows)
-        wait_until(partial(_committed, watcher, moment), f"{moment} transactions")
+        watcher.wait_for("transaction_committed")
+        with suppress(subprocess.TimeoutExpired):
+            watcher.process.wait(moments.uniform(0, 0.2))
         watcher.kill()
     watcher = start("produce", settings=settings)
-    wait_until(lambda: numbers(settings).total() >= 3 * rows, "all is sent")
+    wait_until(lambda: bool(watcher.events("all_sent") or watcher.events("nothing_to_send")), "all is sent")
     watcher.signal(signal.SIGTERM)
     assert watcher.wait(within_s=10) == 0
-    assert_once(settings, 3 * rows)
-
-
-def _committed(service: Service, count: int) -> bool:
-    return len(service.events("transaction_committed")) >= count
+    assert_once(settings, kills * rows)
 
 
 # --- generated files ---------------------------------------------------------------------------------------

@@ -58,9 +58,10 @@ def test_counts_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         assert count / planned == pytest.approx(share, rel=0.2)
 
 
-def test_without_duplicates_late_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sensors", [1, 9])
+def test_without_duplicates_late_is_exact(tmp_path: Path, sensors: int) -> None:
     out = tmp_path / "a.parquet"
-    counts = make(out, replace(PLAN, sensors=1, late=0.5, gaps=0.5))
+    counts = make(out, replace(PLAN, sensors=sensors, late=0.5, gaps=0.5))
     late, newest = 0, START
     for time in pq.read_table(out).column("time_hour").to_pylist():
         late += time < newest
@@ -74,7 +75,9 @@ def test_the_seed_decides(tmp_path: Path) -> None:
         make(tmp_path / name, replace(plan, seed=seed))
     first, same, other = (pq.read_table(tmp_path / name) for name in "abc")
     assert first == same
-    assert first.column("temp") != other.column("temp")
+    for column in ("time_hour", "temp", "humid"):  # which rows there are, and what they say
+        assert first.column(column) != other.column(column)
+    assert first.column("temp").slice(0, 100) != other.column("temp").slice(0, 100)
 
 
 def test_the_weather_could_be(tmp_path: Path) -> None:
