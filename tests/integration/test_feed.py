@@ -76,8 +76,8 @@ def test_a_slow_feed_is_seen_at_once_and_ends_at_once(settings: Settings, start:
 
 def test_replay_keeps_the_gaps_divided_by_the_speed(settings: Settings, start: StartService, tmp_path: Path) -> None:
     """Number 3 is older than the one before it, number 4 is newer but older than the newest."""
-    seconds = [0, 60, 60, 10, 30, 150, 210]
-    due_s = [0, 1, 1, 1, 1, 2.5, 3.5]
+    seconds = [0, 60, 60, 10, 30, 120, 180]
+    due_s = [0, 1, 1, 1, 1, 2, 3]
     table = pa.table(
         {
             "time_hour": pa.array(seconds, pa.int64()).cast(pa.timestamp("s")),
@@ -160,8 +160,10 @@ def test_a_file_that_goes_while_it_is_sent_does_not_end_the_watching(
 
 
 def test_killed_while_watching_each_row_is_there_once(arriving: tuple[Settings, Path], start: StartService) -> None:
+    """With a transaction every few milliseconds, so that a kill meets each of its steps."""
     settings, data = arriving
-    rows, kills = 100_000, 3
+    settings = changed(settings, producer_rate=20_000, producer_transaction_rows=200)
+    rows, kills = 10_000, 3
     moments = random.Random(20240101)  # noqa: S311 - a seed, so that a failure can be had again
     for kill in range(kills):
         watcher = start("produce", settings=settings)

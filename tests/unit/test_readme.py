@@ -36,7 +36,7 @@ def test_every_setting_that_is_named_exists() -> None:
 
 def test_every_command_is_one() -> None:
     found = re.findall(
-        rf"{SHELL}sensor-pipeline ([a-z-]+(?: [a-z-]+)?(?: --[a-z-]+(?: [\d.]+x?)?)*)", README, re.MULTILINE
+        rf"{SHELL}sensor-pipeline ([a-z-]+(?: [A-Za-z][\w.-]*)?(?: --[a-z-]+(?: [\d.]+x?)?)*)", README, re.MULTILINE
     )
     assert found
     for command in found:
