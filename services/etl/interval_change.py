@@ -22,7 +22,7 @@ from psycopg import Connection
 from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates
-from services.etl.metrics import Metric
+from services.etl.metrics import BASE, Metric
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
@@ -44,6 +44,7 @@ def change_intervals(connection: Connection, aggregates: Aggregates, summaries: 
         start, end = history(connection, metric, edge)
         while start is not None and end is not None and start < end:
             stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
+            summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
             summaries.refresh(metric.aggregate, start, stop)
             summaries.refresh_queued()
             start = stop
