@@ -182,11 +182,13 @@ INSERT INTO summary_refresh_queue (touched)
 SELECT tstzmultirange(tstzrange(min(time), max(time) + interval '1 microsecond')) FROM sensor_data HAVING count(*) > 0
 
 -- name: history
--- The whole intervals that hold all there is from the edge on, which is where an interval begins. Without
--- readings nothing: greatest() takes no notice of NULL.
-SELECT CASE WHEN min(time) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(time)), %(edge)s::timestamptz) END,
-       time_bucket(%(width)s, max(time)) + %(width)s
-FROM sensor_data
+-- The whole intervals that hold all there is from the edge on, which is where an interval begins: readings, and minutes
+-- whose readings were deleted by hand. Without any nothing: greatest() takes no notice of NULL.
+SELECT CASE WHEN min(first) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(first)), %(edge)s::timestamptz) END,
+       time_bucket(%(width)s, max(last)) + %(width)s
+FROM (SELECT min(time) AS first, max(time) AS last FROM sensor_data
+      UNION ALL
+      SELECT min(minute), max(minute) FROM sensor_data_minute) AS stored
 
 -- name: compared_range
 -- All raw readings and all summary rows, as whole intervals from the first that is not frozen. Without any, NULL:

@@ -171,6 +171,8 @@ def test_nothing_is_lost_or_doubled_whatever_dies(
         settings = stack_settings(stack).model_copy(
             update={
                 "parquet_url": str(tmp_path / "source"),
+                # Each killed consumer keeps its partitions for so long, and a broker killed meanwhile starts it anew.
+                "kafka_session_timeout_ms": 10_000,
                 "data_feature_date": COLUMNS.time,
                 "data_feature_temp": COLUMNS.temperature,
                 "data_feature_humid": COLUMNS.humidity,
