@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from base64 import urlsafe_b64encode
 from contextlib import suppress
 from dataclasses import asdict
@@ -40,7 +41,7 @@ _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
 
-class Server:
+class Server(ABC):
     """One server process. Subclasses say what to run and how to tell that it is ready."""
 
     name: ClassVar[str]
@@ -181,14 +182,16 @@ class Server:
 
     # -- what subclasses say
 
+    @abstractmethod
     def _command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it, with its arguments."""
 
     def _secrets(self) -> dict[str, str]:
         return {}
 
+    @abstractmethod
     def _answers(self) -> bool:
-        raise NotImplementedError
+        """Whether it answers a real request."""
 
     def _installed(self) -> Runtime:
         if self.runtime is None:
