@@ -8,15 +8,44 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.core.credentials import SYSTEM, check_certificates, check_key, check_permissions, read_password
 from services.core.errors import ConfigurationError
+
+
+def _password_file(path: str) -> str:
+    if path:
+        read_password(path)
+    return path
+
+
+def _certificate_file(path: str) -> str:
+    if path:
+        check_certificates(path)
+    return path
+
+
+def _root_certificate_file(path: str) -> str:
+    return path if path == SYSTEM else _certificate_file(path)
+
+
+def _check_pair(certificate_setting: str, certificate: str, key: str, password: str = "") -> None:
+    if certificate and not key:
+        raise ValueError(f"{certificate_setting} needs one")
+    if key and not certificate:
+        raise ValueError(f"{certificate_setting} is not set")
+    if key:
+        check_key(key, certificate, password)
+
 
 Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
 Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+PasswordFile = Annotated[str, AfterValidator(_password_file)]
+CertificateFile = Annotated[str, AfterValidator(_certificate_file)]
 
 
 class Settings(BaseSettings):
@@ -30,12 +59,21 @@ class Settings(BaseSettings):
     postgre_host: Name = Field("localhost", description="host name or address of PostgreSQL with TimescaleDB")
     postgre_port: Port = Field(5432, description="port of PostgreSQL: 1 to 65535")
     postgre_user: Name = Field("postgres", description="role to connect as")
-    postgre_password: SecretStr = Field(SecretStr("postgres"), description="password of that role")
+    postgre_password_file: PasswordFile = Field(
+        "", description="file with the password of that role; it wins over POSTGRE_PASSWORD"
+    )
+    postgre_password: SecretStr = Field(
+        SecretStr("postgres"), validate_default=True, description="password of that role"
+    )
     postgre_dbname: Name = Field("sensors", description="name of the database")
     postgre_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
         "prefer", description="TLS to PostgreSQL: disable, allow, prefer, require, verify-ca or verify-full"
     )
-    postgre_sslrootcert: str = Field("", description="file with the CA that signed PostgreSQL's certificate")
+    postgre_sslrootcert: Annotated[str, AfterValidator(_root_certificate_file)] = Field(
+        "", description="file with the CA that signed PostgreSQL's certificate; system: those of the system"
+    )
+    postgre_sslcert: CertificateFile = Field("", description="file with the certificate we show to PostgreSQL")
+    postgre_sslkey: str = Field("", validate_default=True, description="file with that certificate's private key")
 
     kafka_host: Name = Field("localhost", description="host name or address of a Kafka broker")
     kafka_port: Port = Field(9092, description="port of the Kafka broker: 1 to 65535")
@@ -55,9 +93,19 @@ class Settings(BaseSettings):
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
         "SCRAM-SHA-512", description="SASL mechanism: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
     )
-    kafka_sasl_username: str = Field("", description="SASL user name")
-    kafka_sasl_password: SecretStr = Field(SecretStr(""), description="SASL password")
-    kafka_ssl_ca_location: str = Field("", description="file with the CA that signed the broker's certificate")
+    kafka_sasl_username: str = Field("", validate_default=True, description="SASL user name")
+    kafka_sasl_password_file: PasswordFile = Field(
+        "", description="file with the SASL password; it wins over KAFKA_SASL_PASSWORD"
+    )
+    kafka_sasl_password: SecretStr = Field(SecretStr(""), validate_default=True, description="SASL password")
+    kafka_ssl_ca_location: CertificateFile = Field(
+        "", description="file with the CA that signed the broker's certificate"
+    )
+    kafka_ssl_certificate_location: CertificateFile = Field(
+        "", description="file with the certificate we show to the broker"
+    )
+    kafka_ssl_key_password: SecretStr = Field(SecretStr(""), description="password of that certificate's private key")
+    kafka_ssl_key_location: str = Field("", validate_default=True, description="file with that private key")
 
     parquet_url: Name = Field(
         "data/measurements.parquet",
@@ -129,6 +177,39 @@ class Settings(BaseSettings):
         "auto", description="text, json, or auto: text on a terminal, json elsewhere"
     )
 
+    # A validator sees the fields above its own, as far as they are right.
+
+    @field_validator("postgre_password", "kafka_sasl_password")
+    @classmethod
+    def _read_password_file(cls, password: SecretStr, info: ValidationInfo) -> SecretStr:
+        path = info.data.get(f"{info.field_name}_file")
+        return SecretStr(read_password(path)) if path else password
+
+    @field_validator("kafka_sasl_username", "kafka_sasl_password")
+    @classmethod
+    def _needed_for_sasl(cls, value: str | SecretStr, info: ValidationInfo) -> str | SecretStr:
+        protocol = info.data.get("kafka_security_protocol", "")
+        if protocol.startswith("SASL") and not value:
+            raise ValueError(f"KAFKA_SECURITY_PROTOCOL={protocol} needs one")
+        return value
+
+    @field_validator("postgre_sslkey")
+    @classmethod
+    def _check_postgre_key(cls, key: str, info: ValidationInfo) -> str:
+        if "postgre_sslcert" in info.data:
+            _check_pair("POSTGRE_SSLCERT", info.data["postgre_sslcert"], key)
+        if key:
+            check_permissions(key)
+        return key
+
+    @field_validator("kafka_ssl_key_location")
+    @classmethod
+    def _check_kafka_key(cls, key: str, info: ValidationInfo) -> str:
+        if "kafka_ssl_certificate_location" in info.data:
+            password = info.data["kafka_ssl_key_password"].get_secret_value()
+            _check_pair("KAFKA_SSL_CERTIFICATE_LOCATION", info.data["kafka_ssl_certificate_location"], key, password)
+        return key
+
     @property
     def dead_letter_topic(self) -> str:
         """Where messages go that are not readings."""
@@ -153,7 +234,10 @@ def load_settings() -> Settings:
             field = str(problem["loc"][0])
             info = Settings.model_fields.get(field.lower())
             secret = info is not None and info.annotation is SecretStr
-            value = "***" if secret else " ".join(str(problem["input"]).splitlines())
+            value = "" if secret else " ".join(str(problem["input"]).splitlines())
+            if problem["type"] == "value_error":  # said by a validator of ours
+                lines.append(f"{field.upper()}={value}: {problem['ctx']['error']}")
+                continue
             allowed = info.description if info is not None else problem["msg"]
             lines.append(f"{field.upper()}={value} is not allowed ({allowed})")
         raise ConfigurationError("; ".join(lines)) from error

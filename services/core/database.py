@@ -69,8 +69,9 @@ def connection_arguments(settings: Settings) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
-    if settings.postgre_sslrootcert:
-        arguments["sslrootcert"] = settings.postgre_sslrootcert
+    for name in ("sslrootcert", "sslcert", "sslkey"):
+        if path := getattr(settings, f"postgre_{name}"):
+            arguments[name] = path
     return arguments
 
 

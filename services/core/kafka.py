@@ -61,6 +61,10 @@ def client_settings(settings: Settings, role: str) -> ClientSettings:
         shared["sasl.password"] = settings.kafka_sasl_password.get_secret_value()
     if settings.kafka_ssl_ca_location:
         shared["ssl.ca.location"] = settings.kafka_ssl_ca_location
+    if settings.kafka_ssl_certificate_location:
+        shared["ssl.certificate.location"] = settings.kafka_ssl_certificate_location
+        shared["ssl.key.location"] = settings.kafka_ssl_key_location
+        shared["ssl.key.password"] = settings.kafka_ssl_key_password.get_secret_value()
     return shared
 
 

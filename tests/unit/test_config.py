@@ -92,11 +92,12 @@ def test_a_value_may_not_end_with_a_line_break(monkeypatch: pytest.MonkeyPatch) 
 def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRE_PASSWORD", "hunter2")
     monkeypatch.setenv("KAFKA_SASL_PASSWORD", "hunter3")
+    monkeypatch.setenv("KAFKA_SSL_KEY_PASSWORD", "hunter4")
     settings = load_settings()
     assert settings.postgre_password.get_secret_value() == "hunter2"
     for shown in (str(settings), repr(settings), settings.model_dump_json()):
         assert "hunter" not in shown
-    secret = {name for name in Settings.model_fields if "password" in name}
+    secret = {name for name in Settings.model_fields if name.endswith("password")}
     assert secret == {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
 
 

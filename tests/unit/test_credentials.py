@@ -1,0 +1,175 @@
+"""Passwords and certificates in files: what is read, and the one line for each mistake."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from services.core.config import Settings, load_settings
+from services.core.database import connection_arguments
+from services.core.errors import ConfigurationError
+from services.core.kafka import client_settings
+from services.local.certificates import Authority
+
+PASSWORDS = {"POSTGRE_PASSWORD_FILE": "postgre_password", "KAFKA_SASL_PASSWORD_FILE": "kafka_sasl_password"}
+PAIRS = [("POSTGRE_SSLCERT", "POSTGRE_SSLKEY"), ("KAFKA_SSL_CERTIFICATE_LOCATION", "KAFKA_SSL_KEY_LOCATION")]
+CERTIFICATES = ["POSTGRE_SSLROOTCERT", "KAFKA_SSL_CA_LOCATION", *(certificate for certificate, _ in PAIRS)]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting in the environment, no .env in the current directory."""
+    for name in os.environ:
+        if name.lower() in Settings.model_fields:
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def mistake(monkeypatch: pytest.MonkeyPatch, **environment: object) -> str:
+    """The one line that these settings give."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PASSWORDS)
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"hunter2", "hunter2"),
+        (b"hunter2\n", "hunter2"),
+        (b"hunter2\r\n", "hunter2"),
+        (b" two words \n", " two words "),
+        (b"hunter2\n\n", "hunter2\n"),
+        ("schlüssel\n".encode(), "schlüssel"),
+    ],
+)
+def test_a_password_comes_from_a_file_and_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes, password: str
+) -> None:
+    """A file wins: docker-compose.yml always sets POSTGRE_PASSWORD, to its default if to nothing else."""
+    (tmp_path / "secret").write_bytes(content)
+    monkeypatch.setenv(name, str(tmp_path / "secret"))
+    monkeypatch.setenv(name.removesuffix("_FILE"), "from the environment")
+    settings = load_settings()
+    assert getattr(settings, PASSWORDS[name]).get_secret_value() == password
+    for shown in (str(settings), repr(settings), settings.model_dump_json()):
+        assert password.strip() not in shown
+
+
+@pytest.mark.parametrize("name", PASSWORDS)
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "the file cannot be read (No such file or directory)"),
+        (b"", "the file is empty"),
+        (b"\n", "the file is empty"),
+        (b"\xff\xfe\x00", "the file is not text in UTF-8"),
+    ],
+)
+def test_a_password_file_that_has_none_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    assert mistake(monkeypatch, **{name: path}) == f"{name}={path}: {expected}"
+
+
+@pytest.mark.parametrize("name", [*PASSWORDS, *CERTIFICATES])
+def test_a_directory_is_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    assert mistake(monkeypatch, **{name: tmp_path}).startswith(
+        f"{name}={tmp_path}: the file cannot be read (Is a directory)"
+    )
+
+
+@pytest.mark.parametrize("name", [*PASSWORDS, *CERTIFICATES])
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "secret"
+    path.touch(mode=0)
+    assert f"{name}={path}: the file cannot be read (Permission denied)" in mistake(monkeypatch, **{name: path})
+
+
+@pytest.mark.parametrize("name", CERTIFICATES)
+def test_a_file_without_a_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "some.pem"
+    for content in ("", "not a certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
+        path.write_text(content, encoding="utf-8")
+        assert mistake(monkeypatch, **{name: path}).startswith(
+            f"{name}={path}: the file holds no certificate in PEM form"
+        )
+
+
+@pytest.mark.parametrize(("certificate", "key"), PAIRS)
+def test_a_certificate_and_a_key_belong_together(
+    monkeypatch: pytest.MonkeyPatch, authority: Authority, certificate: str, key: str
+) -> None:
+    one, other = authority.issue("one", "one"), authority.issue("other", "other")
+    locked = authority.issue("locked", "locked", password="hunter2")
+    assert (
+        mistake(monkeypatch, **{certificate: one.certificate, key: other.key})
+        == f"{key}={other.key}: the key does not belong to the certificate {one.certificate}"
+    )
+    unusable = "the file holds no private key in PEM form, or one that its password does not open"
+    assert mistake(monkeypatch, **{key: one.certificate}) == f"{key}={one.certificate}: {unusable}"
+    assert (
+        mistake(monkeypatch, **{certificate: locked.certificate, key: locked.key}) == f"{key}={locked.key}: {unusable}"
+    )
+    assert (
+        mistake(monkeypatch, **{key: "/no/key"})
+        == f"{key}=/no/key: the file cannot be read (No such file or directory)"
+    )
+    assert mistake(monkeypatch, **{key: ""}) == f"{key}=: {certificate} needs one"
+    assert mistake(monkeypatch, **{certificate: "", key: one.key}) == f"{key}={one.key}: {certificate} is not set"
+
+
+def test_a_key_with_a_password(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
+    locked = authority.issue("locked", "locked", password="hunter2")
+    monkeypatch.setenv("KAFKA_SSL_CERTIFICATE_LOCATION", str(locked.certificate))
+    monkeypatch.setenv("KAFKA_SSL_KEY_LOCATION", str(locked.key))
+    monkeypatch.setenv("KAFKA_SSL_KEY_PASSWORD", "hunter2")
+    arguments = client_settings(load_settings(), "test")
+    assert arguments["ssl.certificate.location"] == str(locked.certificate)
+    assert arguments["ssl.key.location"] == str(locked.key)
+    assert arguments["ssl.key.password"] == "hunter2"
+    line = mistake(monkeypatch, KAFKA_SSL_KEY_PASSWORD="hunter3")
+    assert line.endswith("or one that its password does not open")
+    assert "hunter" not in line
+
+
+def test_a_key_that_others_may_read_is_refused_as_libpq_would(
+    monkeypatch: pytest.MonkeyPatch, authority: Authority
+) -> None:
+    pair = authority.issue("client", "client")
+    monkeypatch.setenv("POSTGRE_SSLCERT", str(pair.certificate))
+    monkeypatch.setenv("POSTGRE_SSLKEY", str(pair.key))
+    arguments = connection_arguments(load_settings())
+    assert (arguments["sslcert"], arguments["sslkey"]) == (str(pair.certificate), str(pair.key))
+    pair.key.chmod(0o644)
+    assert mistake(monkeypatch) == (
+        f"POSTGRE_SSLKEY={pair.key}: others may read the private key; take that away (chmod 600)"
+    )
+
+
+def test_the_systems_authorities_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRE_SSLROOTCERT", "system")
+    assert connection_arguments(load_settings())["sslrootcert"] == "system"
+
+
+def test_sasl_needs_a_user_and_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mistake(monkeypatch, KAFKA_SECURITY_PROTOCOL="SASL_SSL") == (
+        "KAFKA_SASL_USERNAME=: KAFKA_SECURITY_PROTOCOL=SASL_SSL needs one; "
+        "KAFKA_SASL_PASSWORD=: KAFKA_SECURITY_PROTOCOL=SASL_SSL needs one"
+    )
