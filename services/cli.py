@@ -80,10 +80,22 @@ def parser() -> argparse.ArgumentParser:
     )
     etl.set_defaults(run=run_etl)
 
-    letters = commands.add_parser("dead-letters", help="list messages that were not stored, or send them once more")
-    letters.add_argument("action", choices=["list", "replay"])
-    letters.add_argument("--reason", help="only those with this reason, for example too_late")
+    status = commands.add_parser("status", help="how everything is; exit code 1 if something needs a person")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.set_defaults(run=run_status)
+
+    letters = commands.add_parser(
+        "dead-letters", help="messages that were not stored: list them, send them again, delete them"
+    )
+    letters.add_argument("action", choices=["list", "replay", "delete"])
+    letters.add_argument("--reason", help="list or replay only those with this reason, for example too_late")
     letters.add_argument("--json", action="store_true", help="list as JSON, one object a line")
+    letters.add_argument(
+        "--up-to",
+        metavar="OFFSET",
+        type=_between("--up-to", 0, 2**63 - 1),
+        help="delete those up to this offset, the first column of the list",
+    )
     letters.set_defaults(run=run_dead_letters)
 
     local = commands.add_parser("local", help="Kafka and TimescaleDB on this machine, without Docker")
@@ -168,11 +180,25 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings, Shutdown().listen(), once=options.once)
 
 
+def run_status(settings: Settings, options: argparse.Namespace) -> int:
+    """``status``."""
+    from services.status.command import run
+
+    return run(settings, as_json=options.json)
+
+
 def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
-    """``dead-letters list | replay``."""
-    from services.consumer.replay import list_letters, replay
+    """``dead-letters list | replay | delete``."""
+    from services.consumer.replay import delete, list_letters, replay
 
     shutdown = Shutdown().listen()
+    if options.action == "delete":
+        if options.up_to is None or options.reason:
+            raise ConfigurationError(
+                "dead-letters delete needs --up-to OFFSET (the last that you looked at) and no --reason"
+            )
+        print(f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted")
+        return 0
     if options.action == "replay":
         print(f"{replay(settings, shutdown, reason=options.reason)} dead letters sent to {settings.kafka_topic}")
         return 0

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
 from services.core.kafka import client_settings
+from services.core.offsets import Offsets, group_lag
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
-from services.local.demo import group_lag
 from tests.fix_services import PATIENCE_S, message, minutes, publish, read_topic, wait_until
 
 Sample = tuple[float, float | None, float | None]  # minute, temperature, humidity
@@ -90,11 +89,10 @@ def samples(count: int, start: float = 0, step: float = 1) -> list[Sample]:
 
 
 def committed_offsets(settings: Settings) -> dict[int, int]:
-    """What the group has committed, by partition; -1001 where nothing."""
-    admin = AdminClient(client_settings(settings, "test"))
-    places = [TopicPartition(settings.kafka_topic, number) for number in range(settings.kafka_partitions)]
-    (found,) = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(settings.kafka_group, places)]).values()
-    return {place.partition: place.offset for place in found.result().topic_partitions}
+    """What the group has committed, by partition; 0 where nothing."""
+    with Offsets(settings) as offsets:
+        found = offsets.of(settings.kafka_topic, list(range(settings.kafka_partitions)))
+    return {each.partition: each.committed or 0 for each in found}
 
 
 def member_ids(settings: Settings) -> dict[str, set[int]]:

@@ -166,6 +166,14 @@ def connection(settings: Settings) -> Iterator[psycopg.Connection]:
         yield connection
 
 
+@pytest.fixture
+def no_tables(settings: Settings) -> Iterator[None]:
+    """A database before its first migration."""
+    downgrade(settings)
+    yield
+    upgrade(settings)
+
+
 def empty(connection: psycopg.Connection) -> None:
     """Leave the schema and remove all rows and all aggregates."""
     views = connection.execute(  # those that are built on others first

@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings, headers_of, place_of
+from services.core.kafka import DEAD_LETTER_MAX_BYTES, REASON_HEADER, client_settings, headers_of, place_of
 
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
@@ -28,7 +28,6 @@ CONNECT_HEADERS = (
     "exception.class.name",
     "exception.message",
 )
-REASON_HEADER = "sensor_pipeline.reason"
 OUR_HEADERS = frozenset({REASON_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)})
 
 

@@ -1,4 +1,4 @@
-"""``sensor-pipeline dead-letters list | replay``: look at dead letters, and send them once more."""
+"""``sensor-pipeline dead-letters list | replay | delete``: look at dead letters, send them once more, forget them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
-from services.consumer.dead_letter import OUR_HEADERS, REASON_HEADER
+from services.consumer.dead_letter import OUR_HEADERS
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
-from services.core.kafka import DEAD_LETTER_MAX_BYTES, client_settings, connect_admin, headers_of, place_of
+from services.core.kafka import (
+    DEAD_LETTER_MAX_BYTES,
+    REASON_HEADER,
+    client_settings,
+    connect_admin,
+    headers_of,
+    place_of,
+)
+from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
 
 POLL_S = 1.0
@@ -108,18 +117,44 @@ def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None) -> int
     return sent
 
 
+def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
+    """Delete the letters up to the one at offset ``up_to``; returns how many. Later ones, not yet seen, stay."""
+    topic = settings.dead_letter_topic
+    admin = connect_admin(settings, shutdown)
+    if letter_partitions(admin, topic) != [0]:
+        raise ConfigurationError(
+            f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
+        )
+    with Offsets(settings) as offsets:
+        (found,) = offsets.of(topic, [0])
+    if not found.first <= up_to < found.end:
+        there_are = f"there are {found.first} to {found.end - 1}" if found.first < found.end else "there is none"
+        raise ConfigurationError(f"--up-to={up_to} is not the offset of a dead letter ({there_are})")
+    (deleted,) = admin.delete_records([TopicPartition(topic, 0, up_to + 1)]).values()
+    try:
+        return int(deleted.result().low_watermark) - found.first
+    except KafkaException as error:
+        raise PermanentError(f"the dead letters were not deleted: {error.args[0].str()}") from error
+
+
+def letter_partitions(admin: AdminClient, topic: str) -> list[int]:
+    """The partitions of the topic of dead letters."""
+    topics = admin.list_topics(timeout=10).topics
+    if topic not in topics:
+        raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
+    return sorted(topics[topic].partitions)
+
+
 def read_letters(settings: Settings, shutdown: Shutdown, reason: str | None) -> Iterator[Message]:
     """The dead letters that exist at the time of the call, in the order of the topic."""
-    admin = connect_admin(settings, shutdown)
     topic = settings.dead_letter_topic
-    if topic not in admin.list_topics(timeout=10).topics:
-        raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
+    partitions = letter_partitions(connect_admin(settings, shutdown), topic)
     consumer = Consumer(
         client_settings(settings, "dead-letters")
         | {"group.id": "not-used", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
     )
     try:
-        for partition in sorted(consumer.list_topics(topic, timeout=10).topics[topic].partitions):
+        for partition in partitions:
             yield from read_partition(consumer, topic, partition, shutdown, reason)
     finally:
         consumer.close()

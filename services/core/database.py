@@ -8,9 +8,11 @@ permanent   all others, such as a missing table or no permission: end with one l
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -37,6 +39,8 @@ DATA_CLASSES = frozenset({"22", "23", "54"})
 SCHEMA_STATES = frozenset({"42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
 
 CONNECT_TIMEOUT_S = 5
+
+LEADER_LOCK = 0x5E_50_11  # any number of ours; the etl instance that works holds it, for its session
 
 # What holds for a session: UTC; and that the server ends it, with its locks, soon after this machine is gone or
 # this process is frozen in a transaction. Otherwise nobody could take over from it for hours.
@@ -128,6 +132,12 @@ def connect_at_start(settings: Settings, shutdown: Shutdown) -> Connection:
                     "start it, or correct the address"
                 ) from error
     raise AssertionError("pauses() has no end")
+
+
+def cut(connection: Connection) -> None:
+    """End a connection that another thread waits on: its statement fails as if the network had gone."""
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

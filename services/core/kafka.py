@@ -20,6 +20,9 @@ log = logging.getLogger("kafka")
 # Dead letters keep the original message whole and add headers, so their topic must take more than ours.
 DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
 
+# The header of a dead letter with a stable word for why; the others are Kafka Connect's.
+REASON_HEADER = "sensor_pipeline.reason"
+
 REPEAT_AFTER_S = 30.0
 
 ClientSettings = dict[str, Any]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
-from contextlib import suppress
 
-import psycopg
 from psycopg import Connection
 
 from services.core.backoff import Retries
 from services.core.config import Settings
-from services.core.database import connect, connect_at_start, queries, translated
+from services.core.database import LEADER_LOCK, connect, connect_at_start, cut, queries, translated
 from services.core.errors import PermanentError, TransientError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
@@ -25,7 +21,6 @@ from services.etl.retention import Retention
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
-LEADER_LOCK = 0x5E_50_11  # any number of ours; session level, so that it ends with the leader's connection
 FINISH_WITHIN_S = 5.0  # a service has 10 s to end
 
 log = logging.getLogger("etl")
@@ -69,8 +64,7 @@ def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
     shutdown.wait(threading.TIMEOUT_MAX)
     threading.Event().wait(FINISH_WITHIN_S)
     for connection in connections:
-        with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
-            line.shutdown(socket.SHUT_RDWR)
+        cut(connection)
 
 
 def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:

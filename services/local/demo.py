@@ -15,15 +15,13 @@ from pathlib import Path
 
 import psutil
 import psycopg
-from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
 from psycopg import sql
 from pydantic import SecretStr
 
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import PermanentError
-from services.core.kafka import client_settings
+from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
 from services.local.stack import Stack
@@ -246,17 +244,6 @@ def demo_settings(settings: Settings) -> Settings:
             changes[name] = free_port()
             say(f"port {port} is taken; the demo uses {name.upper()}={changes[name]}")
     return settings.model_copy(update=changes)
-
-
-def group_lag(settings: Settings) -> int:
-    """Messages that the consumer group has not committed yet."""
-    admin = AdminClient(client_settings(settings, "demo"))
-    places = [TopicPartition(settings.kafka_topic, number) for number in range(settings.kafka_partitions)]
-    ends = admin.list_offsets({place: OffsetSpec.latest() for place in places})
-    group = ConsumerGroupTopicPartitions(settings.kafka_group, places)
-    (committed,) = admin.list_consumer_group_offsets([group]).values()
-    done = {place.partition: max(0, place.offset) for place in committed.result().topic_partitions}
-    return sum(max(0, future.result().offset - done.get(place.partition, 0)) for place, future in ends.items())
 
 
 def is_free(port: int) -> bool:

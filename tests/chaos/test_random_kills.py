@@ -23,8 +23,8 @@ import pytest
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
+from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
-from services.local.demo import group_lag
 from services.local.stack import Stack
 from tests.fix_services import PATIENCE_S, read_topic, wait_until
 from tests.fix_stack import ROOT, as_environment, make_stack, stack_settings, upgrade

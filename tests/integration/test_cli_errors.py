@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from services.core.config import Settings
 from tests.fix_services import message, publish, run_cli
-from tests.fix_stack import ROOT, downgrade, free_port, upgrade
+from tests.fix_stack import ROOT, free_port
 
 MISTAKE = 2
 PERMANENT = 1
@@ -30,7 +29,7 @@ def run(settings: Settings, *arguments: str, **environment: str) -> subprocess.C
     return run_cli(settings, *arguments, **({"STARTUP_TIMEOUT_SECONDS": "1", "LOG_LEVEL": "WARNING"} | environment))
 
 
-@pytest.mark.parametrize("command", ["produce", "consume", "etl", "demo"])
+@pytest.mark.parametrize("command", ["produce", "consume", "etl", "status", "demo"])
 def test_a_wrong_setting(settings: Settings, command: str) -> None:
     line = error_line(run(settings, command, TEMPERATURE_INTERVAL="abc"), MISTAKE)
     assert (
@@ -97,14 +96,6 @@ def test_a_database_that_does_not_exist(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_DBNAME="nothing_here"), MISTAKE)
     assert "nothing_here" in line
     assert "POSTGRE_DBNAME" in line
-
-
-@pytest.fixture
-def no_tables(settings: Settings) -> Iterator[None]:
-    """A database before its first migration."""
-    downgrade(settings)
-    yield
-    upgrade(settings)
 
 
 @pytest.mark.usefixtures("no_tables")

@@ -63,3 +63,21 @@ def test_without_the_topic_one_line_says_so(settings: Settings) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no topic nothing_here.dlq")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_delete_takes_only_what_was_looked_at(settings: Settings) -> None:
+    def refusal(*arguments: str) -> str:
+        done = run_cli(settings, "dead-letters", "delete", *arguments)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+        return done.stderr
+
+    assert "--up-to=0 is not the offset of a dead letter (there is none)" in refusal("--up-to", "0")
+    publish(settings, [b"1", b"2", b"3", b"4"])
+    consume(settings)
+    assert "needs --up-to" in refusal()
+    assert "no --reason" in refusal("--up-to", "3", "--reason", "empty")
+    assert "(there are 0 to 3)" in refusal("--up-to", "4")
+    done = run_cli(settings, "dead-letters", "delete", "--up-to", "2")
+    assert done.stdout == "3 dead letters deleted\n"
+    assert [entry["value"] for entry in listed(settings)] == ["4"]
+    assert "(there are 3 to 3)" in refusal("--up-to", "2")

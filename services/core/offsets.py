@@ -1,0 +1,92 @@
+"""How far the consumer group is: where each partition begins and ends, and what the group has committed.
+
+Asked with a Consumer that never joins the group. (The admin client's list_consumer_group_offsets can end the
+process with a segmentation fault while the group's coordinator is loading, seen with librdkafka 2.16.1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from services.core.config import Settings
+from services.core.errors import TransientError
+from services.core.kafka import client_settings
+
+ANSWER_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionOffsets:
+    """One partition: its first offset, the one after its last, and the group's (None: nothing committed)."""
+
+    partition: int
+    first: int
+    end: int
+    committed: int | None
+
+    @property
+    def lag(self) -> int:
+        """Messages that the group has not committed yet, those of open transactions included."""
+        return max(0, self.end - max(self.first, self.committed or 0))
+
+
+class Offsets:
+    """Asks the brokers. Each question is answered within seconds or raises TransientError."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._consumer = Consumer(
+            client_settings(settings, "offsets")
+            | {
+                "group.id": settings.kafka_group,
+                "enable.auto.commit": False,
+                "allow.auto.create.topics": False,
+                # The end is the end for everybody: readings of an open transaction wait as well.
+                "isolation.level": "read_uncommitted",
+                "log_level": 0,
+            }
+        )
+
+    def __enter__(self) -> Offsets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+    def partitions(self) -> dict[str, list[int]]:
+        """The topics there are, and their partitions."""
+        with self._answered():
+            topics = self._consumer.list_topics(timeout=ANSWER_WITHIN_S).topics
+        return {name: sorted(topic.partitions) for name, topic in topics.items()}
+
+    def of(self, topic: str, partitions: list[int]) -> list[PartitionOffsets]:
+        """The offsets of a topic's partitions. The group's are asked first, so that no lag is ever missed."""
+        places = [TopicPartition(topic, partition) for partition in partitions]
+        with self._answered():
+            committed = self._consumer.committed(places, timeout=ANSWER_WITHIN_S)
+            found = []
+            for place in committed:
+                if place.error is not None:
+                    raise KafkaException(place.error)
+                first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)
+                found.append(PartitionOffsets(place.partition, first, end, place.offset if place.offset >= 0 else None))
+        return found
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except KafkaException as error:
+            raise TransientError(
+                f"Kafka at {self._settings.bootstrap_servers} does not answer: {error.args[0].str()}"
+            ) from error
+
+
+def group_lag(settings: Settings) -> int:
+    """Messages of the topic of readings that the consumer group has not committed yet."""
+    with Offsets(settings) as offsets:
+        return sum(each.lag for each in offsets.of(settings.kafka_topic, list(range(settings.kafka_partitions))))

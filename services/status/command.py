@@ -1,0 +1,71 @@
+"""``sensor-pipeline status``: everything on one screen, and exit code 1 if something needs a person."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+import confluent_kafka
+
+from services.core.config import Settings
+from services.core.database import address
+from services.core.errors import ConfigurationError, PipelineError
+from services.status.database import Database, read_database
+from services.status.problems import find_problems
+from services.status.screen import lines
+from services.status.topics import Kafka, read_kafka
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+State = TypeVar("State", Kafka, Database)
+
+
+def run(settings: Settings, *, as_json: bool) -> int:
+    """Print the state. Returns 1 if something needs a person; the two servers are asked at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(_ask, lambda: read_kafka(settings))
+        database = _ask(lambda: read_database(settings, address(settings)))
+        kafka = asked.result()
+    problems = find_problems(settings, kafka, database)
+    versions = _versions(database)
+    if as_json:
+        state = {
+            "kafka": {"error": kafka} if isinstance(kafka, str) else asdict(kafka),
+            "database": {"error": database} if isinstance(database, str) else asdict(database),
+            "versions": versions,
+            "problems": [asdict(problem) for problem in problems],
+        }
+        print(json.dumps(state, indent=2, default=_as_text))  # noqa: T201
+    else:
+        print("\n".join(lines(kafka, database, versions, problems)))  # noqa: T201
+    return 1 if problems else 0
+
+
+def _ask(read: Callable[[], State]) -> State | str:
+    """The state, or in one line why there is none: the other server's is shown all the same."""
+    try:
+        return read()
+    except ConfigurationError:
+        raise
+    except PipelineError as error:
+        return str(error)
+
+
+def _as_text(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def _versions(database: Database | str) -> dict[str, str]:
+    """Kafka tells its clients no version of its own."""
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    found = {"sensor-pipeline": str(project["version"]), "librdkafka": confluent_kafka.libversion()[0]}
+    if not isinstance(database, str):
+        found["PostgreSQL"] = database.postgresql
+        found["TimescaleDB"] = database.timescaledb or "none"
+    return found

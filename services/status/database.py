@@ -1,0 +1,138 @@
+"""What PostgreSQL says: readings, chunks, summaries, the refresh queue, versions."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from alembic.script import ScriptDirectory
+from psycopg import Connection, sql
+
+from services.core.config import Settings
+from services.core.database import LEADER_LOCK, connect, cut, queries, translated
+
+SQL = queries("services.status")
+
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
+METRICS = ("temperature", "humidity")
+EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting so much takes a second or two
+STATEMENT_WITHIN = "5s"
+ANSWER_WITHIN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How many rows a table has; counted, or from the server's statistics."""
+
+    count: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The hypertable sensor_data."""
+
+    rows: Rows
+    oldest: datetime | None
+    newest: datetime | None
+    chunks: int
+    compressed_chunks: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One metric's summary, and the width of its intervals: None before etl's first run."""
+
+    metric: str
+    rows: Rows
+    aggregate: str | None
+    minutes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """All that exists once the migrations have run."""
+
+    readings: Readings
+    summaries: list[Summary]
+    aggregates: list[str]
+    queue_rows: int
+    freshness_seconds: float  # age of the oldest reading that is stored and not yet summarised; 0: none waits
+    etl_leads: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """The server and the schema; no tables unless the schema is this version's."""
+
+    address: str
+    postgresql: str
+    timescaledb: str | None
+    revision: str | None
+    newest_revision: str
+    tables: Tables | None
+
+
+def read_database(settings: Settings, where: str) -> Database:
+    """Ask everything on one connection. Raises TransientError when the answers do not come in time."""
+    with translated(), connect(settings) as connection:
+        timer = threading.Timer(ANSWER_WITHIN_S, cut, [connection])
+        timer.start()
+        try:
+            return _read(connection, where)
+        finally:
+            timer.cancel()
+
+
+def _read(connection: Connection, where: str) -> Database:
+    connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
+    postgresql, timescaledb, migrated = _row(connection, SQL["versions"])
+    revision = _row(connection, SQL["revision"])[0] if migrated else None
+    newest = str(ScriptDirectory(str(MIGRATIONS)).get_current_head())
+    tables = _read_tables(connection) if revision == newest else None
+    return Database(where, postgresql, timescaledb, revision, newest, tables)
+
+
+def _read_tables(connection: Connection) -> Tables:
+    chunks, compressed, size = _row(connection, SQL["chunks"])
+    oldest, newest = _row(connection, SQL["time_range"])
+    readings = Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size)
+    widths = {metric: (aggregate, minutes) for metric, aggregate, minutes in connection.execute(SQL["widths"])}
+    summaries = []
+    for metric in METRICS:
+        table = f"{metric}_summary"
+        (size,) = _row(connection, SQL["table_size"].format(table=sql.Literal(table)))
+        summaries.append(Summary(metric, _count(connection, table, size), *widths.get(metric, (None, None))))
+    queue_rows, age_s = _row(connection, SQL["queue"])
+    return Tables(
+        readings,
+        summaries,
+        [name for (name,) in connection.execute(SQL["aggregates"])],
+        queue_rows,
+        round(age_s, 3),
+        _row(connection, SQL["is_led"], {"key": LEADER_LOCK})[0],
+    )
+
+
+def _count(connection: Connection, table: str, size_bytes: int) -> Rows:
+    """Exact when the table is small, or when the server has no statistics of it and can count in time."""
+    (about,) = _row(connection, SQL["count_about"].format(table=sql.Literal(table)))
+    if size_bytes >= EXACT_BELOW_BYTES and about > 0:
+        return Rows(about, exact=False)
+    try:
+        return Rows(_row(connection, SQL["count_exactly"].format(table=sql.Identifier(table)))[0], exact=True)
+    except psycopg.errors.QueryCanceled:
+        return Rows(max(about, 0), exact=False)
+
+
+def _row(
+    connection: Connection, query: sql.SQL | sql.Composed, arguments: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
+    row = connection.execute(query, arguments).fetchone()
+    assert row is not None
+    return row

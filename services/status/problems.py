@@ -1,0 +1,85 @@
+"""What needs a person: each problem in plain words, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.core.config import Settings
+from services.status.database import Database, Tables
+from services.status.topics import Kafka
+
+# A restart of etl is no problem; nor is a refresh that takes minutes, while it goes on.
+UNATTENDED_AFTER_S = 10.0
+BEHIND_AFTER_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that does not mend itself."""
+
+    what: str
+    action: str
+
+
+def find_problems(settings: Settings, kafka: Kafka | str, database: Database | str) -> list[Problem]:
+    """All there are; in place of a server that could not be asked is the reason."""
+    return [*_of_kafka(settings, kafka), *_of_database(settings, database)]
+
+
+def _of_kafka(settings: Settings, kafka: Kafka | str) -> Iterator[Problem]:
+    if isinstance(kafka, str):
+        yield Problem(kafka, "start it, or correct KAFKA_HOST and KAFKA_PORT")
+        return
+    if kafka.partitions is None:
+        yield Problem(
+            f"there is no topic {kafka.topic}",
+            "start sensor-pipeline consume or produce, which create it, or correct KAFKA_TOPIC",
+        )
+    alone = [each for each in kafka.partitions or () if each.lag and each.consumer is None]
+    if alone and not kafka.is_rebalancing:
+        numbers = ", ".join(str(each.partition) for each in alone)
+        yield Problem(
+            f"{sum(each.lag for each in alone):,} messages wait in {kafka.topic} and nobody consumes their partitions "
+            f"({numbers})",
+            f"start sensor-pipeline consume (KAFKA_GROUP={settings.kafka_group})",
+        )
+    if kafka.dead_letters is not None and kafka.dead_letters.count:
+        yield Problem(
+            f"{kafka.dead_letters.count:,} messages were not stored (dead letters in {kafka.dead_letter_topic})",
+            "look with sensor-pipeline dead-letters list; then replay what may be stored now, delete what is settled",
+        )
+
+
+def _of_database(settings: Settings, database: Database | str) -> Iterator[Problem]:
+    if isinstance(database, str):
+        yield Problem(database, "start it, or correct POSTGRE_HOST and POSTGRE_PORT")
+    elif database.revision != database.newest_revision:
+        found = "no migration" if database.revision is None else f"migration {database.revision}"
+        yield Problem(
+            f"the database has {found}, this version needs {database.newest_revision}",
+            "run alembic upgrade head, or use the version of sensor-pipeline that made the database",
+        )
+    elif database.tables is not None:
+        yield from _of_queue(database.tables)
+        yield from _of_intervals(settings, database.tables)
+
+
+def _of_queue(tables: Tables) -> Iterator[Problem]:
+    waiting = f"readings have waited {tables.freshness_seconds:,.0f} s for their summaries"
+    if not tables.etl_leads and tables.freshness_seconds > UNATTENDED_AFTER_S:
+        yield Problem(f"{waiting} and no etl runs", "start sensor-pipeline etl")
+    elif tables.freshness_seconds > BEHIND_AFTER_S:
+        yield Problem(f"{waiting} although etl runs", "look at etl's log and at the database's load")
+
+
+def _of_intervals(settings: Settings, tables: Tables) -> Iterator[Problem]:
+    for summary in tables.summaries:
+        name = f"{summary.metric}_interval"
+        wanted = getattr(settings, name)
+        begun = tables.etl_leads and f"{summary.metric}_{wanted}min" in tables.aggregates
+        if summary.minutes not in (None, wanted) and not begun:
+            yield Problem(
+                f"{summary.metric} intervals have {summary.minutes} minutes in the database, {wanted} in the settings",
+                f"restart etl with these settings, or set {name.upper()}={summary.minutes}",
+            )

@@ -1,0 +1,47 @@
+-- What status asks. Each is an index lookup, a catalogue, or bounded by the statement timeout.
+
+-- name: versions
+SELECT current_setting('server_version'),
+       (SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'),
+       to_regclass('public.alembic_version') IS NOT NULL
+
+-- name: revision
+-- Without a row after a downgrade to the beginning.
+SELECT max(version_num) FROM alembic_version
+
+-- name: chunks
+SELECT count(*), count(*) FILTER (WHERE is_compressed), hypertable_size('sensor_data')
+FROM timescaledb_information.chunks
+WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+
+-- name: time_range
+SELECT min(time), max(time) FROM sensor_data
+
+-- name: table_size
+SELECT pg_total_relation_size({table}::regclass)
+
+-- name: count_exactly
+SELECT count(*) FROM {table}
+
+-- name: count_about
+-- From the statistics that autovacuum keeps.
+SELECT approximate_row_count({table})
+
+-- name: widths
+SELECT metric, aggregate, extract(epoch FROM width)::bigint / 60 FROM summary_state
+
+-- name: aggregates
+SELECT view_name FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' ORDER BY view_name
+
+-- name: queue
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8
+FROM summary_refresh_queue
+
+-- name: is_led
+-- A bigint key is in pg_locks as two halves.
+SELECT EXISTS (
+    SELECT FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 1
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (classid::bigint << 32) + objid::bigint = %(key)s
+)

@@ -1,0 +1,128 @@
+"""What Kafka says: topics, the group's lag and members, the newest dead letters by reason."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from confluent_kafka import Consumer, ConsumerGroupState, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from services.core.config import Settings
+from services.core.errors import TransientError
+from services.core.kafka import REASON_HEADER, client_settings, headers_of
+from services.core.offsets import ANSWER_WITHIN_S, Offsets, PartitionOffsets
+
+MOST_LETTERS = 10_000
+READ_LETTERS_FOR_S = 3.0
+REBALANCING = frozenset({ConsumerGroupState.PREPARING_REBALANCING, ConsumerGroupState.COMPLETING_REBALANCING})
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One partition of the topic of readings."""
+
+    partition: int
+    first_offset: int
+    end_offset: int
+    committed_offset: int | None
+    lag: int
+    consumer: str | None  # client id and host
+
+    @staticmethod
+    def of(offsets: PartitionOffsets, owners: dict[int, str]) -> Partition:
+        """The offsets, and whose the partition is."""
+        consumer = owners.get(offsets.partition)
+        return Partition(offsets.partition, offsets.first, offsets.end, offsets.committed, offsets.lag, consumer)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetters:
+    """How many there are, and of the newest ``looked_at`` how many for each reason."""
+
+    count: int
+    looked_at: int
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kafka:
+    """The cluster and our topics; None where a topic does not exist."""
+
+    address: str
+    brokers: int
+    topic: str
+    partitions: list[Partition] | None
+    lag: int
+    group: str
+    is_rebalancing: bool
+    dead_letter_topic: str
+    dead_letters: DeadLetters | None
+
+
+def read_kafka(settings: Settings) -> Kafka:
+    """Ask everything. Raises TransientError when an answer does not come in time."""
+    admin = AdminClient(client_settings(settings, "status") | {"log_level": 0})
+    with Offsets(settings) as offsets:
+        topics = offsets.partitions()
+        brokers, owners, is_rebalancing = _ask_admin(admin, settings)
+        readings = topics.get(settings.kafka_topic)
+        partitions = None if readings is None else offsets.of(settings.kafka_topic, readings)
+        dead = topics.get(settings.dead_letter_topic)
+        letters = None if dead is None else _read_letters(settings, offsets.of(settings.dead_letter_topic, dead))
+    return Kafka(
+        address=settings.bootstrap_servers,
+        brokers=brokers,
+        topic=settings.kafka_topic,
+        partitions=None if partitions is None else [Partition.of(each, owners) for each in partitions],
+        lag=sum(each.lag for each in partitions or ()),
+        group=settings.kafka_group,
+        is_rebalancing=is_rebalancing,
+        dead_letter_topic=settings.dead_letter_topic,
+        dead_letters=letters,
+    )
+
+
+def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, str], bool]:
+    """The number of brokers, who consumes which partition, and whether the group is sharing them out just now."""
+    cluster = admin.describe_cluster(request_timeout=ANSWER_WITHIN_S)
+    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=ANSWER_WITHIN_S).values()
+    try:
+        described = group.result()
+        brokers = len(cluster.result().nodes)
+    except KafkaException as error:
+        raise TransientError(f"Kafka at {settings.bootstrap_servers} does not answer: {error.args[0].str()}") from error
+    owners = {
+        place.partition: f"{member.client_id} at {member.host.removeprefix('/')}"
+        for member in described.members
+        for place in member.assignment.topic_partitions
+        if place.topic == settings.kafka_topic
+    }
+    return brokers, owners, described.state in REBALANCING
+
+
+def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> DeadLetters:
+    """Read the newest letters of each partition, for a few seconds at most."""
+    share = MOST_LETTERS // len(partitions)
+    starts = {each.partition: max(each.first, each.end - share) for each in partitions}
+    wanted = sum(each.end - starts[each.partition] for each in partitions)
+    reasons: Counter[str] = Counter()
+    if wanted:
+        consumer = Consumer(
+            client_settings(settings, "status") | {"group.id": "not-used", "enable.auto.commit": False, "log_level": 0}
+        )
+        try:
+            consumer.assign(
+                [TopicPartition(settings.dead_letter_topic, number, start) for number, start in starts.items()]
+            )
+            deadline = time.monotonic() + READ_LETTERS_FOR_S
+            while reasons.total() < wanted and time.monotonic() < deadline:
+                for letter in consumer.consume(min(1000, wanted - reasons.total()), timeout=0.2):
+                    if letter.error() is None:
+                        reason = dict(headers_of(letter)).get(REASON_HEADER) or b"unknown"
+                        reasons[reason.decode("utf-8", "replace")] += 1
+        finally:
+            consumer.close()
+    count = sum(each.end - each.first for each in partitions)
+    return DeadLetters(count, reasons.total(), dict(reasons.most_common()))
