@@ -17,6 +17,7 @@ from services.core.errors import TransientError
 from services.core.kafka import client_settings
 
 ANSWER_WITHIN_S = 5.0
+COORDINATOR_WITHIN_S = 15.0  # the first question about a group makes a new cluster create a topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Offsets:
         """The offsets of a topic's partitions. The group's are asked first, so that no lag is ever missed."""
         places = [TopicPartition(topic, partition) for partition in partitions]
         with self._answered():
-            committed = self._consumer.committed(places, timeout=ANSWER_WITHIN_S)
+            committed = self._consumer.committed(places, timeout=COORDINATOR_WITHIN_S)
             found = []
             for place in committed:
                 if place.error is not None:

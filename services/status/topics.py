@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.errors import TransientError
 from services.core.kafka import REASON_HEADER, client_settings, headers_of
-from services.core.offsets import ANSWER_WITHIN_S, Offsets, PartitionOffsets
+from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 
 MOST_LETTERS = 10_000
 READ_LETTERS_FOR_S = 3.0
@@ -87,7 +87,7 @@ def read_kafka(settings: Settings) -> Kafka:
 def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, str], bool]:
     """The number of brokers, who consumes which partition, and whether the group is sharing them out just now."""
     cluster = admin.describe_cluster(request_timeout=ANSWER_WITHIN_S)
-    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=ANSWER_WITHIN_S).values()
+    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_WITHIN_S).values()
     try:
         described = group.result()
         brokers = len(cluster.result().nodes)
