@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
+from services.core.reading import METRICS
 from services.etl.metrics import BASE
 from services.local.stack import Stack, StackOptions
 
@@ -179,15 +180,13 @@ def empty(connection: psycopg.Connection) -> None:
     views = connection.execute(  # those that are built on others first
         "SELECT view_name FROM timescaledb_information.continuous_aggregates ORDER BY view_name = %s", [BASE]
     ).fetchall()
-    connection.execute(
-        "CREATE OR REPLACE VIEW temperature_summary_live AS SELECT * FROM temperature_summary;"
-        "CREATE OR REPLACE VIEW humidity_summary_live AS SELECT * FROM humidity_summary;"
-    )
+    for metric in METRICS:
+        connection.execute(f"CREATE OR REPLACE VIEW {metric}_summary_live AS SELECT * FROM {metric}_summary")
     for (name,) in views:
         connection.execute(sql.SQL("DROP MATERIALIZED VIEW {}").format(sql.Identifier(name)))
+    summaries = ", ".join(f"{metric}_summary" for metric in METRICS)
     connection.execute(
-        "TRUNCATE sensor_data, summary_refresh_queue, temperature_summary, humidity_summary, summary_state,"
-        " raw_chunk, partition_owner"
+        f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, partition_owner"
     )
 
 

@@ -1,31 +1,28 @@
 -- What the consumer runs. Schema: migrations/versions/0001_create_sensor_data.py
+-- In braces, for all metrics with commas between: their columns, what is stored, and the last value that is not null.
 
 -- name: copy_readings
-COPY sensor_data (time, sensor_id, temperature, humidity) FROM STDIN (FORMAT binary)
+COPY sensor_data (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
 
 -- name: queue_ranges
 INSERT INTO summary_refresh_queue (touched) VALUES (%(touched)s)
 
 -- name: create_incoming
 -- One a transaction: a table that outlives it would tie us to one session, which poolers do not promise.
-CREATE TEMPORARY TABLE incoming (
-    time timestamptz, sensor_id text, temperature double precision, humidity double precision
-) ON COMMIT DROP
+CREATE TEMPORARY TABLE incoming (LIKE sensor_data) ON COMMIT DROP
 
 -- name: copy_incoming
-COPY incoming (time, sensor_id, temperature, humidity) FROM STDIN (FORMAT binary)
+COPY incoming (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
 
 -- name: merge_incoming
 -- xmax is 0 in a row that this statement inserted, and our transaction's id in one that it updated.
 -- Only what changed is queued, in whole minutes: every interval is made of whole minutes.
 WITH changed AS (
-    INSERT INTO sensor_data AS stored (time, sensor_id, temperature, humidity)
-    SELECT time, sensor_id, temperature, humidity FROM incoming
+    INSERT INTO sensor_data AS stored (sensor_id, time, {metrics})
+    SELECT sensor_id, time, {metrics} FROM incoming
     ON CONFLICT (sensor_id, time) DO UPDATE
-    SET temperature = coalesce(excluded.temperature, stored.temperature),
-        humidity = coalesce(excluded.humidity, stored.humidity)
-    WHERE coalesce(excluded.temperature, stored.temperature) IS DISTINCT FROM stored.temperature
-       OR coalesce(excluded.humidity, stored.humidity) IS DISTINCT FROM stored.humidity
+    SET ({metrics}) = ROW({latest})
+    WHERE ROW({latest}) IS DISTINCT FROM ROW({stored})
     RETURNING stored.time, stored.xmax = 0 AS inserted
 ), queued AS (
     INSERT INTO summary_refresh_queue (touched)

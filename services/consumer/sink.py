@@ -18,17 +18,29 @@ from itertools import pairwise
 from operator import attrgetter
 
 import psycopg
-from psycopg import Connection, Cursor, errors
+from msgspec.structs import astuple
+from psycopg import Connection, Cursor, errors, sql
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
 from services.core.errors import TransientError
-from services.core.reading import EPOCH, Reading
+from services.core.reading import EPOCH, METRICS, Reading
 
-SQL = queries("services.consumer")
-COLUMN_TYPES = ("timestamptz", "text", "float8", "float8")
+
+def listed(form: str) -> sql.Composed:
+    """``form`` once for each metric, with its column in the braces, and commas between."""
+    return sql.SQL(", ").join(sql.SQL(form).format(sql.Identifier(metric)) for metric in METRICS)
+
+
+SQL = {
+    name: statement.format(
+        metrics=listed("{0}"), stored=listed("stored.{0}"), latest=listed("coalesce(excluded.{0}, stored.{0})")
+    )
+    for name, statement in queries("services.consumer").items()
+}
+COLUMN_TYPES = ("text", "timestamptz", *("float8" for _ in METRICS))  # in the order of a reading's fields
 MINUTE = timedelta(minutes=1)
 
 # A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
@@ -218,7 +230,7 @@ def copy_rows(cursor: Cursor, query: str, rows: Iterable[Reading]) -> None:
     with cursor.copy(SQL[query]) as copy:
         copy.set_types(COLUMN_TYPES)
         for row in rows:
-            copy.write_row((row.time, row.sensor_id, row.temperature, row.humidity))
+            copy.write_row(astuple(row))
 
 
 def last_values(rows: Iterable[Reading]) -> list[Reading]:
@@ -232,10 +244,7 @@ def last_values(rows: Iterable[Reading]) -> list[Reading]:
         before = latest.get(key)
         if before is not None:
             row = Reading(
-                row.sensor_id,
-                row.time,
-                before.temperature if row.temperature is None else row.temperature,
-                before.humidity if row.humidity is None else row.humidity,
+                *(old if new is None else new for old, new in zip(astuple(before), astuple(row), strict=True))
             )
         latest[key] = row
     return [latest[key] for key in sorted(latest)]

@@ -221,6 +221,13 @@ class Settings(BaseSettings):
         return f"{self.kafka_host}:{self.kafka_port}"
 
 
+# The setting that names each metric's column of the Parquet file; the metrics are the fields of a reading.
+METRIC_COLUMNS = {
+    "temperature": "data_feature_temp",
+    "humidity": "data_feature_humid",
+}
+
+
 def load_settings() -> Settings:
     """Read the environment and ``.env``.
 

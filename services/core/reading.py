@@ -34,6 +34,9 @@ class Reading(msgspec.Struct, frozen=True, gc=False):
     humidity: Value | None = None
 
 
+# What is measured: the fields of a message, the columns of sensor_data, and a summary table for each.
+METRICS = Reading.__struct_fields__[2:]
+
 _decoder = msgspec.json.Decoder(Reading)
 _encoder = msgspec.json.Encoder()
 
@@ -75,7 +78,7 @@ class Decoder:
         except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
             raise MalformedMessage("invalid_json", str(error)) from error
         if reading.temperature is None and reading.humidity is None:
-            raise MalformedMessage("no_measurement", "temperature and humidity are both missing or null")
+            raise MalformedMessage("no_measurement", f"{' and '.join(METRICS)} are missing or null")
         if reading.time > self._latest:
             raise MalformedMessage("future_time", f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:

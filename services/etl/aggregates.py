@@ -15,7 +15,7 @@ from psycopg import Connection, sql
 
 from services.core.database import queries
 from services.core.logs import fields
-from services.etl.metrics import BASE, Metric
+from services.etl.metrics import BASE, BASE_PARTS, Metric
 
 SQL = queries("services.etl")
 
@@ -43,9 +43,7 @@ class Aggregates:
 
     def prepare(self) -> None:
         """Create what is missing, and see which widths have to change. Drops what a crash left behind."""
-        if BASE not in self._existing():
-            self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE)))
-            log.info("aggregate_created", extra=fields(aggregate=BASE))
+        self._prepare_base()
         for metric in self._configured:
             with self._connection.transaction():
                 current = stored_metrics(self._connection).get(metric.name)
@@ -65,6 +63,26 @@ class Aggregates:
                 self.building[metric.name] = metric
                 log.info("interval_change_begun", extra=fields(old=current.aggregate, new=metric.aggregate))
             self._drop_others(metric.name)
+
+    def _prepare_base(self) -> None:
+        """Create the aggregate of minutes. One that lacks a metric goes first, and all that is built on it.
+
+        The summaries stay as they are; the live views show them until the aggregates are there again.
+        """
+        wanted = {f"{metric.name}_{part}" for metric in self._configured for part in BASE_PARTS}
+        columns = {row[0] for row in self._connection.execute(SQL["list_columns"], {"table": BASE})}
+        if wanted <= columns:
+            return
+        if columns:
+            with self._connection.transaction():
+                for metric in stored_metrics(self._connection).values():
+                    self._connection.execute(statement("show_summary_live", metric))
+                    for aggregate in self._of(metric.name):
+                        self._drop(aggregate)
+                self._drop(BASE)
+        parts = sql.SQL(",\n       ").join(statement("base_columns", metric) for metric in self._configured)
+        self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=parts))
+        log.info("aggregate_created", extra=fields(aggregate=BASE))
 
     def switch(self, metric: Metric, edge: str) -> int:
         """Let the new aggregate feed the summary from ``edge`` on, in one transaction; returns the summary's rows."""
@@ -97,7 +115,13 @@ class Aggregates:
 
     def _drop_others(self, name: str) -> None:
         used = {metric.aggregate for metric in self.all_refreshed()}
-        of_metric = {aggregate for aggregate in self._existing() if re.fullmatch(f"{name}_[0-9]+min", aggregate)}
-        for aggregate in of_metric - used:
-            self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
-            log.info("aggregate_dropped", extra=fields(aggregate=aggregate))
+        for aggregate in self._of(name) - used:
+            self._drop(aggregate)
+
+    def _of(self, name: str) -> set[str]:
+        """The aggregates of a metric, of whatever width."""
+        return {aggregate for aggregate in self._existing() if re.fullmatch(f"{name}_[0-9]+min", aggregate)}
+
+    def _drop(self, aggregate: str) -> None:
+        self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
+        log.info("aggregate_dropped", extra=fields(aggregate=aggregate))

@@ -8,11 +8,13 @@ from datetime import timedelta
 from psycopg import sql
 
 from services.core.config import Settings
+from services.core.reading import METRICS
 
 # Between the readings and all intervals: sums, least, greatest and counts of each minute, since an interval is made
 # of whole minutes. A reading that comes into an open interval of a day makes us read again its minute, not the day.
 BASE = "sensor_data_minute"
 BASE_WIDTH = timedelta(minutes=1)
+BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,11 @@ class Metric:
             "min": sql.Identifier(f"min_{self.name}"),
             "max": sql.Identifier(f"max_{self.name}"),
             "base": sql.Identifier(BASE),
-            "base_sum": sql.Identifier(f"{self.name}_sum"),
-            "base_min": sql.Identifier(f"{self.name}_min"),
-            "base_max": sql.Identifier(f"{self.name}_max"),
-            "base_count": sql.Identifier(f"{self.name}_count"),
+            **{f"base_{part}": sql.Identifier(f"{self.name}_{part}") for part in BASE_PARTS},
             "width": sql.SQL("interval {}").format(sql.Literal(f"{self.minutes} minutes")),
         }
 
 
 def configured_metrics(settings: Settings) -> tuple[Metric, ...]:
     """The metrics and the widths that the settings ask for."""
-    return (
-        Metric("temperature", settings.temperature_interval),
-        Metric("humidity", settings.humidity_interval),
-    )
+    return tuple(Metric(name, getattr(settings, f"{name}_interval")) for name in METRICS)

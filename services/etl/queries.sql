@@ -113,17 +113,17 @@ CREATE MATERIALIZED VIEW {base}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
        time_bucket(interval '1 minute', time) AS minute,
-       sum(temperature) AS temperature_sum,
-       min(temperature) AS temperature_min,
-       max(temperature) AS temperature_max,
-       count(temperature) AS temperature_count,
-       sum(humidity) AS humidity_sum,
-       min(humidity) AS humidity_min,
-       max(humidity) AS humidity_max,
-       count(humidity) AS humidity_count
+       {columns}
 FROM sensor_data
 GROUP BY sensor_id, time_bucket(interval '1 minute', time)
 WITH NO DATA
+
+-- name: base_columns
+-- Of each metric.
+sum({metric}) AS {base_sum}, min({metric}) AS {base_min}, max({metric}) AS {base_max}, count({metric}) AS {base_count}
+
+-- name: list_columns
+SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
 
 -- name: create_aggregate
 -- The CASE is for the server, to which a quotient below the smallest number is an error.
@@ -168,6 +168,10 @@ UNION ALL
 SELECT sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count
 FROM {summary}
 WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
+
+-- name: show_summary_live
+-- For as long as there is no aggregate.
+CREATE OR REPLACE VIEW {live} AS SELECT * FROM {summary}
 
 -- name: read_state
 SELECT metric, extract(epoch FROM width)::bigint / 60 FROM summary_state ORDER BY metric

@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.config import Settings
+from services.core.config import METRIC_COLUMNS, Settings
 from services.core.errors import ConfigurationError
 from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID
 
@@ -28,31 +29,29 @@ class Columns:
     """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none."""
 
     time: str
-    temperature: str
-    humidity: str
+    metrics: tuple[tuple[str, str], ...]  # name and column of each metric that has one
     sensor: str
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
         """The mapping that DATA_FEATURE_* says."""
+        named = ((metric, getattr(settings, setting)) for metric, setting in METRIC_COLUMNS.items())
         return cls(
             settings.data_feature_date,
-            settings.data_feature_temp,
-            settings.data_feature_humid,
+            tuple((metric, column) for metric, column in named if column),
             settings.data_feature_sensor,
         )
 
     @property
     def names(self) -> list[str]:
         """Each column to read, once."""
-        return list(dict.fromkeys(filter(None, (self.time, self.temperature, self.humidity, self.sensor))))
+        return list(dict.fromkeys(filter(None, (self.time, *dict(self.metrics).values(), self.sensor))))
 
     def check(self, schema: pa.Schema, url: str) -> None:
         """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
         for setting, name, fits, wanted in (
             ("DATA_FEATURE_DATE", self.time, _is_time, "a timestamp, a date or ISO 8601 text"),
-            ("DATA_FEATURE_TEMP", self.temperature, _is_number, "a number"),
-            ("DATA_FEATURE_HUMID", self.humidity, _is_number, "a number"),
+            *((METRIC_COLUMNS[metric].upper(), column, _is_number, "a number") for metric, column in self.metrics),
             ("DATA_FEATURE_SENSOR", self.sensor, _is_identifier, "text or an integer"),
         ):
             if not name:
@@ -88,11 +87,10 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
     Null and NaN are null, and a null field is left out. A row is skipped for the first reason that applies:
     ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1 to 9999),
     ``no_time``, ``no_sensor``, ``bad_sensor`` (longer than 255 characters, or not UTF-8),
-    ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (neither value).
+    ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all).
     """
     time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
-    temperature, far_temperature = _numbers(_decoded(batch.column(columns.temperature)))
-    humidity, far_humidity = _numbers(_decoded(batch.column(columns.humidity)))
+    numbers = {metric: _numbers(_decoded(batch.column(column))) for metric, column in columns.metrics}
     sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
     rows, skipped = _choose(
         ("bad_time", bad_time),
@@ -100,20 +98,18 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
         ("no_time", time.is_null()),
         ("no_sensor", sensor.missing),
         ("bad_sensor", sensor.bad),
-        ("value_out_of_range", pc.or_(far_temperature, far_humidity)),
-        ("no_measurement", pc.and_(temperature.is_null(), humidity.is_null())),
+        ("value_out_of_range", reduce(pc.or_, (far for _, far in numbers.values()))),
+        ("no_measurement", reduce(pc.and_, (text.is_null() for text, _ in numbers.values()))),
     )
     prefix, index = sensor.prefix, sensor.index
+    members = [_member(metric, text) for metric, (text, _) in numbers.items()]
     if rows is not None:
-        prefix, index, time, temperature, humidity = (
-            column.filter(rows) for column in (prefix, index, time, temperature, humidity)
-        )
+        prefix, index, time, *members = (column.filter(rows) for column in (prefix, index, time, *members))
     values = pc.binary_join_element_wise(
         prefix,
         pc.binary_replace_slice(time, 10, 11, "T"),
         'Z"',
-        _member("temperature", temperature),
-        _member("humidity", humidity),
+        *members,
         "}",
         "",
     )

@@ -97,7 +97,7 @@ def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, f
 def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:
     if not columns.sensor and plan.sensors > 1:
         raise ConfigurationError("DATA_FEATURE_SENSOR is empty, so all readings belong to one sensor: use --sensors 1")
-    if len(columns.names) < 3 + bool(columns.sensor):
+    if len(columns.names) < 1 + len(columns.metrics) + bool(columns.sensor):
         raise ConfigurationError("DATA_FEATURE_DATE, _TEMP, _HUMID and _SENSOR name one column twice")
     if plan.steps < 1:
         raise ConfigurationError(f"--days={plan.days:g} is shorter than --interval={plan.interval_s}: no reading")
@@ -117,8 +117,7 @@ def _schema(columns: Columns) -> pa.Schema:
     named = [
         (columns.time, pa.timestamp("ms", "UTC")),
         (columns.sensor, pa.string()),
-        (columns.temperature, pa.float64()),
-        (columns.humidity, pa.float64()),
+        *((column, pa.float64()) for _, column in columns.metrics),
     ]
     return pa.schema([(name, kind) for name, kind in named if name])
 
@@ -166,13 +165,11 @@ class _Generator:
         seconds = pc.multiply(pc.add(step, first), plan.interval_s)
         start_ms = (plan.start - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
         times = pc.add(pc.multiply(seconds, 1000), start_ms).cast(pa.timestamp("ms")).cast(pa.timestamp("ms", "UTC"))
-        temperature, humidity = self._weather(first, pc.divide(seconds.cast(pa.float64()), 86_400.0), sensor)
+        weather = self._weather(first, pc.divide(seconds.cast(pa.float64()), 86_400.0), sensor)
         columns = {
             self._columns.time: times,
             self._columns.sensor: self._names.take(sensor),
-            self._columns.temperature: temperature,
-            self._columns.humidity: humidity,
-        }
+        } | {column: weather.get(metric, pa.nulls(rows, pa.float64())) for metric, column in self._columns.metrics}
         table = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         block = pc.add(pc.multiply(pc.divide(step, BLOCK_STEPS), plan.sensors), sensor)
         blocks = math.ceil(steps / BLOCK_STEPS) * plan.sensors
@@ -182,8 +179,8 @@ class _Generator:
 
         return table, chosen("gaps", plan.gaps), chosen("late", plan.late)
 
-    def _weather(self, first: int, day: pa.Array, sensor: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """Degrees Celsius and per cent, with two digits; ``day``: days since the start."""
+    def _weather(self, first: int, day: pa.Array, sensor: pa.Array) -> dict[str, pa.Array]:
+        """Degrees Celsius and per cent, with two digits, by metric; ``day``: days since the start."""
         of = {name: values.take(sensor) for name, values in self._sensors.items()}
         start = self._plan.start
         year_day = start.timetuple().tm_yday + (start.hour * 60 + start.minute) / 1440
@@ -202,7 +199,7 @@ class _Generator:
         humidity = pc.add(humidity, pc.multiply(self._noise(first, "humidity", rows), 0.8))
         humidity = pc.min_element_wise(pc.max_element_wise(humidity, 1.0), 100.0)
         measured = pc.add(air, pc.multiply(of["drift"], day))  # the sensor's fault, not the air's
-        return pc.round(measured, 2), pc.round(humidity, 2)
+        return {"temperature": pc.round(measured, 2), "humidity": pc.round(humidity, 2)}
 
     def _noise(self, first: int, purpose: str, rows: int) -> pa.Array:
         """Nearly normal, of mean 0 and deviation 1: three uniform numbers together."""

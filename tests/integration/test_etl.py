@@ -18,7 +18,9 @@ from services.consumer.sink import Sink, touched_ranges
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
-from services.etl.metrics import BASE
+from services.etl.aggregates import Aggregates
+from services.etl.metrics import BASE, configured_metrics
+from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import START, StartService, minutes, run_cli, wait_until
@@ -472,6 +474,36 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
     Leader(connection, settings).run_once()
     assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
     assert differences(connection, settings) == []
+
+
+def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
+    connection: psycopg.Connection, settings: Settings, sink: Sink
+) -> None:
+    """The aggregates of an etl that knew temperature alone are built anew; readers see its summary all the while."""
+    older = Aggregates(connection, configured_metrics(settings)[:1])
+    older.prepare()
+    store(sink, *(at(minute, float(minute), 50.0) for minute in range(100)), at(60 * 24 * 30, 1.0))
+    Summaries(connection, older).refresh_queued()
+    before = summary(connection)
+    leader = Leader(connection, settings)
+    assert summary(connection, suffix="_live") == before
+    assert summary(connection, "humidity") == []
+    leader.run_once()
+    assert summary(connection) == before
+    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
+    assert differences(connection, settings) == []
+
+
+def test_aggregates_of_somebody_else_are_left_alone(
+    connection: psycopg.Connection, settings: Settings, sink: Sink
+) -> None:
+    Aggregates(connection, configured_metrics(settings)[:1]).prepare()
+    connection.execute(
+        "CREATE MATERIALIZED VIEW theirs WITH (timescaledb.continuous) AS"
+        " SELECT time_bucket('1 hour', time) AS hour, count(*) FROM sensor_data GROUP BY 1 WITH NO DATA"
+    )
+    Leader(connection, settings)
+    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min", "theirs"}
 
 
 def test_an_interval_changes_while_readings_come_without_a_pause(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from services.core.config import Settings, load_settings
+from services.core.config import METRIC_COLUMNS, Settings, load_settings
 from services.core.errors import ConfigurationError
+from services.core.reading import METRICS
 from tests.fix_stack import ROOT
 
 
@@ -99,6 +100,13 @@ def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "hunter" not in shown
     secret = {name for name in Settings.model_fields if name.endswith("password")}
     assert secret == {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
+
+
+def test_every_metric_has_its_settings() -> None:
+    assert tuple(METRIC_COLUMNS) == METRICS
+    for metric, setting in METRIC_COLUMNS.items():
+        assert Settings.model_fields[setting].annotation is str
+        assert Settings.model_fields[f"{metric}_interval"].annotation is int
 
 
 def test_settings_cannot_be_changed() -> None:

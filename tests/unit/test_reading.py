@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import MalformedMessage
-from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID, Decoder, Reading, encode
+from services.core.reading import (
+    EARLIEST,
+    EPOCH,
+    LARGEST_VALUE,
+    LATEST,
+    LONGEST_SENSOR_ID,
+    METRICS,
+    Decoder,
+    Reading,
+    encode,
+)
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MAX_BYTES = 1000
@@ -84,6 +94,12 @@ def test_one_of_the_two_values_may_be_null_or_absent(absent: object) -> None:
     assert (only_temperature.temperature, only_temperature.humidity) == (1.0, None)
     only_humidity = decoder().decode(value(temperature=absent, humidity=0))
     assert (only_humidity.temperature, only_humidity.humidity) == (None, 0.0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_metric_alone_is_a_reading(metric: str) -> None:
+    reading = decoder().decode(value(**{"temperature": ..., metric: 0.5}))
+    assert {name for name in METRICS if getattr(reading, name) is not None} == {metric}
 
 
 def test_unknown_fields_are_ignored() -> None:

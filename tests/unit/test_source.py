@@ -24,7 +24,7 @@ from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Reading
 from services.producer.encoding import Columns, Messages, encode_batch
 from services.producer.source import BATCH_ROWS, Source, SourceFile, open_source
 
-COLUMNS = Columns(time="time", temperature="temp", humidity="humid", sensor="sensor")
+COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MAPPING = {"date": "time", "temp": "temp", "humid": "humid", "sensor": "sensor"}
 NAMES = ["time", "temp", "humid", "sensor"]
@@ -241,7 +241,7 @@ def test_dictionaries_of_integers_and_with_nulls_in_them_are_ids_too() -> None:
 
 
 def test_with_no_sensor_column_all_readings_belong_to_default() -> None:
-    columns = Columns("time", "temp", "humid", "")
+    columns = Columns("time", COLUMNS.metrics, "")
     assert encode(temp=pa.array([1.0, 2.0]), columns=columns).keys == [b"default", b"default"]
 
 
