@@ -81,7 +81,9 @@ class Aggregates:
                         self._drop(aggregate)
                 self._drop(BASE)
         parts = sql.SQL(",\n       ").join(statement("base_columns", metric) for metric in self._configured)
-        self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=parts))
+        with self._connection.transaction():
+            self._connection.execute(SQL["as_owner"])
+            self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=parts))
         log.info("aggregate_created", extra=fields(aggregate=BASE))
 
     def switch(self, metric: Metric, edge: str) -> int:
@@ -110,6 +112,7 @@ class Aggregates:
         """Unless it exists: an interval change that was begun, or migrations that were taken back and forth."""
         if metric.aggregate in self._existing():
             return
+        self._connection.execute(SQL["as_owner"])
         self._connection.execute(statement("create_aggregate", metric))
         log.info("aggregate_created", extra=fields(aggregate=metric.aggregate))
 

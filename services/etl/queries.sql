@@ -108,6 +108,10 @@ CALL run_job(%(job)s)
 -- name: refresh
 CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
 
+-- name: as_owner
+-- Until the transaction ends: an aggregate is sensor_etl's, whoever runs etl. Its members may do the rest as themselves.
+SET LOCAL ROLE sensor_etl
+
 -- name: create_base
 CREATE MATERIALIZED VIEW {base}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS

@@ -92,7 +92,7 @@ def test_alembic_as_typed_and_a_second_time(settings: Settings) -> None:
         done = alembic(settings, "upgrade", "head")
         assert done.returncode == 0, done.stderr
     current = alembic(settings, "current")
-    assert current.stdout.strip() == "0003 (head)"
+    assert current.stdout.strip() == "0004 (head)"
 
 
 def test_the_key_is_unique_and_nothing_else_is_indexed(connection: psycopg.Connection) -> None:

@@ -1,0 +1,285 @@
+"""What each role may do and may not, and the whole pipeline with each service under its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+from pydantic import SecretStr
+
+from services.consumer.sink import Sink
+from services.core.config import Settings
+from services.core.database import connect
+from services.core.reading import Reading
+from services.core.shutdown import Shutdown
+from services.etl.reconcile import reconcile
+from services.etl.worker import Leader, run_reconcile
+from services.status.database import read_database
+from tests.fix_services import StartService, message, publish, wait_until
+from tests.fix_stack import downgrade, upgrade
+from tests.integration.test_migrations import alembic
+
+PASSWORD = "only for this test"
+NOW = datetime.now(UTC).replace(second=0, microsecond=0)
+SUMMARIES = ("temperature_summary", "humidity_summary", "temperature_summary_live", "humidity_summary_live")
+AGGREGATES = {"sensor_data_minute", "temperature_10min", "humidity_20min"}
+
+
+def ago(days: float) -> datetime:
+    return NOW - timedelta(days=days)
+
+
+def under(settings: Settings, role: str) -> Settings:
+    """The settings of a service that logs in as ``role``."""
+    return settings.model_copy(update={"postgre_user": role, "postgre_password": SecretStr(PASSWORD)})
+
+
+@pytest.fixture
+def logins(settings: Settings, connection: psycopg.Connection) -> Iterator[None]:
+    """An operator's lines: sensor_etl gets a password, the others a login role that is a member.
+
+    What everybody may do elsewhere, such as create temporary tables, nobody may do here.
+    """
+    connection.execute(f"""
+        ALTER ROLE sensor_etl PASSWORD '{PASSWORD}';
+        CREATE ROLE app_consumer LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_consumer;
+        CREATE ROLE app_etl LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_etl;
+        CREATE ROLE app_reader LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_reader;
+        REVOKE TEMPORARY ON DATABASE {settings.postgre_dbname} FROM PUBLIC;
+        REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    """)
+    yield
+    connection.execute(f"""
+        GRANT TEMPORARY ON DATABASE {settings.postgre_dbname} TO PUBLIC;
+        DROP ROLE app_consumer, app_etl, app_reader;
+        ALTER ROLE sensor_etl PASSWORD NULL;
+    """)
+
+
+def store(settings: Settings, *readings: Reading) -> None:
+    """Store readings as the consumer does."""
+    sink = Sink(settings)
+    sink.claim([0])
+    result = sink.write(readings, [0])
+    sink.close()
+    assert not result.refused
+
+
+def summarise(settings: Settings, **changes: object) -> None:
+    """What is queued, with ``changes`` of the settings: as ``etl --once`` does."""
+    with connect(settings) as connection:
+        Leader(connection, settings.model_copy(update=changes)).run_once()
+
+
+def owners(connection: psycopg.Connection) -> dict[str, str]:
+    rows = connection.execute("SELECT view_name, view_owner FROM timescaledb_information.continuous_aggregates")
+    return dict(rows.fetchall())
+
+
+def refused(connection: psycopg.Connection, *statements: str) -> None:
+    """None of the statements is allowed."""
+    for statement in statements:
+        with pytest.raises(errors.InsufficientPrivilege):
+            connection.execute(sql.SQL(statement))
+
+
+@pytest.fixture
+def filled(settings: Settings, logins: None) -> None:
+    """One reading, summarised."""
+    store(settings, Reading("s1", ago(1), 20.0, 50.0))
+    summarise(settings)
+
+
+@pytest.mark.usefixtures("filled")
+def test_the_consumer_sees_no_summary_and_deletes_nothing(settings: Settings) -> None:
+    with connect(under(settings, "app_consumer")) as consumer:
+        refused(
+            consumer,
+            *(f"SELECT * FROM {name}" for name in (*SUMMARIES, *AGGREGATES)),
+            "SELECT * FROM summary_refresh_queue",
+            "SELECT * FROM raw_chunk",
+            "SELECT frozen_before FROM summary_state",
+            "SELECT * FROM alembic_version",
+            "DELETE FROM sensor_data",
+            "TRUNCATE sensor_data",
+            "DROP TABLE sensor_data",
+            "DELETE FROM summary_refresh_queue",
+            "UPDATE summary_refresh_queue SET forced = true",
+            "UPDATE summary_state SET closed_before = now()",
+            "UPDATE summary_state SET metric = 'other'",
+            "DELETE FROM summary_state",
+            "DELETE FROM partition_owner",
+            "INSERT INTO temperature_summary SELECT 's', now(), now(), 1, 1, 1, 1",
+            "SELECT drop_chunks('sensor_data', older_than => now())",
+            "CREATE TABLE mine (x int)",
+        )
+        # The column that it may update has one value only.
+        with pytest.raises(errors.GeneratedAlways):
+            consumer.execute("UPDATE summary_state SET gate = false")
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("role", ["sensor_etl", "app_etl"])
+def test_etl_writes_no_reading(settings: Settings, role: str) -> None:
+    with connect(under(settings, role)) as etl:
+        refused(
+            etl,
+            "INSERT INTO sensor_data VALUES (now(), 's1', 1, 1)",
+            "UPDATE sensor_data SET temperature = 1",
+            "DELETE FROM sensor_data",
+            "TRUNCATE sensor_data",
+            "SELECT * FROM partition_owner",
+            "UPDATE partition_owner SET epoch = 0",
+            "UPDATE alembic_version SET version_num = ''",
+            "CREATE ROLE another",
+            "SELECT * FROM pg_authid",
+        )
+
+
+@pytest.mark.usefixtures("filled")
+def test_the_reader_sees_summaries_and_nothing_else(settings: Settings) -> None:
+    with connect(under(settings, "app_reader")) as reader:
+        for name in SUMMARIES:
+            rows = reader.execute(f"SELECT sensor_id FROM {name}").fetchall()
+            assert rows == [("s1",)], name
+        hidden = ("sensor_data", *AGGREGATES, "summary_refresh_queue", "summary_state", "partition_owner", "raw_chunk")
+        refused(reader, *(f"SELECT * FROM {name}" for name in hidden))
+
+
+def test_nobody_logs_in_before_an_operator_says_so(settings: Settings, connection: psycopg.Connection) -> None:
+    rows = connection.execute(
+        "SELECT rolname, rolcanlogin, rolpassword FROM pg_authid WHERE rolname ~ '^sensor_' AND NOT rolsuper ORDER BY 1"
+    ).fetchall()
+    assert rows == [("sensor_consumer", False, None), ("sensor_etl", True, None), ("sensor_reader", False, None)]
+    with pytest.raises(Exception, match="password authentication failed"):
+        connect(under(settings, "sensor_etl"))
+
+
+@pytest.mark.usefixtures("logins")
+def test_the_services_under_their_own_roles(
+    settings: Settings, connection: psycopg.Connection, start: StartService
+) -> None:
+    start("consume", settings=under(settings, "app_consumer"))
+    start("etl", settings=under(settings, "sensor_etl"))
+    publish(settings, [message(time=ago(1), temperature=20.0), message(time=ago(2), humidity=50.0)])
+    wait_until(lambda: summary_rows(connection) == (1, 1), "both summaries")
+    publish(settings, [message(time=ago(1), temperature=21.0), message(time=ago(1), humidity=40.0)])
+    wait_until(lambda: summary_rows(connection) == (1, 2), "the second humidity")
+    assert connection.execute("SELECT avg_temperature FROM temperature_summary").fetchone() == (21.0,)
+    tables = read_database(under(settings, "sensor_etl"), "here").tables
+    assert tables is not None
+    assert tables.readings.rows.count == 2
+
+
+def summary_rows(connection: psycopg.Connection) -> tuple[int, int]:
+    row = connection.execute(
+        "SELECT (SELECT count(*) FROM temperature_summary), (SELECT count(*) FROM humidity_summary)"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+@pytest.mark.usefixtures("logins")
+@pytest.mark.parametrize(("first", "then"), [("superuser", "app_etl"), ("sensor_etl", "superuser")])
+def test_all_that_etl_does_whoever_began_it(
+    settings: Settings, connection: psycopg.Connection, first: str, then: str
+) -> None:
+    """Retention, compression, a late reading into compressed history, an interval change, repair."""
+    consumer = under(settings, "app_consumer")
+    one, other = (settings if role == "superuser" else under(settings, role) for role in (first, then))
+    store(consumer, *(Reading("s1", ago(days), float(days), None) for days in (400, 60, 20, 1)))
+    policies = {"raw_retention_days": 100, "compress_after_days": 10}
+    summarise(one, **policies)
+    assert count_chunks(connection) == (3, 2)
+    store(consumer, Reading("s1", ago(20), 21.0, 50.0), Reading("s2", ago(60), 61.0, 51.0))
+    summarise(other, **policies, temperature_interval=15)
+    assert owners(connection) == {
+        "sensor_data_minute": "sensor_etl",
+        "temperature_15min": "sensor_etl",
+        "humidity_20min": "sensor_etl",
+    }
+    rows = "SELECT sensor_id, avg_temperature FROM temperature_summary ORDER BY avg_temperature"
+    assert connection.execute(rows).fetchall() == [("s1", 1), ("s1", 21), ("s1", 60), ("s2", 61), ("s1", 400)]
+    connection.execute("DELETE FROM temperature_summary WHERE avg_temperature = 21")
+    changed = other.model_copy(update=policies | {"temperature_interval": 15})
+    assert run_reconcile(changed, Shutdown()) == {"humidity": 0, "temperature": 1}
+    assert len(connection.execute(rows).fetchall()) == 5
+
+
+def count_chunks(connection: psycopg.Connection) -> tuple[int, int]:
+    """Chunks of readings, and how many of them are compressed."""
+    row = connection.execute(
+        "SELECT count(*), count(*) FILTER (WHERE is_compressed) FROM timescaledb_information.chunks"
+        " WHERE hypertable_name = 'sensor_data'"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+@pytest.mark.usefixtures("filled")
+def test_an_installation_of_before_goes_on(settings: Settings, connection: psycopg.Connection) -> None:
+    """Aggregates and policies that the superuser made, and roles that another database has made already."""
+    downgrade(settings, "0003")
+    try:
+        assert set(owners(connection).items()) == {(name, settings.postgre_user) for name in AGGREGATES}
+        connection.execute("SELECT add_compression_policy('sensor_data', compress_after => interval '10 days')")
+        connection.execute("CREATE ROLE sensor_consumer")
+    finally:
+        upgrade(settings)
+    assert set(owners(connection).items()) == {(name, "sensor_etl") for name in AGGREGATES}
+    connection.execute(f"ALTER ROLE sensor_etl PASSWORD '{PASSWORD}'; GRANT sensor_consumer TO app_consumer")
+    store(under(settings, "app_consumer"), Reading("s1", ago(20), 21.0, 50.0))
+    summarise(under(settings, "sensor_etl"), compress_after_days=10)
+    assert summary_rows(connection) == (2, 2)
+    assert count_chunks(connection) == (2, 1)
+
+
+@contextmanager
+def owned_by(connection: psycopg.Connection, settings: Settings, owner: str) -> Iterator[None]:
+    """The database, empty and without a schema, is another role's, as a hosted one would be."""
+    connection.execute(f"""
+        DROP TABLE alembic_version;
+        CREATE ROLE {owner} LOGIN CREATEROLE PASSWORD '{PASSWORD}';
+        ALTER DATABASE {settings.postgre_dbname} OWNER TO {owner};
+    """)
+    try:
+        yield
+    finally:
+        connection.execute(f"""
+            ALTER DATABASE {settings.postgre_dbname} OWNER TO {settings.postgre_user};
+            DROP OWNED BY {owner} CASCADE;
+            DROP ROLE {owner};
+        """)
+
+
+@pytest.mark.parametrize("readings", [False, True], ids=["from the start", "with readings already"])
+def test_without_a_superuser(settings: Settings, connection: psycopg.Connection, *, readings: bool) -> None:
+    """The owner of the database migrates, and runs the services as itself."""
+    downgrade(settings)
+    try:
+        with owned_by(connection, settings, "hosted"):
+            hosted = under(settings, "hosted")
+            upgrade(hosted, "0003")
+            if readings:
+                store(hosted, Reading("s1", ago(1), 0.0, 50.0))
+                done = alembic(hosted, "upgrade", "head", LOG_LEVEL="WARNING")
+                assert done.returncode == 2
+                (line,) = done.stderr.splitlines()
+                assert line.startswith("error: sensor_data has readings already, and only a superuser can give it")
+            upgrade(settings if readings else hosted)
+            store(hosted, *(Reading("s1", ago(days), float(days), 50.0) for days in (400, 20, 1)))
+            summarise(hosted, compress_after_days=10, raw_retention_days=100)
+            store(hosted, Reading("s1", ago(20), 21.0, None))
+            summarise(hosted, compress_after_days=10, raw_retention_days=100, humidity_interval=40)
+            assert summary_rows(connection) == (3, 3)
+            assert count_chunks(connection) == (2, 1)
+            with connect(hosted) as own:
+                assert reconcile(own, None, Shutdown()) == {"humidity": 0, "temperature": 0}
+                own.execute("DELETE FROM sensor_data")  # as its owner always could
+            downgrade(settings if readings else hosted)
+    finally:
+        upgrade(settings)
