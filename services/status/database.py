@@ -14,11 +14,11 @@ from psycopg import Connection, sql
 
 from services.core.config import Settings
 from services.core.database import LEADER_LOCK, connect, cut, queries, translated
+from services.core.reading import METRICS
 
 SQL = queries("services.status")
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-METRICS = ("temperature", "humidity")
 EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting so much takes a second or two
 STATEMENT_WITHIN = "5s"
 ANSWER_WITHIN_S = 15.0
