@@ -118,10 +118,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def as_psql(row: tuple[object, ...]) -> list[str]:
-    return [
-        f"{value:%Y-%m-%d %H:%M:%S}+00" if isinstance(value, datetime) else f"{value:g}"  # type: ignore[str-bytes-safe]
-        for value in row
-    ]
+    return [f"{value:%Y-%m-%d %H:%M:%S}+00" if isinstance(value, datetime) else f"{value:g}" for value in row]
 
 
 def summaries(connection: psycopg.Connection) -> dict[str, list[tuple[object, ...]]]:
