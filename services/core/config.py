@@ -80,6 +80,12 @@ class Settings(BaseSettings):
     kafka_topic: Topic = Field("sensor_data", description="topic of the readings: letters, digits, '.', '_' and '-'")
     kafka_partitions: int = Field(6, ge=1, le=10000, description="partitions the topic is created with: at least 1")
     kafka_replication_factor: int = Field(1, ge=1, le=100, description="copies of each partition: at least 1")
+    kafka_min_insync_replicas: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="copies a message must have to count as sent: 0 (as the brokers say) to KAFKA_REPLICATION_FACTOR",
+    )
     kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
     kafka_session_timeout_ms: int = Field(
         45_000,
@@ -184,6 +190,14 @@ class Settings(BaseSettings):
     def _read_password_file(cls, password: SecretStr, info: ValidationInfo) -> SecretStr:
         path = info.data.get(f"{info.field_name}_file")
         return SecretStr(read_password(path)) if path else password
+
+    @field_validator("kafka_min_insync_replicas")
+    @classmethod
+    def _at_most_all(cls, replicas: int, info: ValidationInfo) -> int:
+        copies = info.data.get("kafka_replication_factor", replicas)
+        if replicas > copies:
+            raise ValueError(f"KAFKA_REPLICATION_FACTOR={copies} makes fewer copies, so no message would ever be taken")
+        return replicas
 
     @field_validator("kafka_sasl_username", "kafka_sasl_password")
     @classmethod

@@ -92,15 +92,24 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
     raise AssertionError("pauses() has no end")
 
 
+def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> NewTopic:
+    """A topic with the copies that the settings ask for, and other topic settings with "_" for "."."""
+    if settings.kafka_min_insync_replicas:
+        config["min_insync_replicas"] = str(settings.kafka_min_insync_replicas)
+    options = {option.replace("_", "."): value for option, value in config.items()}
+    return NewTopic(name, partitions, settings.kafka_replication_factor, config=options)
+
+
 def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic) -> None:
     """Create the topic of readings, its dead letters, and ``topics``, where they do not exist."""
     wanted = [
-        NewTopic(settings.kafka_topic, settings.kafka_partitions, settings.kafka_replication_factor),
-        NewTopic(
+        new_topic(settings, settings.kafka_topic, settings.kafka_partitions),
+        new_topic(
+            settings,
             settings.dead_letter_topic,
             1,
-            settings.kafka_replication_factor,
-            config={"max.message.bytes": str(DEAD_LETTER_MAX_BYTES), "retention.ms": "-1"},
+            max_message_bytes=str(DEAD_LETTER_MAX_BYTES),
+            retention_ms="-1",
         ),
         *topics,
     ]

@@ -27,7 +27,7 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import PermanentError, TransientError
-from services.core.kafka import client_settings
+from services.core.kafka import client_settings, new_topic
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 
@@ -62,12 +62,7 @@ _encoder = msgspec.json.Encoder()
 
 def progress_topic(settings: Settings) -> NewTopic:
     """The topic that progress is kept in."""
-    return NewTopic(
-        f"{settings.kafka_topic}.progress",
-        1,
-        settings.kafka_replication_factor,
-        config={"cleanup.policy": "compact"},
-    )
+    return new_topic(settings, f"{settings.kafka_topic}.progress", 1, cleanup_policy="compact")
 
 
 def topic_id(admin: AdminClient, settings: Settings) -> str:

@@ -44,6 +44,7 @@ WRONG = [
     ("PRODUCER_RATE", "nan", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_RATE", "fast", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_WATCH_SECONDS", "inf", "0 (send what is there and end) to 86400 seconds"),
+    ("KAFKA_MIN_INSYNC_REPLICAS", "-1", "0 (as the brokers say) to KAFKA_REPLICATION_FACTOR"),
     ("CONSUMER_BATCH_ROWS", "0", "1 to 1000000"),
     ("CONSUMER_BATCH_SECONDS", "0", "above 0"),
     ("CONSUMER_BATCH_SECONDS", "nan", "above 0"),
@@ -74,6 +75,17 @@ def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("POSTGRE_PORT", "99999")
     with pytest.raises(ConfigurationError, match=r"^TEMPERATURE_INTERVAL=abc .*; POSTGRE_PORT=99999 [^\n]*$"):
         load_settings()
+
+
+def test_more_copies_in_step_than_there_are_copies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_REPLICATION_FACTOR", "3")
+    monkeypatch.setenv("KAFKA_MIN_INSYNC_REPLICAS", "4")
+    with pytest.raises(
+        ConfigurationError, match=r"^KAFKA_MIN_INSYNC_REPLICAS=4: KAFKA_REPLICATION_FACTOR=3 makes [^\n]*$"
+    ):
+        load_settings()
+    monkeypatch.setenv("KAFKA_MIN_INSYNC_REPLICAS", "3")
+    assert load_settings().kafka_min_insync_replicas == 3
 
 
 def test_a_value_of_several_lines_is_still_reported_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

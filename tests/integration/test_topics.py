@@ -1,0 +1,47 @@
+"""Topics are created as the settings say, and left alone when they are there."""
+
+from __future__ import annotations
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, ConfigSource
+
+from services.core.config import Settings
+from services.core.kafka import client_settings, create_topics
+from services.producer.progress import progress_topic
+from tests.fix_services import wait_until
+
+
+def changed(admin: AdminClient, topic: str) -> dict[str, str]:
+    """The settings of a topic that are its own, not the brokers' defaults."""
+    found: dict[str, ConfigEntry] = {}
+
+    def described() -> bool:
+        (future,) = admin.describe_configs([ConfigResource("topic", topic)]).values()
+        try:
+            found.update(future.result())
+        except KafkaException as error:
+            assert error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART
+        return bool(found)
+
+    wait_until(described, f"the broker knows the new topic {topic}")
+    own = ConfigSource.DYNAMIC_TOPIC_CONFIG
+    return {name: str(entry.value) for name, entry in found.items() if ConfigSource(entry.source) == own}
+
+
+def test_topics_have_what_the_settings_say(settings: Settings) -> None:
+    admin = AdminClient(client_settings(settings, "test"))
+    own = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.own", "kafka_min_insync_replicas": 1})
+    topics = (own.kafka_topic, own.dead_letter_topic, progress_topic(own).topic)
+    create_topics(admin, own, progress_topic(own))
+    in_step = {"min.insync.replicas": "1"}
+    assert [changed(admin, topic) for topic in topics] == [
+        in_step,
+        in_step | {"max.message.bytes": "2097152", "retention.ms": "-1"},
+        in_step | {"cleanup.policy": "compact"},
+    ]
+    partitions = admin.list_topics(timeout=10).topics
+    assert [len(partitions[topic].partitions) for topic in topics] == [own.kafka_partitions, 1, 1]
+
+    create_topics(admin, own.model_copy(update={"kafka_min_insync_replicas": 0, "kafka_partitions": 9}))
+    assert changed(admin, own.kafka_topic) == in_step
+    assert changed(admin, settings.kafka_topic) == {}  # the brokers' defaults
