@@ -22,9 +22,9 @@ SQL = queries("services.etl")
 log = logging.getLogger("etl")
 
 
-def statement(name: str, metric: Metric) -> sql.Composed:
+def statement(name: str, metric: Metric, **more: sql.Composable) -> sql.Composed:
     """A statement of queries.sql with the metric's names filled in."""
-    return SQL[name].format(**metric.identifiers())
+    return SQL[name].format(**metric.identifiers(), **more)
 
 
 def stored_metrics(connection: Connection) -> dict[str, Metric]:
@@ -47,7 +47,7 @@ class Aggregates:
         for metric in self._configured:
             with self._connection.transaction():
                 current = stored_metrics(self._connection).get(metric.name)
-                if current is None or current.aggregate not in self._existing():
+                if current is None or current.aggregate not in self.materialized():
                     current = current or metric
                     self._create(current)
                     self._connection.execute(
@@ -90,7 +90,8 @@ class Aggregates:
         """Let the new aggregate feed the summary from ``edge`` on, in one transaction; returns the summary's rows."""
         with self._connection.transaction():
             self._connection.execute(statement("delete_from", metric), {"edge": edge})
-            filled = self._connection.execute(statement("fill_from", metric), {"edge": edge}).rowcount
+            fill = statement("fill_from", metric, materialized=self.materialized()[metric.aggregate])
+            filled = self._connection.execute(fill, {"edge": edge}).rowcount
             self._connection.execute(
                 SQL["replace_state"],
                 {"metric": metric.name, "aggregate": metric.aggregate, "width": metric.width, "edge": edge},
@@ -105,12 +106,14 @@ class Aggregates:
         """Every aggregate that must follow the readings: the current ones and those being built."""
         return (*self.current.values(), *self.building.values())
 
-    def _existing(self) -> set[str]:
-        return {row[0] for row in self._connection.execute(SQL["list_aggregates"])}
+    def materialized(self) -> dict[str, sql.Identifier]:
+        """The aggregates that exist, each with the table of what was refreshed."""
+        rows = self._connection.execute(SQL["list_aggregates"])
+        return {name: sql.Identifier(schema, table) for name, schema, table in rows}
 
     def _create(self, metric: Metric) -> None:
         """Unless it exists: an interval change that was begun, or migrations that were taken back and forth."""
-        if metric.aggregate in self._existing():
+        if metric.aggregate in self.materialized():
             return
         self._connection.execute(SQL["as_owner"])
         self._connection.execute(statement("create_aggregate", metric))
@@ -123,7 +126,7 @@ class Aggregates:
 
     def _of(self, name: str) -> set[str]:
         """The aggregates of a metric, of whatever width."""
-        return {aggregate for aggregate in self._existing() if re.fullmatch(f"{name}_[0-9]+min", aggregate)}
+        return {aggregate for aggregate in self.materialized() if re.fullmatch(f"{name}_[0-9]+min", aggregate)}
 
     def _drop(self, aggregate: str) -> None:
         self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))

@@ -146,7 +146,8 @@ GROUP BY sensor_id, time_bucket({width}, minute)
 WITH NO DATA
 
 -- name: list_aggregates
-SELECT view_name FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public'
+SELECT view_name, materialization_hypertable_schema, materialization_hypertable_name
+FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public'
 
 -- name: refresh_has_options
 -- Since TimescaleDB 2.28 a refresh works in small batches unless told otherwise.
@@ -262,16 +263,18 @@ DELETE FROM {summary} WHERE interval_start >= %(edge)s::timestamptz
 -- name: fill_from
 INSERT INTO {summary} (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
 SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
-FROM {aggregate}
+FROM {materialized}
 WHERE interval_start >= %(edge)s::timestamptz
 
 -- name: upsert_summary
+-- From what is materialized, as the refresh left it: through the view, the server would also read and throw away every
+-- reading that is not materialized yet.
 -- The last digits of a sum depend on the order of its rows, so an average that differs only there has not changed.
 -- The 1e-200 is for the server, to which a product below the smallest number is an error.
 INSERT INTO {summary} AS stored
     (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
 SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
-FROM {aggregate}
+FROM {materialized}
 WHERE interval_start >= %(start)s AND interval_start < %(end)s
 ON CONFLICT (sensor_id, interval_start) DO UPDATE
 SET interval_end = excluded.interval_end, {avg} = excluded.{avg}, {min} = excluded.{min}, {max} = excluded.{max},
@@ -284,7 +287,7 @@ WHERE (stored.interval_end, stored.{min}, stored.{max}, stored.reading_count)
 DELETE FROM {summary} AS stored
 WHERE interval_start >= %(start)s AND interval_start < %(end)s
   AND NOT EXISTS (
-      SELECT FROM {aggregate} AS fresh
+      SELECT FROM {materialized} AS fresh
       WHERE fresh.sensor_id = stored.sensor_id AND fresh.interval_start = stored.interval_start
         AND fresh.interval_start >= %(start)s AND fresh.interval_start < %(end)s
   )

@@ -74,8 +74,9 @@ class Summaries:
         refreshed = time.monotonic()
         changed = 0
         with self._connection.transaction():
+            materialized = self._aggregates.materialized()
             for metric in self._aggregates.current.values():
-                changed += self._mirror(metric, windows[metric])
+                changed += self._mirror(metric, materialized[metric.aggregate], windows[metric])
             self._connection.execute(SQL["delete_queued"], {"ids": queued.ids})
         log.info(
             "summaries_refreshed",
@@ -133,13 +134,14 @@ class Summaries:
         assert row is not None
         return [(piece.lower, piece.upper) for piece in row[0]]
 
-    def _mirror(self, metric: Metric, windows: Sequence[Window]) -> int:
-        """Make the summary's rows in the windows equal to the aggregate's; returns how many changed."""
+    def _mirror(self, metric: Metric, materialized: sql.Identifier, windows: Sequence[Window]) -> int:
+        """Make the summary's rows in the windows equal to those of the table; returns how many changed."""
         changed = 0
         for start, end in windows:
             for name in ("upsert_summary", "delete_vanished"):
                 window = {"start": start, "end": end}
-                changed += self._connection.execute(statement(name, metric), window).rowcount
+                mirror = statement(name, metric, materialized=materialized)
+                changed += self._connection.execute(mirror, window).rowcount
         return changed
 
 
