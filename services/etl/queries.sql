@@ -3,11 +3,16 @@
 -- name: try_lead
 SELECT pg_try_advisory_lock(%(key)s)
 
+-- name: prefer_hashing
+-- A refresh makes few groups of many readings. Without statistics of a chunk that is being filled the server expects
+-- as many groups as readings, and would sort them all.
+SET enable_sort = off
+
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
 -- that is loaded comes in many pieces, and its intervals shall be computed when they are complete.
 SELECT array_agg(id), range_agg(touched), coalesce(range_agg(touched) FILTER (WHERE forced), '{}'),
-       min(queued_at), clock_timestamp()
+       min(queued_at), clock_timestamp(), count(*) < (SELECT count(*) FROM summary_refresh_queue)
 FROM summary_refresh_queue
 WHERE %(all)s OR forced OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
    OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue

@@ -48,6 +48,8 @@ class Summaries:
     def __init__(self, connection: Connection, aggregates: Aggregates) -> None:
         self._connection = connection
         self._aggregates = aggregates
+        self.are_unsettled = False  # whether the last look at the queue left something to settle
+        connection.execute(SQL["prefer_hashing"])
         row = connection.execute(SQL["refresh_has_options"]).fetchone()
         assert row is not None
         # In batches of ten intervals, the default since 2.28, a wide refresh takes many times as long.
@@ -114,7 +116,7 @@ class Summaries:
     def _read_queue(self, *, settled: bool) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
         assert row is not None
-        ids, touched, forced, oldest, now = row
+        ids, touched, forced, oldest, now, self.are_unsettled = row
         return None if ids is None else Queued(ids, touched, forced, now - oldest)
 
     def _note_dropped_chunks(self) -> None:

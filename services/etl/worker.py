@@ -21,6 +21,7 @@ from services.etl.retention import Retention
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
+SETTLING_POLL_S = 0.2  # while history is loaded: its end shall be seen soon
 FINISH_WITHIN_S = 5.0  # a service has 10 s to end
 
 log = logging.getLogger("etl")
@@ -118,7 +119,8 @@ class Leader:
         while not shutdown.requested:
             self._work(settled=True)
             self.has_worked = True
-            shutdown.wait(self._settings.etl_poll_seconds)
+            pause = self._settings.etl_poll_seconds
+            shutdown.wait(min(pause, SETTLING_POLL_S) if self.summaries.are_unsettled else pause)
 
     def run_once(self) -> None:
         """Do all that is queued, then what the settings ask for: other widths, retention."""
