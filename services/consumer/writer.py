@@ -177,6 +177,7 @@ class Writer:
                 with self._condition:
                     self._outcome, self._job = outcome, None
                     self._condition.notify_all()
+                del job, outcome  # a batch that is done shall not stay in memory during the next one
         except BaseException as error:  # noqa: BLE001 - raised again by wait and busy, in the worker's thread
             with self._condition:
                 self._failure = error

@@ -94,6 +94,10 @@ class Summaries:
         )
         return len(queued.ids)
 
+    def have_settled(self) -> bool:
+        """Whether a refresh of what has settled would find any of it."""
+        return self._read_queue(settled=True) is not None
+
     def _refresh_windows(self, aggregate: str, windows: list[Window], *, force: bool = False) -> None:
         for start, end in join_nearest(windows, MOST_WINDOWS):
             self.refresh(aggregate, start, end, force=force)

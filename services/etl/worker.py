@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from psycopg import Connection
 
@@ -119,8 +120,16 @@ class Leader:
         while not shutdown.requested:
             self._work(settled=True)
             self.has_worked = True
-            pause = self._settings.etl_poll_seconds
-            shutdown.wait(min(pause, SETTLING_POLL_S) if self.summaries.are_unsettled else pause)
+            self._pause(shutdown)
+
+    def _pause(self, shutdown: Shutdown) -> None:
+        """Until the next look is due, or some of the history that is being loaded has settled."""
+        until = time.monotonic() + self._settings.etl_poll_seconds
+        while (left := until - time.monotonic()) > 0:
+            if not self.summaries.are_unsettled:
+                shutdown.wait(left)
+            elif shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
+                return
 
     def run_once(self) -> None:
         """Do all that is queued, then what the settings ask for: other widths, retention."""

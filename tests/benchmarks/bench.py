@@ -284,7 +284,7 @@ def measure_end_to_end(bench: Bench) -> None:
         with running(bench, topic, "consume", "etl"):
             started = time.monotonic()
             producer = Service(topic, "produce", log_path=bench.directory / f"produce-{time.time_ns()}.log")
-            wait_until(lambda: is_complete(bench, ROWS), "the last reading and the last interval", PATIENCE_S)
+            wait_until_complete(bench, ROWS, "the last reading and the last interval")
             ratios.append(ROWS / (time.monotonic() - started) / floor)
             producer.wait()
     bench.results["end_to_end_ratio"] = statistics.median(ratios)
@@ -427,7 +427,7 @@ def measure_backfill(bench: Bench, files: int = 60) -> None:
     with running(bench, topic, "consume", "etl") as services:
         producer = Service(topic, "produce", log_path=bench.directory / "produce-year.log")
         producer.wait(PATIENCE_S)
-        wait_until(lambda: is_complete(bench, total), "the year", PATIENCE_S)
+        wait_until_complete(bench, total, "the year")
         refreshed = sum(int(event["intervals"]) for event in services[1].events("summaries_refreshed"))
     existing = files * int(days * 24) + files * (int(days * 24) // 2)
     bench.results["backfill_refreshes_per_interval"] = refreshed / existing
@@ -484,13 +484,17 @@ def is_queued(connection: psycopg.Connection) -> bool:
     return row is not None and bool(row[0])
 
 
-def is_complete(bench: Bench, rows: int) -> bool:
-    """Whether all readings are stored and nothing is queued."""
-    with connect(bench.settings) as connection:
+def wait_until_complete(bench: Bench, rows: int, what: str) -> None:
+    """Until all readings are stored and summarised, and nothing is queued."""
+
+    def is_complete() -> bool:
         if is_queued(connection):
             return False
         row = connection.execute("SELECT sum(reading_count) FROM humidity_summary").fetchone()
         return row is not None and row[0] == rows
+
+    with connect(bench.settings) as connection:  # one for all looks: to connect takes longer than to look
+        wait_until(is_complete, what, PATIENCE_S)
 
 
 # The table -----------------------------------------------------------------------------------------------
