@@ -27,6 +27,8 @@ from services.consumer.worker import Worker
 from services.consumer.writer import Stored
 from services.core import backoff
 from services.core.config import Settings
+from services.etl import worker as etl_worker
+from services.etl.worker import Leader
 
 Arguments = tuple[Any, ...]
 
@@ -46,6 +48,7 @@ class Plan:
     librdkafka: dict[str, int] = field(default_factory=dict)
     hand_over_within_s: float = worker.HAND_OVER_WITHIN_S
     most_doubtful_tries: int = backoff.MOST_DOUBTFUL_TRIES
+    hung_after_s: float = worker.HUNG_AFTER_S
 
     def strike(self) -> None:
         """Harm this process."""
@@ -75,6 +78,7 @@ STEPS = {
     "transaction": Step(psycopg.Transaction, "__exit__"),
     "letters": Step(DeadLetterTopic, "send", lambda arguments: len(arguments[1]) > 0),
     "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[1], Stored)),
+    "round": Step(Leader, "_work"),
 }
 
 
@@ -84,7 +88,7 @@ def wrap(plan: Plan) -> None:
     real = getattr(step.owner, step.name)
     calls = 0
 
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         due = False
         if step.counts(arguments):
@@ -92,7 +96,7 @@ def wrap(plan: Plan) -> None:
             due = calls == plan.call
         if due and plan.when == "before":
             plan.strike()
-        result = real(*arguments)
+        result = real(*arguments, **named)
         if due and plan.when == "after":
             plan.strike()
         return result
@@ -113,6 +117,7 @@ def main() -> int:
     worker.consumer_settings = consumer_settings
     worker.HAND_OVER_WITHIN_S = plan.hand_over_within_s
     backoff.MOST_DOUBTFUL_TRIES = plan.most_doubtful_tries
+    worker.HUNG_AFTER_S = etl_worker.HUNG_AFTER_S = plan.hung_after_s
     return cli.main(sys.argv[2:])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from operator import attrgetter
 
@@ -23,6 +23,7 @@ from psycopg import Connection, Cursor, errors, sql
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
+from services.consumer.instruments import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
 from services.core.errors import TransientError
@@ -106,6 +107,8 @@ class Sink:
         self._epochs: dict[int, int] = {}
         self._merges_left = 0
         self._merges_next = FIRST_MERGES
+        self._shorter_interval = min(settings.temperature_interval, settings.humidity_interval) * MINUTE
+        self._over_before = datetime.min.replace(tzinfo=UTC)
 
     def claim(self, partitions: Iterable[int]) -> bool:
         """Become the owner of these partitions: consumers that claimed them before can no longer write."""
@@ -135,7 +138,10 @@ class Sink:
     def _write_part(self, readings: Sequence[Reading], part: list[int], fence: Mapping[int, int]) -> WriteResult:
         """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
         try:
-            return self._copy_or_merge([readings[index] for index in part], fence)
+            rows = [readings[index] for index in part]
+            result = self._copy_or_merge(rows, fence)
+            self._count(rows, result)
+            return result
         except HistoryClosedError as error:
             late = [index for index in part if readings[index].time < error.closed_before]
             result = WriteResult(refused=[Refused(index, "too_late", str(error)) for index in late])
@@ -150,6 +156,17 @@ class Sink:
         result = self._write_part(readings, part[:middle], fence)
         result.add(self._write_part(readings, part[middle:], fence))
         return result
+
+    def _count(self, rows: list[Reading], result: WriteResult) -> None:
+        """Tell the metrics what was committed; the rows are in order of time.
+
+        Late is what belongs to an interval that had ended, by the newest reading before.
+        """
+        for name in ("inserted", "updated", "unchanged"):
+            READINGS_STORED.labels(name).inc(getattr(result, name))
+        READINGS_LATE.inc(bisect_left(rows, self._over_before, key=time_of))
+        newest = min(rows[-1].time, datetime.now(UTC))
+        self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shorter_interval)
 
     def _copy_or_merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
         if self._merges_left:

@@ -26,10 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.consumer.dead_letter import DeadLetter
+from services.consumer.instruments import MESSAGES_LEFT, MESSAGES_READ
+from services.consumer.lag import Lag
 from services.consumer.sink import WriteResult
 from services.consumer.writer import Batch, Claim, Claimed, Lost, Outcome, Stored, Writer
 from services.core.config import Settings
@@ -37,6 +40,7 @@ from services.core.database import connect_at_start
 from services.core.errors import PermanentError
 from services.core.kafka import ClientSettings, client_settings, connect_admin, create_topics, place_of
 from services.core.logs import fields
+from services.core.monitoring import RETRIES, Monitoring, database_probe, kafka_probe
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 
@@ -50,6 +54,7 @@ PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for ev
 CONFIRM_WITHIN_S = 10.0
 FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
+HUNG_AFTER_S = 60.0
 
 NOT_ALLOWED = frozenset(
     {
@@ -121,6 +126,7 @@ class Worker:
         )
         self._consumer = Consumer(consumer_settings(settings) | {"on_commit": self._on_commit})
         self._writer = Writer(settings)
+        self._lag = Lag(self._consumer, settings.kafka_topic)
         self._filling = Batch()
         self._ready: Batch | None = None  # waits for the claim or for the writer
         self._ownership = Ownership.NONE
@@ -170,10 +176,12 @@ class Worker:
             for message in messages:
                 self._note_error(message)
         if readable:
+            MESSAGES_READ.inc(len(readable))
             if not len(self._filling):
                 self._filling.opened_at = time.monotonic()
             self._decoder.set_clock(datetime.now(UTC))
             self._filling.add(readable, self._decoder)
+            self._lag.begin(self._filling.first_offsets)
             for partition, end in tuple(self._ends.items()):
                 if self._filling.next_offsets.get(partition, end) > end:
                     del self._ends[partition]
@@ -193,9 +201,11 @@ class Worker:
         if error.code() == KafkaError._PARTITION_EOF:
             partition, offset = place_of(message)
             self._ends[partition] = offset
+            self._lag.begin({partition: offset})
         elif error.code() in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
         else:
+            RETRIES.labels("kafka").inc()
             log.warning("kafka_unavailable", extra=fields(detail=error.str()))
 
     # Handing batches to the writer -----------------------------------------------------------------------
@@ -203,6 +213,7 @@ class Worker:
     def _advance(self) -> None:
         """Take the writer's outcome, then start what comes next: a claim, or the batch that is ready."""
         self._settle(self._writer.wait(0))
+        self._lag.look(paused=self._paused)
         if self._ready is None and self._is_due():
             self._ready, self._filling = self._filling, Batch(self._term)
         if self._ready is None:
@@ -242,6 +253,8 @@ class Worker:
                 if self._ready is not None:
                     batch = joined(batch, self._ready)
                 self._ready = batch
+            case Lost(batch):
+                MESSAGES_LEFT.inc(len(batch))
             case _:
                 if self._ownership is Ownership.CONFIRMING and time.monotonic() > self._confirm_deadline:
                     self._confirm_claim()
@@ -286,7 +299,10 @@ class Worker:
         if not self._commits:
             return
         refused = [place.error for place in places if place.error is not None]
-        self._note_commit(error or (refused[0] if refused else None), self._commits.popleft())
+        problem = error or (refused[0] if refused else None)
+        if problem is None:
+            self._lag.note_committed(places, self._assigned)
+        self._note_commit(problem, self._commits.popleft())
 
     def _note_commit(self, error: KafkaError | None, commit: Commit) -> None:
         if error is not None and error.code() in NOT_ALLOWED:
@@ -336,6 +352,8 @@ class Worker:
         self._start_over()
 
     def _start_over(self) -> None:
+        MESSAGES_LEFT.inc(len(self._filling) + len(self._ready or ()))
+        self._lag.forget()
         self._ownership = Ownership.NONE
         self._term += 1
         self._filling = Batch(self._term)
@@ -418,8 +436,10 @@ def collect_garbage_seldom() -> None:
 def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False) -> int:
     """Consume the topic into ``sensor_data``. Returns the exit code."""
     collect_garbage_seldom()
-    create_topics(connect_admin(settings, shutdown), settings)
-    connect_at_start(settings, shutdown).close()
-    totals = Worker(settings, shutdown, until_caught_up=until_caught_up).run()
+    probes = partial(kafka_probe, settings), partial(database_probe, settings)
+    with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
+        create_topics(connect_admin(settings, shutdown), settings)
+        connect_at_start(settings, shutdown).close()
+        totals = Worker(settings, shutdown, until_caught_up=until_caught_up).run()
     log.info("stopped", extra=fields(**totals.as_fields(), cpu_s=round(time.process_time(), 2)))
     return 0

@@ -16,12 +16,14 @@ from typing import TypeVar
 from confluent_kafka import Message
 
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
+from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
 from services.consumer.sink import PartitionsLostError, Sink, WriteResult
 from services.core.backoff import Retries
 from services.core.config import Settings
 from services.core.errors import MalformedMessage, TransientError
 from services.core.kafka import place_of
 from services.core.logs import fields
+from services.core.monitoring import DATABASE, KAFKA, Server
 from services.core.reading import Decoder, Reading
 
 log = logging.getLogger("consumer")
@@ -191,24 +193,31 @@ class Writer:
             return None if self._stopping else self._job
 
     def _claim(self, claim: Claim) -> Outcome:
-        done = self._retry("database_unavailable", lambda: self._sink.claim(claim.partitions))
+        done = self._retry(DATABASE, lambda: self._sink.claim(claim.partitions))
         return Abandoned() if done is None else Claimed()
 
     def _store(self, batch: Batch) -> Outcome:
         """Commit the readings and the ranges they touch, then send the dead letters and wait for the broker."""
         started = time.monotonic()
         try:
-            result = self._retry("database_unavailable", lambda: self._sink.write(batch.readings, batch.next_offsets))
+            result = self._retry(DATABASE, lambda: self._sink.write(batch.readings, batch.next_offsets))
         except PartitionsLostError as error:
             log.warning("partitions_lost", extra=fields(detail=error))
             return Lost(batch)
         if result is None:
+            MESSAGES_LEFT.inc(len(batch))
             return Abandoned()
         letters = batch.dead_letters + [
             DeadLetter(batch.messages[row.index], row.reason, row.detail) for row in result.refused
         ]
-        if self._retry("kafka_unavailable", lambda: self._dead_letters.send(letters)) is None:
+        path = "merge" if result.merged else "copy"
+        BATCH_READINGS.observe(len(batch.readings))
+        BATCH_WRITE_SECONDS.labels(path).observe(time.monotonic() - started)
+        if self._retry(KAFKA, lambda: self._dead_letters.send(letters)) is None:
+            MESSAGES_LEFT.inc(len(letters))
             return Abandoned()
+        for letter in letters:
+            DEAD_LETTERS.labels(letter.reason).inc()
         log.info(
             "batch_written",
             extra=fields(
@@ -217,20 +226,25 @@ class Writer:
                 updated=result.updated,
                 unchanged=result.unchanged,
                 dead_letters=len(letters),
-                path="merge" if result.merged else "copy",
+                path=path,
                 seconds=round(time.monotonic() - started, 4),
             ),
         )
         return Stored(batch, result, letters)
 
-    def _retry(self, event: str, step: Callable[[], T]) -> T | None:
+    def _retry(self, server: Server, step: Callable[[], T]) -> T | None:
         """Run a step until the server is back; None if the job was abandoned in between."""
+        event = f"{server.name}_unavailable"
         retries = Retries()
         while True:
             try:
-                return step()
+                done = step()
             except TransientError as error:
+                server.note_failure()
                 pause = retries.pause_after(error)
                 log.warning(event, extra=fields(detail=error, retry_s=round(pause, 1)))
+            else:
+                server.note_success()
+                return done
             if self._abandon.wait(pause):
                 return None

@@ -172,6 +172,10 @@ class Settings(BaseSettings):
     etl_poll_seconds: float = Field(
         1.0, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
     )
+    metrics_host: Name = Field(
+        "127.0.0.1", description="address that /metrics, /livez and /readyz are served at; 0.0.0.0: all of this machine"
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="their port: 0 (off) to 65535; each service needs its own")
     startup_timeout_seconds: float = Field(
         15,
         ge=0,

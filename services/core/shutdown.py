@@ -1,9 +1,10 @@
-"""SIGTERM and SIGINT become one event that every loop waits on."""
+"""SIGTERM and SIGINT become one event that every loop waits on; and so every loop shows that it goes round."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 
 
@@ -12,6 +13,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._expected = time.monotonic()  # when the main loop is to look again, or last did
 
     def listen(self) -> Shutdown:
         """Turn SIGTERM and SIGINT into ``request``; a second signal ends the process at once."""
@@ -30,8 +32,20 @@ class Shutdown:
     @property
     def requested(self) -> bool:
         """Whether the service shall end."""
+        self._expected = time.monotonic()
         return self._event.is_set()
 
     def wait(self, seconds: float) -> bool:
         """Pause for ``seconds`` at most; True as soon as the service shall end."""
-        return self._event.wait(seconds)
+        self._expected = time.monotonic() + seconds
+        self._event.wait(seconds)
+        return self.requested
+
+    def wait_until_requested(self) -> None:
+        """For threads beside the main loop: they do not speak for it."""
+        self._event.wait()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the main loop last looked; 0 while it pauses."""
+        return max(0.0, time.monotonic() - self._expected)

@@ -18,6 +18,10 @@ WHERE %(all)s OR forced OR upper(touched) > now() - interval '1 hour' OR queued_
    OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
                       WHERE queued_at > now() - interval '1 second')
 
+-- name: queue_depth
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8
+FROM summary_refresh_queue
+
 -- name: delete_queued
 -- Exactly the rows that were read: a lower id may commit later.
 DELETE FROM summary_refresh_queue WHERE id = ANY(%(ids)s)

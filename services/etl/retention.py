@@ -23,6 +23,7 @@ from services.core.config import Settings
 from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates
+from services.etl.instruments import CHUNKS_DROPPED
 from services.etl.metrics import BASE
 from services.etl.summaries import Summaries
 
@@ -90,6 +91,6 @@ class Retention:
             return
         self._summaries.refresh_queued()
         self._connection.execute(SQL["freeze_closed"])
-        self._connection.execute(SQL["drop_expired"], {"age": self._keep})
+        CHUNKS_DROPPED.inc(self._connection.execute(SQL["drop_expired"], {"age": self._keep}).rowcount)
         self._connection.execute(SQL["drop_frozen_minutes"].format(base=sql.Literal(BASE)))
         log.info("retention_applied", extra=fields(days=self._keep.days))

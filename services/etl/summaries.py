@@ -18,7 +18,15 @@ from psycopg.types.multirange import Multirange
 
 from services.core.database import queries
 from services.core.logs import fields
+from services.core.monitoring import DATABASE
 from services.etl.aggregates import Aggregates, statement
+from services.etl.instruments import (
+    INTERVALS_REFRESHED,
+    MIRROR_SECONDS,
+    QUEUE_ROWS_DONE,
+    REFRESH_SECONDS,
+    SUMMARY_ROWS_CHANGED,
+)
 from services.etl.metrics import BASE, Metric
 
 SQL = queries("services.etl")
@@ -64,6 +72,7 @@ class Summaries:
         started = time.monotonic()
         queued = self._read_queue(settled=settled)
         self._note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
+        DATABASE.note_success()
         if queued is None:
             return 0
         intervals = {metric: self._widen(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
@@ -74,22 +83,28 @@ class Summaries:
             self._refresh_windows(metric.aggregate, wanted)
             self._refresh_windows(metric.aggregate, self._widen(metric, queued.forced), force=True)
         refreshed = time.monotonic()
-        changed = 0
         with self._connection.transaction():
             materialized = self._aggregates.materialized()
-            for metric in self._aggregates.current.values():
-                changed += self._mirror(metric, materialized[metric.aggregate], windows[metric])
+            changed = {
+                metric.name: self._mirror(metric, materialized[metric.aggregate], windows[metric])
+                for metric in self._aggregates.current.values()
+            }
             self._connection.execute(SQL["delete_queued"], {"ids": queued.ids})
+        mirror_s = time.monotonic() - refreshed
+        counts = {
+            metric: sum((end - start) // metric.width for start, end in pieces) for metric, pieces in intervals.items()
+        }
+        count(counts, changed, len(queued.ids), mirror_s)
         log.info(
             "summaries_refreshed",
             extra=fields(
                 queue_rows=len(queued.ids),
                 windows=sum(len(wanted) for wanted in windows.values()),
-                intervals=sum((end - start) // metric.width for metric in windows for start, end in intervals[metric]),
-                summary_rows_changed=changed,
+                intervals=sum(counts.values()),
+                summary_rows_changed=sum(changed.values()),
                 oldest_s=round(queued.age.total_seconds(), 2),
                 refresh_s=round(refreshed - started, 3),
-                mirror_s=round(time.monotonic() - refreshed, 3),
+                mirror_s=round(mirror_s, 3),
             ),
         )
         return len(queued.ids)
@@ -107,6 +122,7 @@ class Summaries:
 
         ``force`` recomputes them even where TimescaleDB does not know of a change.
         """
+        started = time.monotonic()
         self._connection.execute(
             SQL["refresh"].format(
                 aggregate=sql.Literal(aggregate),
@@ -116,6 +132,7 @@ class Summaries:
                 options=sql.SQL(self._options),
             )
         )
+        REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
 
     def _read_queue(self, *, settled: bool) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
@@ -149,6 +166,16 @@ class Summaries:
                 mirror = statement(name, metric, materialized=materialized)
                 changed += self._connection.execute(mirror, window).rowcount
         return changed
+
+
+def count(intervals: dict[Metric, int], changed: dict[str, int], queue_rows: int, mirror_s: float) -> None:
+    """Tell the metrics what was committed."""
+    for metric, number in intervals.items():
+        INTERVALS_REFRESHED.labels(metric.aggregate).inc(number)
+    for name, rows in changed.items():
+        SUMMARY_ROWS_CHANGED.labels(name).inc(rows)
+    QUEUE_ROWS_DONE.inc(queue_rows)
+    MIRROR_SECONDS.observe(mirror_s)
 
 
 def join_nearest(windows: list[Window], most: int) -> list[Window]:

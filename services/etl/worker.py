@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 
 from psycopg import Connection
 
@@ -13,8 +14,10 @@ from services.core.config import Settings
 from services.core.database import LEADER_LOCK, connect, connect_at_start, cut, queries, translated
 from services.core.errors import PermanentError, TransientError
 from services.core.logs import fields
+from services.core.monitoring import DATABASE, Monitoring, database_probe
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
+from services.etl.instruments import LEADING, QUEUE
 from services.etl.interval_change import change_intervals
 from services.etl.metrics import configured_metrics
 from services.etl.reconcile import reconcile
@@ -24,19 +27,30 @@ from services.etl.summaries import Summaries
 SQL = queries("services.etl")
 SETTLING_POLL_S = 0.2  # while history is loaded: its end shall be seen soon
 FINISH_WITHIN_S = 5.0  # a service has 10 s to end
+HUNG_AFTER_S = 3600.0  # a refresh of long history is one statement
 
 log = logging.getLogger("etl")
 
 
 def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
     """Keep the summaries equal to the readings until a signal; ``once``: until the queue is empty."""
-    connect_at_start(settings, shutdown).close()
     if once:
+        connect_at_start(settings, shutdown).close()
         with translated(), connect(settings) as connection:
             if not try_lead(connection):
                 raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
             Leader(connection, settings).run_once()
         return 0
+    probe = partial(database_probe, settings, QUEUE.look)
+    with Monitoring(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
+        connect_at_start(settings, shutdown).close()
+        lead_or_stand_by(settings, shutdown)
+    log.info("stopped")
+    return 0
+
+
+def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
+    """Until a signal comes; from the beginning whenever the database is away."""
     retries = Retries()
     open_now: list[Connection] = []
     threading.Thread(target=cut_when_late, args=(shutdown, open_now), daemon=True).start()
@@ -46,16 +60,18 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
             with translated(), connect(settings) as connection:
                 open_now[:] = [connection]
                 if wait_to_lead(connection, settings, shutdown):
+                    LEADING.set(1)
                     leader = Leader(connection, settings)
                     leader.run(shutdown)
         except TransientError as error:
+            DATABASE.note_failure()
             if leader is not None and leader.has_worked:
                 retries = Retries()
             pause = retries.pause_after(error)
             log.warning("database_unavailable", extra=fields(detail=error, retry_s=round(pause, 1)))
             shutdown.wait(pause)
-    log.info("stopped")
-    return 0
+        finally:
+            LEADING.set(0)
 
 
 def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
@@ -63,7 +79,7 @@ def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
 
     Without this a long refresh, or a server that does not answer, would hold the service up.
     """
-    shutdown.wait(threading.TIMEOUT_MAX)
+    shutdown.wait_until_requested()
     threading.Event().wait(FINISH_WITHIN_S)
     for connection in connections:
         cut(connection)
@@ -95,6 +111,7 @@ def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown)
         if try_lead(connection):
             log.info("leading")
             return True
+        DATABASE.note_success()
         if not announced:
             log.info("standing_by")
             announced = True

@@ -14,6 +14,7 @@ from services.core.errors import ConfigurationError, PipelineError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns
+from services.producer.instruments import FILES_UNREADABLE
 from services.producer.source import FileState, Place, Source, SourceFile, check_file
 
 log = logging.getLogger("producer")
@@ -78,4 +79,5 @@ class Watch:
         """Say it once, and again when the file or the reason changes."""
         if self._reported.get(path) != (state, str(error)):
             self._reported[path] = state, str(error)
+            FILES_UNREADABLE.inc()
             log.warning("unreadable", extra=fields(error=str(error)))

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -15,9 +16,19 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.kafka import connect_admin, create_topics
 from services.core.logs import fields
+from services.core.monitoring import KAFKA, Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.encoding import Messages
+from services.producer.instruments import (
+    FILES_SENT,
+    READINGS_SENT,
+    ROWS_READ,
+    ROWS_SKIPPED,
+    TRANSACTION_READINGS,
+    TRANSACTION_SECONDS,
+    TRANSACTIONS_ABORTED,
+)
 from services.producer.pace import Pace, choose_pace
 from services.producer.progress import Progress, Stopped, progress_topic, topic_id
 from services.producer.publisher import Publisher, TransactionAborted, TransactionExpired
@@ -27,6 +38,7 @@ from services.producer.watch import Watch
 log = logging.getLogger("producer")
 
 LONG_WAIT_S = 60.0  # for the next reading: said in the log
+HUNG_AFTER_S = 300.0  # an object store that does not answer is waited for
 
 
 def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: float | None = None) -> int:
@@ -45,25 +57,26 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: 
         raise ConfigurationError(
             f"PRODUCER_WATCH_SECONDS={period_s:g} and --resend cannot both hold: resend with PRODUCER_WATCH_SECONDS=0"
         )
-    try:
-        source: Source | Watch
-        if period_s:
-            source = Watch(settings, shutdown)
-            log.info("watching", extra=fields(url=source.url, seconds=period_s))
-        else:
-            source = open_source(settings, shutdown)
-            log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
-        admin = connect_admin(settings, shutdown)
-        create_topics(admin, settings, progress_topic(settings))
-        topic = topic_id(admin, settings)
-        with Publisher(settings, source.url, shutdown) as publisher:
-            sender = _Sender(settings, publisher, shutdown, topic, pace)
-            if isinstance(source, Watch):
-                sender.send_arriving(source)
+    with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
+        try:
+            source: Source | Watch
+            if period_s:
+                source = Watch(settings, shutdown)
+                log.info("watching", extra=fields(url=source.url, seconds=period_s))
             else:
-                sender.send(source, resend=resend)
-    except Stopped as error:
-        log.warning("stopped", extra=fields(reason=str(error)))
+                source = open_source(settings, shutdown)
+                log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
+            admin = connect_admin(settings, shutdown)
+            create_topics(admin, settings, progress_topic(settings))
+            topic = topic_id(admin, settings)
+            with Publisher(settings, source.url, shutdown) as publisher:
+                sender = _Sender(settings, publisher, shutdown, topic, pace)
+                if isinstance(source, Watch):
+                    sender.send_arriving(source)
+                else:
+                    sender.send(source, resend=resend)
+        except Stopped as error:
+            log.warning("stopped", extra=fields(reason=str(error)))
     return 0
 
 
@@ -146,6 +159,8 @@ class _Job:
                 resend = False
                 self._send_files()
             except TransactionAborted as error:
+                KAFKA.note_failure()
+                TRANSACTIONS_ABORTED.inc()
                 expired = isinstance(error, TransactionExpired)
                 pause = next(self.retries)
                 log.warning("transaction_aborted", extra=fields(error=str(error), retry_s=round(pause, 2)))
@@ -240,7 +255,10 @@ class _Job:
         )
 
     def _commit(self, waiting: dict[str, Progress]) -> None:
+        age_s = self.publisher.age_s
         self.publisher.commit(waiting)
+        KAFKA.note_success()
+        _count([self.committed[key] for key in waiting], list(waiting.values()), age_s)
         self.committed.update(waiting)
         self.retries = pauses()
         log.debug("transaction_committed", extra=fields(rows=self.rows, files=len(waiting)))
@@ -289,6 +307,18 @@ def _advance(progress: Progress, messages: Messages, run: str) -> Progress:
         skipped=dict(Counter(progress.skipped) + Counter(messages.skipped)),
         run=run,
     )
+
+
+def _count(before: list[Progress], now: list[Progress], age_s: float) -> None:
+    """Tell the metrics what was committed."""
+    sent = sum(p.sent for p in now) - sum(p.sent for p in before)
+    ROWS_READ.inc(sum(p.rows for p in now) - sum(p.rows for p in before))
+    READINGS_SENT.inc(sent)
+    for reason, rows in (_skipped(now) - _skipped(before)).items():
+        ROWS_SKIPPED.labels(reason).inc(rows)
+    FILES_SENT.inc(sum(p.done for p in now) - sum(p.done for p in before))
+    TRANSACTION_READINGS.observe(sent)
+    TRANSACTION_SECONDS.observe(age_s)
 
 
 def _skipped(progress: list[Progress]) -> Counter[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -68,6 +69,22 @@ def test_no_postgresql(settings: Settings, command: str) -> None:
         f"PostgreSQL does not answer at {settings.postgre_host}:{port}/{settings.postgre_dbname} "
         "(POSTGRE_HOST, POSTGRE_PORT): start it, or correct the address"
     )
+
+
+@pytest.mark.parametrize("command", ["produce", "consume", "etl"])
+def test_a_metrics_port_that_is_taken(settings: Settings, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = error_line(run(settings, command, METRICS_PORT=str(port)), MISTAKE)
+    assert line == (
+        f"METRICS_HOST=127.0.0.1, METRICS_PORT={port}: cannot listen there: Address already in use "
+        "(0 turns the metrics off)"
+    )
+
+
+def test_a_metrics_host_that_does_not_exist(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", METRICS_HOST="nowhere.invalid", METRICS_PORT="8000"), MISTAKE)
+    assert line.startswith("METRICS_HOST=nowhere.invalid, METRICS_PORT=8000: cannot listen there: ")
 
 
 def test_a_wrong_speed(settings: Settings) -> None:

@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 PIPELINE_SERVICES = {"migrate", "producer", "consumer", "etl"}
 # Where the servers are inside the network, whatever the environment says for commands outside.
-ADDRESSES = {"KAFKA_HOST": "kafka", "KAFKA_PORT": "9092", "POSTGRE_HOST": "timescaledb", "POSTGRE_PORT": "5432"}
+ADDRESSES = {
+    "KAFKA_HOST": "kafka",
+    "KAFKA_PORT": "9092",
+    "POSTGRE_HOST": "timescaledb",
+    "POSTGRE_PORT": "5432",
+    "METRICS_HOST": "0.0.0.0",  # noqa: S104 - in a container
+    "METRICS_PORT": "8000",
+}
 
 
 def blocks(text: str) -> dict[str, str]:
@@ -98,6 +105,9 @@ def test_image_of_ours_is_built_once_and_before_its_users_start() -> None:
 def test_long_running_services_have_a_health_check_or_start_after_one() -> None:
     long_running = [name for name, service in SERVICES.items() if service["restart"] == "unless-stopped"]
     assert set(long_running) == {"kafka", "timescaledb", "consumer", "etl"}
+    for name in PIPELINE_SERVICES - {"migrate"}:
+        assert SERVICES[name]["healthcheck"] == "*healthcheck"
+    assert f"http://127.0.0.1:{ENVIRONMENT['METRICS_PORT']}/readyz" in FILE["x-healthcheck"]
     for name in long_running:
         conditions = SERVICES[name].get("depends_on", "")
         assert "healthcheck" in SERVICES[name] or "condition: service_healthy" in conditions, name

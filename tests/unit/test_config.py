@@ -51,6 +51,9 @@ WRONG = [
     ("ETL_POLL_SECONDS", "inf", "above 0"),
     ("MAX_MESSAGE_BYTES", "2000000", "256 to 1000000"),
     ("MAX_FUTURE_SECONDS", "-1", "0 or more"),
+    ("METRICS_PORT", "65536", "0 (off) to 65535"),
+    ("METRICS_PORT", "-1", "0 (off) to 65535"),
+    ("METRICS_HOST", "", "address"),
     ("LOG_LEVEL", "verbose", "DEBUG, INFO, WARNING or ERROR"),
     ("LOG_FORMAT", "xml", "text, json, or auto"),
 ]

@@ -1,0 +1,55 @@
+"""The consumer's metrics. What is stored or sent counts when the server has confirmed it."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REASONS = (
+    "empty",
+    "too_large",
+    "invalid_json",
+    "invalid_reading",
+    "no_measurement",
+    "future_time",
+    "time_out_of_range",
+    "too_late",
+    "refused_by_database",
+)
+RESULTS = ("inserted", "updated", "unchanged")
+PATHS = ("copy", "merge")
+
+MESSAGES_READ = Counter("sensor_messages_read_total", "Messages polled from the topic of readings.")
+MESSAGES_LEFT = Counter(
+    "sensor_messages_left_total", "Messages that were polled and then left to the next owner of their partition."
+)
+READINGS_STORED = Counter(
+    "sensor_readings_stored_total", "Readings committed to sensor_data, by what they did.", ["result"]
+)
+READINGS_LATE = Counter(
+    "sensor_readings_late_total", "Readings committed to sensor_data of an interval that was over for this consumer."
+)
+DEAD_LETTERS = Counter(
+    "sensor_dead_letters_total", "Messages sent to the topic of dead letters, by reason.", ["reason"]
+)
+BATCH_READINGS = Histogram(
+    "sensor_batch_readings",
+    "Readings of a stored batch.",
+    buckets=(1, 10, 100, 1000, 5000, 10_000, 25_000, 50_000, 100_000, 1_000_000),
+)
+BATCH_WRITE_SECONDS = Histogram(
+    "sensor_batch_write_seconds",
+    "Time until a batch was committed to sensor_data, waiting for the database included.",
+    ["path"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+LAG = Gauge(
+    "sensor_consumer_lag_messages", "Messages of the partition that the group has not committed.", ["partition"]
+)
+
+# A series that begins with its first event would hide that one from rate() and increase().
+for _reason in REASONS:
+    DEAD_LETTERS.labels(_reason)
+for _result in RESULTS:
+    READINGS_STORED.labels(_result)
+for _path in PATHS:
+    BATCH_WRITE_SECONDS.labels(_path)

@@ -1,0 +1,101 @@
+"""Etl's metrics: the leader's work, and the queue, which every instance looks at beside its work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from psycopg import Connection
+
+from services.core.database import queries
+
+SQL = queries("services.etl")
+FRESH_FOR_S = 5.0  # so long a look at the queue holds: looks come every second
+
+LEADING = Gauge("sensor_etl_leading", "1 while this instance refreshes the summaries, 0 while it stands by.")
+REFRESH_SECONDS = Histogram(
+    "sensor_refresh_seconds",
+    "Time of one refresh of a continuous aggregate.",
+    ["aggregate"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
+)
+MIRROR_SECONDS = Histogram(
+    "sensor_mirror_seconds",
+    "Time of one transaction that brings the summaries up to the aggregates.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+INTERVALS_REFRESHED = Counter(
+    "sensor_intervals_refreshed_total",
+    "Intervals that were brought up to date because readings changed.",
+    ["aggregate"],
+)
+SUMMARY_ROWS_CHANGED = Counter(
+    "sensor_summary_rows_changed_total", "Summary rows that were inserted, updated or deleted.", ["metric"]
+)
+QUEUE_ROWS_DONE = Counter("sensor_refresh_queue_rows_done_total", "Rows of the refresh queue that were worked off.")
+CHUNKS_DROPPED = Counter("sensor_chunks_dropped_total", "Chunks of raw readings dropped by RAW_RETENTION_DAYS.")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the queue held, and when: ``at`` in seconds of time.monotonic()."""
+
+    rows: int
+    oldest_s: float  # 0: empty
+    at: float
+
+
+class QueueCollector(Collector):
+    """The refresh queue as of the last look.
+
+    How deep it is, is told while that is known. Freshness is told always: while the queue cannot be looked at, it
+    grows with the time since the last look, as readings may be waiting since then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: Look | None = None
+
+    def look(self, connection: Connection) -> None:
+        """Look at the queue."""
+        asked = time.monotonic()
+        row = connection.execute(SQL["queue_depth"]).fetchone()
+        assert row is not None
+        with self._lock:
+            self._last = Look(row[0], row[1], asked)
+
+    def describe(self) -> list[Metric]:
+        """The metrics without a value."""
+        return [
+            GaugeMetricFamily("sensor_refresh_queue_rows", "Rows of the refresh queue."),
+            GaugeMetricFamily("sensor_refresh_queue_age_seconds", "Age of the queue's oldest row; 0: it is empty."),
+            GaugeMetricFamily(
+                "sensor_freshness_seconds", "Age of the oldest reading that is stored and not yet summarised; 0: none."
+            ),
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        """What is known now."""
+        with self._lock:
+            last = self._last
+        if last is None:
+            return
+        since_s = time.monotonic() - last.at
+        known = since_s <= FRESH_FOR_S
+        rows, age, freshness = self.describe()
+        if known:
+            rows.add_sample(rows.name, {}, last.rows)
+            age.add_sample(age.name, {}, last.oldest_s)
+            yield rows
+            yield age
+        freshness.add_sample(freshness.name, {}, last.oldest_s + since_s if last.rows or not known else 0.0)
+        yield freshness
+
+
+QUEUE = QueueCollector()
+REGISTRY.register(QUEUE)

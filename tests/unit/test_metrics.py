@@ -1,0 +1,95 @@
+"""The metrics: docs/metrics.md lists exactly those that the services register, and names follow Prometheus."""
+
+from __future__ import annotations
+
+import ast
+import re
+from types import ModuleType
+
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.registry import Collector
+
+from services.consumer import instruments as consumer
+from services.core import monitoring
+from services.etl import instruments as etl
+from services.producer import instruments as producer
+from tests.fix_stack import ROOT
+
+MODULES = {"Every service": monitoring, "Producer": producer, "Consumer": consumer, "Etl": etl}
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def labels_of(collector: Collector) -> set[str]:
+    names = getattr(collector, "_labelnames", ())
+    return {"service", "version"} if collector is monitoring.BUILD else set(names)
+
+
+def registered(module: ModuleType) -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of the metrics that a module registers, by the name that Prometheus stores."""
+    found = {}
+    for collector in vars(module).values():
+        if hasattr(collector, "describe") and collector in REGISTRY._collector_to_names:
+            for metric in collector.describe():
+                suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
+                found[metric.name + suffix] = metric.type, labels_of(collector)
+    return found
+
+
+def listed(section: str) -> dict[str, tuple[str, set[str]]]:
+    (text,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert all(meaning for *_, meaning in rows)
+    return {name.strip("`"): (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _, _ in rows}
+
+
+@pytest.mark.parametrize("section", MODULES)
+def test_the_page_lists_what_is_registered(section: str) -> None:
+    assert registered(MODULES[section])
+    assert listed(section) == registered(MODULES[section])
+
+
+@pytest.mark.parametrize("section", MODULES)
+def test_names_follow_the_conventions(section: str) -> None:
+    for name, (kind, _) in registered(MODULES[section]).items():
+        assert re.fullmatch(r"sensor_[a-z]+(_[a-z]+)*", name)
+        assert (kind == "counter") == name.endswith("_total")
+        assert not re.search(r"_(ms|millis|minutes|hours|kb|mb)(_|$)", name)
+
+
+def constants(folder: str, call: str) -> set[str]:
+    """The first argument of each call of ``call`` below a folder of services."""
+    found = set()
+    for path in (ROOT / "services" / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == call:
+                found |= {
+                    argument.value
+                    for argument in node.args
+                    if isinstance(argument, ast.Constant)
+                    and isinstance(argument.value, str)
+                    and " " not in argument.value
+                }
+    return found
+
+
+def test_every_reason_of_a_dead_letter_has_its_series_from_the_start() -> None:
+    reasons = constants("core", "MalformedMessage") | constants("consumer", "Refused")
+    assert len(reasons) > 5
+    assert reasons == set(consumer.REASONS)
+    assert documented("sensor_dead_letters_total") >= reasons
+
+
+def test_every_reason_of_a_skipped_row_has_its_series_from_the_start() -> None:
+    source = (ROOT / "services" / "producer" / "encoding.py").read_text(encoding="utf-8")
+    (call,) = re.findall(r"rows, skipped = _choose\((.*?)^    \)", source, re.MULTILINE | re.DOTALL)
+    reasons = re.findall(r'\("(\w+)", ', call)
+    assert len(reasons) > 5
+    assert reasons == list(producer.REASONS)
+    assert documented("sensor_rows_skipped_total") >= set(reasons)
+
+
+def documented(metric: str) -> set[str]:
+    """The values that the page names for a label."""
+    (row,) = re.findall(rf"^\| `{metric}` \|.*$", PAGE, re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", row))
