@@ -145,7 +145,8 @@ class Leader:
         while (left := until - time.monotonic()) > 0:
             if not self.summaries.are_unsettled:
                 shutdown.wait(left)
-            elif shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
+                return
+            if shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
                 return
 
     def run_once(self) -> None:
