@@ -47,6 +47,18 @@ class Columns:
         """Each column to read, once."""
         return list(dict.fromkeys(filter(None, (self.time, *dict(self.metrics).values(), self.sensor))))
 
+    @property
+    def by_metric(self) -> list[str]:
+        """The column of each metric, "" where there is none, up to the last that has one.
+
+        So a metric that is new and has no column makes no difference.
+        """
+        named = dict(self.metrics)
+        columns = [named.get(metric, "") for metric in METRIC_COLUMNS]
+        while columns and not columns[-1]:
+            columns.pop()
+        return columns
+
     def check(self, schema: pa.Schema, url: str) -> None:
         """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
         for setting, name, fits, wanted in (

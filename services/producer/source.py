@@ -257,8 +257,7 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
         contents = _contents(place.filesystem, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
-    mapping = (f"{metric}={column}" for metric, column in columns.metrics)
-    identity = "\0".join((url, contents, columns.time, columns.sensor, *mapping))
+    identity = "\0".join((url, contents, columns.time, *columns.by_metric, columns.sensor))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 

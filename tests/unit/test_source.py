@@ -598,3 +598,17 @@ def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:
 def test_offsets_of_a_time_do_not_change_the_instant() -> None:
     zone = timezone(timedelta(hours=-3, minutes=-30))
     assert times(pa.array([NOON.astimezone(zone).isoformat()])) == [NOON]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "columns"),
+    [
+        ((("temperature", "a"), ("humidity", "b")), ["a", "b"]),
+        ((("humidity", "b"),), ["", "b"]),
+        ((("temperature", "a"),), ["a"]),
+    ],
+)
+def test_a_metric_without_a_column_after_the_others_leaves_fingerprints_as_they_are(
+    metrics: tuple[tuple[str, str], ...], columns: list[str]
+) -> None:
+    assert Columns("time", metrics, "sensor").by_metric == columns
