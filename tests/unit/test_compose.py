@@ -12,6 +12,7 @@ from services.core.config import Settings
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 PIPELINE_SERVICES = {"migrate", "producer", "consumer", "etl"}
+MONITORING = {"prometheus", "grafana"}
 # Where the servers are inside the network, whatever the environment says for commands outside.
 ADDRESSES = {
     "KAFKA_HOST": "kafka",
@@ -47,7 +48,13 @@ PIPELINE = blocks(FILE["x-pipeline"].removeprefix("&pipeline\n"))
 
 
 def test_all_services_are_seen() -> None:
-    assert set(SERVICES) == PIPELINE_SERVICES | {"kafka", "timescaledb"}
+    assert set(SERVICES) == PIPELINE_SERVICES | {"kafka", "timescaledb"} | MONITORING
+
+
+def test_monitoring_starts_only_when_asked_for() -> None:
+    assert {name for name, service in SERVICES.items() if "monitoring" in service.get("profiles", "")} == MONITORING
+    for name in SERVICES.keys() - MONITORING:
+        assert not MONITORING & blocks(SERVICES[name].get("depends_on", "")).keys()
 
 
 def test_every_setting_reaches_every_service_of_ours() -> None:
@@ -78,9 +85,9 @@ def test_defaults_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_ports_are_published_on_loopback_only() -> None:
     published = [line for service in SERVICES.values() for line in service.get("ports", "").splitlines()]
-    assert len(published) == 2
+    assert len(published) == 4
     for line in published:
-        assert re.fullmatch(r' *- "127\.0\.0\.1:\$\{(KAFKA|POSTGRE)_PORT:-\d+\}:\d+"', line), line
+        assert re.fullmatch(r' *- "127\.0\.0\.1:\$\{(KAFKA|POSTGRE|PROMETHEUS|GRAFANA)_PORT:-\d+\}:\d+"', line), line
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINE_SERVICES))
@@ -89,7 +96,9 @@ def test_services_of_ours_can_be_scaled(name: str) -> None:
     assert "container_name" not in COMPOSE
 
 
-@pytest.mark.parametrize("service", [SERVICES["kafka"], SERVICES["timescaledb"], PIPELINE])
+@pytest.mark.parametrize(
+    "service", [PIPELINE, *(SERVICES[name] for name in sorted(SERVICES.keys() - PIPELINE_SERVICES))]
+)
 def test_images_come_from_variables(service: dict[str, str]) -> None:
     assert re.fullmatch(r"\$\{[A-Z]+_IMAGE:-[a-z/-]+:[\w.-]+\}", service["image"])
 
@@ -104,7 +113,7 @@ def test_image_of_ours_is_built_once_and_before_its_users_start() -> None:
 
 def test_long_running_services_have_a_health_check_or_start_after_one() -> None:
     long_running = [name for name, service in SERVICES.items() if service["restart"] == "unless-stopped"]
-    assert set(long_running) == {"kafka", "timescaledb", "consumer", "etl"}
+    assert set(long_running) == {"kafka", "timescaledb", "consumer", "etl"} | MONITORING
     for name in PIPELINE_SERVICES - {"migrate"}:
         assert SERVICES[name]["healthcheck"] == "*healthcheck"
     assert f"http://127.0.0.1:{ENVIRONMENT['METRICS_PORT']}/readyz" in FILE["x-healthcheck"]
