@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from types import ModuleType
 
 import pytest
-from prometheus_client import REGISTRY
-from prometheus_client.registry import Collector
 
 from services.consumer import instruments as consumer
-from services.core import monitoring
-from services.etl import instruments as etl
 from services.producer import instruments as producer
 from tests.fix_stack import ROOT
+from tests.metric_names import MODULES, registered
 
-MODULES = {"Every service": monitoring, "Producer": producer, "Consumer": consumer, "Etl": etl}
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-
-
-def labels_of(collector: Collector) -> set[str]:
-    names = getattr(collector, "_labelnames", ())
-    return {"service", "version"} if collector is monitoring.BUILD else set(names)
-
-
-def registered(module: ModuleType) -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of the metrics that a module registers, by the name that Prometheus stores."""
-    found = {}
-    for collector in vars(module).values():
-        if hasattr(collector, "describe") and collector in REGISTRY._collector_to_names:
-            for metric in collector.describe():
-                suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
-                found[metric.name + suffix] = metric.type, labels_of(collector)
-    return found
 
 
 def listed(section: str) -> dict[str, tuple[str, set[str]]]:
