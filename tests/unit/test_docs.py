@@ -42,6 +42,8 @@ SHELL = r"(?:^\$ |`|&& )(?:[A-Z_]+=\S+ )*"
 # Names of other programs, and of what readers call their own, that look like names of ours.
 OF_OTHERS = {
     "init_transactions",
+    "pg_dump",
+    "pg_upgrade",
     "synchronous_commit",
     "isolation_level",
     "refresh_continuous_aggregate",
