@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from services.cli import parser
 from services.core.config import Settings
@@ -157,6 +158,18 @@ def test_every_test_that_is_named_exists(document: str) -> None:
 def test_every_identifier_is_in_the_source(document: str) -> None:
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", prose(read(document))))
     assert not {name for name in named - OF_OTHERS if not re.search(rf"\b{name}\b", source())}
+
+
+def test_every_alert_has_its_runbook() -> None:
+    """And every runbook its alert, in the same order."""
+    rules = yaml.safe_load((ROOT / "deploy/monitoring/prometheus/alerts.yml").read_text(encoding="utf-8"))
+    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
+    (section,) = re.findall(r"^## Alerts$(.*?)^## ", read("docs/operations.md"), re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^### (.*)$", section, re.MULTILINE) == [alert["alert"] for alert in alerts]
+    for alert in alerts:
+        document, _, anchor = alert["annotations"]["runbook"].partition("#")
+        assert anchor in anchors(document)
+        assert anchor == alert["alert"].lower()
 
 
 def test_every_decision_is_listed_in_order() -> None:
