@@ -55,7 +55,7 @@ FIRST_MERGES = 1
 MOST_MERGES = 64
 
 
-time_of = attrgetter("time")
+time_of, sensor_of = attrgetter("time"), attrgetter("sensor_id")
 
 
 class PartitionsLostError(Exception):
@@ -255,16 +255,17 @@ def last_values(rows: Iterable[Reading]) -> list[Reading]:
 
     The order is the same for every consumer, so that two of them never wait for each other in a circle.
     """
-    latest: dict[tuple[datetime, str], Reading] = {}
-    for row in rows:
-        key = (row.time, row.sensor_id)
-        before = latest.get(key)
-        if before is not None:
+    latest: list[Reading] = []
+    before: Reading | None = None
+    for row in sorted(sorted(rows, key=sensor_of), key=time_of):  # equal keys keep their order
+        if before is not None and before.time == row.time and before.sensor_id == row.sensor_id:
+            latest.pop()
             row = Reading(
                 *(old if new is None else new for old, new in zip(astuple(before), astuple(row), strict=True))
             )
-        latest[key] = row
-    return [latest[key] for key in sorted(latest)]
+        latest.append(row)
+        before = row
+    return latest
 
 
 def touched_ranges(rows: Sequence[Reading]) -> Multirange[datetime]:

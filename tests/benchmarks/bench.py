@@ -148,8 +148,6 @@ class Bench:
         logs = [self.directory / f"drain-{time.time_ns()}-{number}.log" for number in range(consumers)]
         services = [Service(group, "consume", "--until-caught-up", log_path=log) for log in logs]
         rss = peak_rss(services)
-        if any(service.process.returncode for service in services):
-            raise AssertionError(logs[0].read_text(encoding="utf-8")[-2000:])
         assigned = [moment_of(event) for service in services for event in service.events("partitions_assigned")]
         written = [moment_of(event) for service in services for event in service.events("batch_written")]
         totals = [service.events("stopped")[0] for service in services]
@@ -205,7 +203,7 @@ def moment_of(event: dict[str, object]) -> datetime:
 
 
 def peak_rss(services: list[Service]) -> float:
-    """Wait for the processes to end; the largest resident set that one of them had, in MB."""
+    """Wait for the processes to end, as they should; the largest resident set that one of them had, in MB."""
     peak = 0.0
     watched = [psutil.Process(service.process.pid) for service in services]
     pause = threading.Event()
@@ -216,6 +214,9 @@ def peak_rss(services: list[Service]) -> float:
             except psutil.NoSuchProcess:
                 continue
         pause.wait(0.05)
+    for service in services:
+        if service.process.returncode:
+            raise AssertionError(service.log_path.read_text(encoding="utf-8")[-2000:])
     return peak
 
 
