@@ -16,8 +16,8 @@ $(READY): requirements/dev.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
-demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running
-	@$(BIN)/sensor-pipeline demo $(if $(KEEP),--keep)
+demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, TLS=1 secures it
+	@$(BIN)/sensor-pipeline demo $(if $(KEEP),--keep) $(if $(TLS),--tls)
 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down

@@ -100,11 +100,13 @@ def parser() -> argparse.ArgumentParser:
 
     local = commands.add_parser("local", help="Kafka and TimescaleDB on this machine, without Docker")
     local.add_argument("action", choices=["up", "down", "status"])
+    local.add_argument("--tls", action="store_true", help="up: with TLS, and passwords for Kafka (SASL)")
     local.set_defaults(run=run_local)
 
     demo = commands.add_parser("demo", help="the whole pipeline over real readings, checked")
     demo.add_argument("--keep", action="store_true", help="leave everything running")
     demo.add_argument("--down", action="store_true", help="stop a demo that was left running")
+    demo.add_argument("--tls", action="store_true", help="with TLS and SASL, and certificates that are verified")
     demo.set_defaults(run=run_demo)
     return top
 
@@ -211,14 +213,16 @@ def run_local(settings: Settings, options: argparse.Namespace) -> int:
     """``local up | down | status``."""
     from services.local.command import run
 
-    return run(settings, options.action, LOCAL_DIRECTORY)
+    return run(settings, options.action, LOCAL_DIRECTORY, tls=options.tls)
 
 
 def run_demo(settings: Settings, options: argparse.Namespace) -> int:
     """``demo``."""
     from services.local.demo import down, run
 
-    return down(settings, LOCAL_DIRECTORY) if options.down else run(settings, LOCAL_DIRECTORY, keep=options.keep)
+    if options.down:
+        return down(settings, LOCAL_DIRECTORY)
+    return run(settings, LOCAL_DIRECTORY, keep=options.keep, tls=options.tls)
 
 
 if __name__ == "__main__":

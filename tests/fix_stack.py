@@ -26,6 +26,7 @@ from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.core.reading import METRICS
 from services.etl.metrics import BASE
+from services.local.security import Security
 from services.local.stack import Stack, StackOptions
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,7 @@ def native_settings() -> Settings:
     )
 
 
-def make_stack(directory: Path) -> Stack:
+def make_stack(directory: Path, security: Security | None = None) -> Stack:
     """A local stack with its own data and ports; not started."""
     return Stack(
         StackOptions(
@@ -68,6 +69,7 @@ def make_stack(directory: Path) -> Stack:
             postgre_user="postgres",
             postgre_password="postgres",
             postgre_dbname="sensors",
+            security=security,
             runtime_directory=ROOT / ".local" / "runtime",
         )
     )

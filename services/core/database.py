@@ -35,10 +35,13 @@ DOUBTFUL_CLASSES = frozenset({"XX"})
 DOUBTFUL_STATES = frozenset({"55000", "57014", "53400"})
 # Data exception, integrity violation, program limit (an index row too large).
 DATA_CLASSES = frozenset({"22", "23", "54"})
-# What the migrations create is missing, or not ours.
-SCHEMA_STATES = frozenset({"42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
+# What the migrations create is missing (a role has a state of its own), or not ours.
+SCHEMA_STATES = frozenset({"22023", "42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
 
 CONNECT_TIMEOUT_S = 5
+
+# libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
+TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
 
 LEADER_LOCK = 0x5E_50_11  # any number of ours; the etl instance that works holds it, for its session
 
@@ -112,6 +115,12 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
         return ConfigurationError(
             f"PostgreSQL at {address(settings)} refused user {settings.postgre_user}: {reason} "
             "(check POSTGRE_USER, POSTGRE_PASSWORD and POSTGRE_DBNAME)"
+        )
+    if any(word in text for word in TLS_WORDS):
+        reason = text.rsplit("failed: ", 1)[-1].removeprefix("FATAL: ").strip()
+        return ConfigurationError(
+            f"PostgreSQL at {address(settings)}: {reason} "
+            "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT and POSTGRE_HOST)"
         )
     return TransientError(f"PostgreSQL at {address(settings)} does not answer: {text}")
 

@@ -12,6 +12,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
+from services.core.handshake import find_problem
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 
@@ -62,27 +63,40 @@ def client_settings(settings: Settings, role: str) -> ClientSettings:
         shared["sasl.mechanism"] = settings.kafka_sasl_mechanism
         shared["sasl.username"] = settings.kafka_sasl_username
         shared["sasl.password"] = settings.kafka_sasl_password.get_secret_value()
-    if settings.kafka_ssl_ca_location:
-        shared["ssl.ca.location"] = settings.kafka_ssl_ca_location
-    if settings.kafka_ssl_certificate_location:
-        shared["ssl.certificate.location"] = settings.kafka_ssl_certificate_location
-        shared["ssl.key.location"] = settings.kafka_ssl_key_location
-        shared["ssl.key.password"] = settings.kafka_ssl_key_password.get_secret_value()
+    if settings.kafka_security_protocol.endswith("SSL"):
+        shared |= tls_settings(settings)
     return shared
+
+
+def tls_settings(settings: Settings) -> ClientSettings:
+    """librdkafka's settings for TLS."""
+    found: ClientSettings = {}
+    if settings.kafka_ssl_ca_location:
+        found["ssl.ca.location"] = settings.kafka_ssl_ca_location
+    if settings.kafka_ssl_certificate_location:
+        found["ssl.certificate.location"] = settings.kafka_ssl_certificate_location
+        found["ssl.key.location"] = settings.kafka_ssl_key_location
+        found["ssl.key.password"] = settings.kafka_ssl_key_password.get_secret_value()
+    return found
 
 
 def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
     """An admin client of a cluster that answers.
 
-    Waits up to STARTUP_TIMEOUT_SECONDS; then raises ConfigurationError.
+    Waits up to STARTUP_TIMEOUT_SECONDS; then raises ConfigurationError. Raises it at once when the listener refuses
+    us, or speaks another protocol than ours.
     """
-    admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0})
+    errors: list[KafkaError] = []
+    admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0, "error_cb": errors.append})
     deadline = time.monotonic() + settings.startup_timeout_seconds
     for pause in pauses():
         try:
             admin.list_topics(timeout=max(1.0, min(5.0, settings.startup_timeout_seconds)))
         except KafkaException as error:
-            if time.monotonic() + pause > deadline or shutdown.wait(pause):
+            admin.poll(0)  # which calls error_cb
+            last = time.monotonic() + pause > deadline
+            _raise_if_refused(errors, settings, last=last)
+            if last or shutdown.wait(pause):
                 raise ConfigurationError(
                     f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
                     "start it, or correct the address"
@@ -90,6 +104,21 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
         else:
             return admin
     raise AssertionError("pauses() has no end")
+
+
+def _raise_if_refused(errors: list[KafkaError], settings: Settings, *, last: bool) -> None:
+    """Raise ConfigurationError if waiting cannot help; ``last``: also if it may only be so."""
+    where = f"Kafka at {settings.bootstrap_servers}"
+    for error in errors:
+        if error.code() == KafkaError._AUTHENTICATION:
+            said = error.str().split(": ", 1)[-1].rsplit(" (after", 1)[0]
+            raise ConfigurationError(
+                f"{where}: it refuses user {settings.kafka_sasl_username}: {said} "
+                "(check KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD and KAFKA_SASL_MECHANISM)"
+            )
+    problem = find_problem(settings)
+    if problem is not None and (problem.certain or last):
+        raise ConfigurationError(f"{where}: {problem.text}")
 
 
 def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> NewTopic:

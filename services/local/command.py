@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.core.config import Settings
+from services.local.security import Security, secure
 from services.local.stack import Stack, StackOptions
 
 
-def stack_options(settings: Settings, directory: Path) -> StackOptions:
+def stack_options(settings: Settings, directory: Path, security: Security | None = None) -> StackOptions:
     """The stack that the settings point at, with its data below ``directory``."""
     return StackOptions(
         directory=directory,
@@ -17,14 +18,18 @@ def stack_options(settings: Settings, directory: Path) -> StackOptions:
         postgre_user=settings.postgre_user,
         postgre_password=settings.postgre_password.get_secret_value(),
         postgre_dbname=settings.postgre_dbname,
+        security=security,
     )
 
 
-def run(settings: Settings, action: str, directory: Path) -> int:
+def run(settings: Settings, action: str, directory: Path, *, tls: bool) -> int:
     """Start both servers, stop them, or say how they are. ``status`` returns 1 unless both are running."""
-    stack = Stack(stack_options(settings, directory), report=print)
+    security = secure((directory / "tls").resolve(), settings) if tls and action == "up" else None
+    stack = Stack(stack_options(settings, directory, security), report=print)
     if action == "up":
         stack.up(detach=True)
+        if security is not None:
+            print(f"what clients need is in {security.directory / 'client.env'}: add its lines to .env")  # noqa: T201
     elif action == "down":
         stack.down()
     else:

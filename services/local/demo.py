@@ -24,6 +24,7 @@ from services.core.errors import PermanentError
 from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
+from services.local.security import secure
 from services.local.stack import Stack
 
 # Hourly readings: with wider intervals than the defaults a summary shows something.
@@ -33,11 +34,11 @@ LOOK_EVERY_S = 0.5
 SHOWN_DIFFERENCES = 10
 
 
-def run(settings: Settings, directory: Path, *, keep: bool) -> int:
+def run(settings: Settings, directory: Path, *, keep: bool, tls: bool) -> int:
     """Run the demo from an empty database. Returns 0 only if every stored and every summary row is right."""
     demo = Demo(settings, directory / "demo")
     try:
-        return demo.run(keep=keep)
+        return demo.run(keep=keep, tls=tls)
     except KeyboardInterrupt:
         say("interrupted; stopping everything")
         demo.down()
@@ -67,16 +68,19 @@ class Demo:
         self._settings = settings
         self._services: dict[str, subprocess.Popen[bytes]] = {}
 
-    def run(self, *, keep: bool) -> int:
+    def run(self, *, keep: bool, tls: bool) -> int:
         """Start, wait, check, show; stop again unless ``keep``."""
         self.down()
         shutil.rmtree(self._directory, ignore_errors=True)
         (self._directory / "logs").mkdir(parents=True)
         self._settings = demo_settings(self._settings)
-        stack = Stack(stack_options(self._settings, self._directory), report=say)
+        security = secure((self._directory / "tls").resolve(), self._settings) if tls else None
+        if security is not None:
+            self._settings = security.applied_to(self._settings)
+        stack = Stack(stack_options(self._settings, self._directory, security), report=say)
         stack.install()
         started = time.monotonic()
-        say("starting Kafka and TimescaleDB")
+        say("starting Kafka and TimescaleDB" + (" with TLS" if tls else ""))
         stack.up(detach=False)
         say("creating the tables: alembic upgrade head")
         self._alembic()
@@ -226,8 +230,12 @@ class Demo:
         say("everything is left running; stop it with: make demo-down")
         say(f"  Kafka      {settings.bootstrap_servers}, topic {settings.kafka_topic}")
         password = settings.postgre_password.get_secret_value()
+        tls = ""
+        if settings.postgre_sslrootcert:
+            tls = f"PGSSLMODE={settings.postgre_sslmode} PGSSLROOTCERT={settings.postgre_sslrootcert} "
+            say(f"  settings   {self._directory}/tls/client.env has those of a client")
         say(
-            f"  PostgreSQL PGPASSWORD={password} psql -h {settings.postgre_host} -p {settings.postgre_port} "
+            f"  PostgreSQL {tls}PGPASSWORD={password} psql -h {settings.postgre_host} -p {settings.postgre_port} "
             f"-U {settings.postgre_user} {settings.postgre_dbname}"
         )
         say(f"  logs       {self._directory}/logs")

@@ -20,21 +20,23 @@ from base64 import urlsafe_b64encode
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import psycopg
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
 from services.core.errors import ConfigurationError, PermanentError
 from services.local import supervisor
 from services.local.runtime import Runtime
+from services.local.security import SERVER_NAME, Security
 from services.local.supervisor import Order, PidFile
 
 HOST = "127.0.0.1"
 _SUPERVISOR = Path(supervisor.__file__)
 _PROBE_PAUSE_S = 0.05
+_HANDSHAKE_S = 2.0  # the first ones of a Java that has just started take their time
 
 _quiet = logging.getLogger("services.local.probe")
 _quiet.addHandler(logging.NullHandler())
@@ -205,6 +207,14 @@ class Kafka(Server):
     name = "kafka"
     port_setting = "KAFKA_PORT"
 
+    def __init__(
+        self, directory: Path, port: int, runtime: Runtime | None = None, security: Security | None = None
+    ) -> None:
+        super().__init__(directory, port, runtime)
+        self._security = security
+        self._user_is_known = False
+        self.internal_port = 0  # where it asks for a certificate; chosen at each start
+
     def _command(self) -> list[str]:
         runtime = self._installed()
         properties = self._write_configuration()
@@ -227,17 +237,10 @@ class Kafka(Server):
             raise PermanentError(f"formatting Kafka's storage failed: {(done.stderr or done.stdout).strip()}")
 
     def _write_configuration(self) -> Path:
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            controller = free.getsockname()[1]
-        settings = {
+        settings = self._listeners() | {
             "process.roles": "broker,controller",
             "node.id": 1,
-            "controller.quorum.voters": f"1@{HOST}:{controller}",
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{controller}",
-            "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": self.data_path / "log",
             "auto.create.topics.enable": "false",
             # A broker that was killed may come back only after its old session has ended (9 s by default).
@@ -259,16 +262,78 @@ class Kafka(Server):
         (self.data_path / "log4j2.yaml").write_text(json.dumps(_LOG4J, indent=1))  # JSON is YAML
         return path
 
-    def _answers(self) -> bool:
-        settings: dict[str, str | int | float | bool] = {
-            "bootstrap.servers": f"{HOST}:{self.port}",
-            "reconnect.backoff.max.ms": 100,
-            "log_level": 0,
+    def _listeners(self) -> dict[str, str | int]:
+        controller = _free_port()
+        if self._security is None:
+            return {
+                "controller.quorum.voters": f"1@{HOST}:{controller}",
+                "listeners": f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{controller}",
+                "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
+                "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            }
+        self.internal_port = _free_port()
+        self._user_is_known = False
+        keystore = self.data_path / "keystore.pem"
+        keystore.touch(mode=0o600)
+        keystore.write_text(self._security.server.key.read_text() + self._security.server.certificate.read_text())
+        login = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        return {
+            "controller.quorum.voters": f"1@{SERVER_NAME}:{controller}",
+            "listeners": f"SASL_SSL://{HOST}:{self.port},INTERNAL://{HOST}:{self.internal_port}"
+            f",CONTROLLER://{HOST}:{controller}",
+            "advertised.listeners": f"SASL_SSL://{SERVER_NAME}:{self.port}"
+            f",INTERNAL://{SERVER_NAME}:{self.internal_port}",
+            "listener.security.protocol.map": "SASL_SSL:SASL_SSL,INTERNAL:SSL,CONTROLLER:SSL",
+            "inter.broker.listener.name": "INTERNAL",
+            "listener.name.internal.ssl.client.auth": "required",
+            "listener.name.controller.ssl.client.auth": "required",
+            "listener.name.sasl_ssl.sasl.enabled.mechanisms": "SCRAM-SHA-512",
+            "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": login,
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(keystore),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self._security.authority.certificate),
         }
-        try:
-            return bool(AdminClient(settings, logger=_quiet).list_topics(timeout=0.5).brokers)
-        except KafkaException:
+
+    def _answers(self) -> bool:
+        if self._security is None:
+            return _lists_topics(_client(f"{HOST}:{self.port}"))
+        if not self._user_is_known:
+            self._user_is_known = self._introduce_user(self._security)
+        return self._user_is_known and _lists_topics(
+            _client(
+                f"{SERVER_NAME}:{self.port}",
+                **{
+                    "security.protocol": "SASL_SSL",
+                    "ssl.ca.location": str(self._security.authority.certificate),
+                    "sasl.mechanism": "SCRAM-SHA-512",
+                    "sasl.username": self._security.username,
+                    "sasl.password": self._security.password,
+                },
+            ),
+            _HANDSHAKE_S,
+        )
+
+    def _introduce_user(self, security: Security) -> bool:
+        """Tell the broker the user and its password, which may be another than at the last start."""
+        admin = _client(
+            f"{SERVER_NAME}:{self.internal_port}",
+            **{
+                "security.protocol": "SSL",
+                "ssl.ca.location": str(security.authority.certificate),
+                "ssl.certificate.location": str(security.server.certificate),
+                "ssl.key.location": str(security.server.key),
+            },
+        )
+        if not _lists_topics(admin, _HANDSHAKE_S):
             return False
+        credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+        change = UserScramCredentialUpsertion(security.username, credential, security.password.encode())
+        with suppress(KafkaException):
+            for done in admin.alter_user_scram_credentials([change], request_timeout=5).values():
+                done.result()
+            return True
+        return False
 
 
 _LOG4J = {
@@ -304,15 +369,21 @@ class TimescaleDB(Server):
         password: str,
         dbname: str,
         runtime: Runtime | None = None,
+        security: Security | None = None,
     ) -> None:
         super().__init__(directory, port, runtime)
         self._user, self._password, self._dbname = user, password, dbname
+        self._security = security
 
     def _command(self) -> list[str]:
         runtime = self._installed()
         template = runtime.gateway.parents[1] / "cluster"
         arguments = [f"--port={self.port}", f"--data={self.data_path}", f"--template={template}"]
         arguments += [f"--user={self._user}", f"--database={self._dbname}"]
+        if self._security is not None:
+            server = self._security.server
+            arguments += [f"--certificate={server.certificate}", f"--key={server.key}"]
+            arguments += [f"--authority={self._security.authority.certificate}"]
         # V8's own stack: deep enough that PostgreSQL notices its depth first, within the usual limit of 8 MB.
         return [str(runtime.node), "--stack-size=6000", str(runtime.gateway), *arguments]
 
@@ -320,9 +391,13 @@ class TimescaleDB(Server):
         return {"GATEWAY_PASSWORD": self._password}
 
     def _answers(self) -> bool:
+        arguments: dict[str, Any] = {"host": HOST}
+        if self._security is not None:
+            ca = str(self._security.authority.certificate)
+            arguments = {"host": SERVER_NAME, "sslmode": "verify-full", "sslrootcert": ca}
         try:
             with psycopg.connect(
-                host=HOST,
+                **arguments,
                 port=self.port,
                 user=self._user,
                 password=self._password,
@@ -333,6 +408,29 @@ class TimescaleDB(Server):
                 return connection.execute("SELECT 1").fetchone() == (1,)
         except psycopg.OperationalError:
             return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        return int(free.getsockname()[1])
+
+
+def _client(address: str, **security: str) -> AdminClient:
+    settings: dict[str, str | int | float | bool] = {
+        "bootstrap.servers": address,
+        "reconnect.backoff.max.ms": 100,
+        "log_level": 0,
+        **security,
+    }
+    return AdminClient(settings, logger=_quiet)
+
+
+def _lists_topics(admin: AdminClient, within_s: float = 0.5) -> bool:
+    try:
+        return bool(admin.list_topics(timeout=within_s).brokers)
+    except KafkaException:
+        return False
 
 
 def _spawn(order: Order) -> subprocess.Popen[bytes]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from services.local.runtime import RUNTIME_DIRECTORY, Runtime, install
+from services.local.security import Security
 from services.local.servers import Kafka, Server, TimescaleDB
 
 __all__ = ["ServerStatus", "Stack", "StackOptions", "install"]
@@ -33,6 +34,7 @@ class StackOptions:
     postgre_password: str = field(repr=False)
     postgre_dbname: str
     runtime_directory: Path = RUNTIME_DIRECTORY
+    security: Security | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,14 @@ class Stack:
         directory = options.directory.resolve()
         self._options = options
         self._report = report
-        self.kafka = Kafka(directory, options.kafka_port)
+        self.kafka = Kafka(directory, options.kafka_port, security=options.security)
         self.timescaledb = TimescaleDB(
             directory,
             options.postgre_port,
             options.postgre_user,
             options.postgre_password,
             options.postgre_dbname,
+            security=options.security,
         )
 
     @property

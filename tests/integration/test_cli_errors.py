@@ -87,6 +87,11 @@ def test_a_metrics_host_that_does_not_exist(settings: Settings) -> None:
     assert line.startswith("METRICS_HOST=nowhere.invalid, METRICS_PORT=8000: cannot listen there: ")
 
 
+def test_tls_that_postgresql_does_not_speak(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", POSTGRE_SSLMODE="require"), MISTAKE)
+    assert "server does not support SSL, but SSL was required (check POSTGRE_SSLMODE, " in line
+
+
 def test_a_wrong_speed(settings: Settings) -> None:
     line = error_line(run(settings, "produce", "--speed", "60"), MISTAKE)
     assert line.startswith("--speed=60 is not allowed (how many times faster than the readings' own times")

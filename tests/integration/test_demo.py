@@ -31,12 +31,12 @@ def workspace(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def demo(workspace: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A demo that has just been started; its output goes to ``demo.log``."""
+def demo(workspace: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    """A demo that has just been started, with options if there are; its output goes to ``demo.log``."""
     environment = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
     environment |= {"KAFKA_PORT": str(free_port()), "POSTGRE_PORT": str(free_port())}
     environment["KAFKA_SESSION_TIMEOUT_MS"] = "6000"  # a killed consumer is missed so much sooner
-    command = [sys.executable, "-m", "services.cli", "demo"]
+    command = [sys.executable, "-m", "services.cli", "demo", *getattr(request, "param", ())]
     with (workspace / "demo.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=workspace, env=environment, stdout=log, stderr=subprocess.STDOUT)
     yield process
@@ -60,6 +60,20 @@ def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
     assert demo.wait(150) == 0, output(workspace)
     lines = output(workspace).splitlines()
     assert "consumer was killed by SIGKILL; starting it again" in lines
+    assert_right(lines)
+
+
+@pytest.mark.parametrize("demo", [("--tls",)], indirect=True)
+def test_the_demo_with_tls_and_sasl(workspace: Path, demo: subprocess.Popen[bytes]) -> None:
+    assert demo.wait(150) == 0, output(workspace)
+    lines = output(workspace).splitlines()
+    assert "starting Kafka and TimescaleDB with TLS" in lines
+    assert_right(lines)
+    properties = (workspace / ".local" / "demo" / "kafka" / "server.properties").read_text(encoding="utf-8")
+    assert "PLAINTEXT" not in properties
+
+
+def assert_right(lines: list[str]) -> None:
     assert ["sensor_data", READINGS, "rows"] in [line.split() for line in lines]
     assert [line for line in lines if line.startswith("check: ")] == [
         "check: every row is right (recomputed from data/measurements.parquet without our SQL)"

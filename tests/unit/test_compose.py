@@ -167,3 +167,20 @@ def test_build_context_leaves_secrets_and_dropped_files_out() -> None:
     assert rules[0] == "*"
     kept = [rule for rule in rules if rule.startswith("!")]
     assert not [rule for rule in kept if ".env" in rule or rule in {"!data", "!.", "!*"}]
+
+
+def test_no_secret_is_in_a_layer() -> None:
+    """Neither as a value nor as an argument of the build, which the image's history would keep."""
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    named = re.findall(r"^(?:ARG|ENV) +(.*?)(?=\n\S|\Z)", dockerfile, flags=re.MULTILINE | re.DOTALL)
+    assert named
+    assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY|CREDENTIAL", " ".join(named), flags=re.IGNORECASE)
+    assert re.findall(r"^  (\w+):", SERVICES["migrate"]["build"], flags=re.MULTILINE) == ["PYTHON_IMAGE"]
+    git_ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {".env", "secrets/", ".local/"} <= set(git_ignored)
+
+
+def test_a_secret_can_come_from_a_file_in_every_service() -> None:
+    """The file wins over the password, which Compose always sets."""
+    for name in ("POSTGRE_PASSWORD", "KAFKA_SASL_PASSWORD"):
+        assert ENVIRONMENT[f"{name}_FILE"] == f"${{{name}_FILE-}}"

@@ -137,6 +137,7 @@ def test_a_certificate_and_a_key_belong_together(
 
 def test_a_key_with_a_password(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
     locked = authority.issue("locked", "locked", password="hunter2")
+    monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SSL")
     monkeypatch.setenv("KAFKA_SSL_CERTIFICATE_LOCATION", str(locked.certificate))
     monkeypatch.setenv("KAFKA_SSL_KEY_LOCATION", str(locked.key))
     monkeypatch.setenv("KAFKA_SSL_KEY_PASSWORD", "hunter2")

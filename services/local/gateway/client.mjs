@@ -86,6 +86,7 @@ export class Client {
     const body = this.#carry.subarray(4, length);
     this.#carry = this.#carry.subarray(length);
     const version = body.readInt32BE(0);
+    if (version === SSL_REQUEST && this.#hub.encrypts && !this.#socket.encrypted) return this.#encrypt();
     if (version === SSL_REQUEST || version === GSS_REQUEST) {
       this.#socket.write('N');
       return this.#carry.length ? this.#greet(Buffer.alloc(0)) : undefined;
@@ -95,6 +96,25 @@ export class Client {
       return this.#socket.end();
     }
     this.#start(version, body.toString('utf8', 4).split('\0'));
+  }
+
+  #encrypt() {
+    if (this.#carry.length) return this.#socket.destroy(); // sent before our answer: not by this client
+    this.#socket.removeAllListeners('data').removeAllListeners('close');
+    this.#socket.write('S');
+    this.#hub.encrypt(this.#socket);
+  }
+
+  /** Why the connection itself is refused, whatever its password; null if it is not. */
+  #refusal() {
+    if (!this.#hub.encrypts) return null;
+    if (!this.#socket.encrypted) {
+      return `no pg_hba.conf entry for host "127.0.0.1", user "${this.#user}", database "${this.#database}", no encryption`;
+    }
+    const name = this.#socket.getPeerCertificate().subject?.CN;
+    if (name === undefined) return null;
+    if (!this.#socket.authorized) return 'connection requires a valid client certificate';
+    return name === this.#user ? null : `certificate authentication failed for user "${this.#user}"`;
   }
 
   #start(version, words) {
@@ -108,6 +128,8 @@ export class Client {
     }
     this.#user = given.get('user') ?? '';
     this.#database = given.get('database') || this.#user;
+    const refusal = this.#refusal();
+    if (refusal) return this.fail('FATAL', '28000', refusal);
     for (const [name, value] of optionSettings(given.get('options') ?? '')) this.#settings.set(name, value);
     for (const name of ['user', 'database', 'options', 'replication', ...unknown]) given.delete(name);
     for (const [name, value] of given) this.#settings.set(name, value);

@@ -3,6 +3,7 @@
 import fs from 'node:fs';
 import inspector from 'node:inspector/promises';
 import net from 'node:net';
+import tls from 'node:tls';
 import { parentPort, workerData } from 'node:worker_threads';
 import { Client } from './client.mjs';
 
@@ -15,11 +16,29 @@ class Hub {
   base = workerData.base;
   database = workerData.database;
   roles = workerData.roles;
+  #tls = null; // it never listens: it is given sockets whose clients asked for TLS
   #holder = null;
   #waiting = [];
   #posted = 0;
   #nextPid = FIRST_PID;
   #closing = null;
+
+  constructor() {
+    if (!workerData.tls) return;
+    const [cert, key, ca] = ['cert', 'key', 'ca'].map((name) => Buffer.from(workerData.tls[name]));
+    // A certificate may be shown; the client looks at it.
+    const options = { cert, key, ca, requestCert: true, rejectUnauthorized: false };
+    this.#tls = tls.createServer(options, (socket) => new Client(this, socket));
+  }
+
+  get encrypts() {
+    return this.#tls !== null;
+  }
+
+  /** Speak TLS on the socket from here on; then another Client begins on it. */
+  encrypt(socket) {
+    this.#tls.emit('connection', socket);
+  }
 
   nextPid() {
     return (this.#nextPid += 1);

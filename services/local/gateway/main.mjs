@@ -7,13 +7,13 @@
 // into this thread through Node's inspector, which V8 lets in at the loops and calls of WebAssembly.
 //
 // Usage: node main.mjs --port=N --data=DIRECTORY --template=DIRECTORY --user=ROLE --database=NAME, with
-// GATEWAY_PASSWORD in the environment. Ends gracefully on SIGTERM, or at the end of its standard input when
-// that is a pipe.
+// GATEWAY_PASSWORD in the environment; with --certificate, --key and --authority (PEM files) it speaks TLS only.
+// Ends gracefully on SIGTERM, or at the end of its standard input when that is a pipe.
 //
 // What is unlike a real server: one statement at a time, so a connection in a transaction makes the others
 // wait until it ends. An advisory lock that another connection holds cannot be waited for: pg_advisory_lock
 // fails with 55P03 at once, and lock_timeout and idle_in_transaction_session_timeout do nothing.
-// statement_timeout counts from the moment a statement gets the backend. One database. No TLS, no background
+// statement_timeout counts from the moment a statement gets the backend. One database. No background
 // workers, no replication; pg_stat_activity is empty. WITH HOLD cursors share their names. A statement whose
 // recursion exhausts V8's stack ends the server, as a crash of PostgreSQL would. The statement of a client
 // that goes away is cancelled.
@@ -43,7 +43,10 @@ process.on('uncaughtException', die('the database failed and the server ends'));
 
 const option = { type: 'string' };
 const { values: options } = parseArgs({
-  options: { port: option, data: option, template: option, user: option, database: option },
+  options: {
+    port: option, data: option, template: option, user: option, database: option,
+    certificate: option, key: option, authority: option,
+  },
 });
 const password = process.env.GATEWAY_PASSWORD ?? '';
 delete process.env.GATEWAY_PASSWORD;
@@ -63,6 +66,11 @@ function prepareDatabase() {
   if (!matches(role?.secret, password)) {
     engine.query(`ALTER ROLE ${name} SUPERUSER LOGIN PASSWORD '${verifier(password)}'`);
   }
+}
+
+function tlsFiles() {
+  const [cert, key, ca] = [options.certificate, options.key, options.authority].map((path) => fs.readFileSync(path));
+  return { cert, key, ca };
 }
 
 function readRoles(query = (sql) => engine.query(sql)) {
@@ -238,7 +246,7 @@ const base = Object.fromEntries(REPORTED.map((name) => [name, engine.query(`SHOW
 const worker = new Worker(new URL('./frontend.mjs', import.meta.url), {
   workerData: {
     port: Number(options.port), database: options.database, backend: frontendPort, shared, base,
-    roles: readRoles(),
+    roles: readRoles(), tls: options.certificate && tlsFiles(),
   },
   transferList: [frontendPort],
 });

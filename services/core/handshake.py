@@ -1,0 +1,93 @@
+"""What is wrong between us and a Kafka listener, found by a handshake of our own.
+
+librdkafka tries again whatever fails. It does not tell a wrong name from an unknown authority, and to it a TLS
+listener that is spoken to in plain text just closes connections.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+
+from services.core.config import Settings
+
+ANSWER_WITHIN_S = 2.0
+# In TLS 1.3 a server looks at our certificate after the handshake, and then it may still refuse it.
+REFUSED_WITHIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why the listener and our settings do not fit, with the settings to look at.
+
+    One that is not ``certain`` may also be a server that is still starting, or a proxy in front of one.
+    """
+
+    text: str
+    certain: bool
+
+
+def find_problem(settings: Settings) -> Problem | None:
+    """Why the listener does not answer us; None if nothing takes connections there."""
+    try:
+        line = socket.create_connection((settings.kafka_host, settings.kafka_port), ANSWER_WITHIN_S)
+    except OSError:
+        return None
+    protocol = settings.kafka_security_protocol
+    with line:
+        if protocol.endswith("SSL"):
+            problem = _problem_with_tls(line, settings)
+        elif _speaks_tls(line):
+            text = f"it speaks TLS, and KAFKA_SECURITY_PROTOCOL={protocol} is plain text: set SSL or SASL_SSL"
+            problem = Problem(text, certain=True)
+        else:
+            problem = None
+    return problem or Problem(
+        f"something takes connections there, but does not answer to KAFKA_SECURITY_PROTOCOL={protocol}"
+        + ("" if protocol.startswith("SASL") else " (does it ask for SASL?)"),
+        certain=False,
+    )
+
+
+def _speaks_tls(line: socket.socket) -> bool:
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname = False
+    anybody.verify_mode = ssl.CERT_NONE
+    try:
+        anybody.wrap_socket(line).close()
+    except OSError:
+        return False
+    return True
+
+
+def _problem_with_tls(line: socket.socket, settings: Settings) -> Problem | None:
+    context = ssl.create_default_context(cafile=settings.kafka_ssl_ca_location or None)
+    if settings.kafka_ssl_certificate_location:
+        context.load_cert_chain(
+            settings.kafka_ssl_certificate_location,
+            settings.kafka_ssl_key_location,
+            settings.kafka_ssl_key_password.get_secret_value,
+        )
+    try:
+        with context.wrap_socket(line, server_hostname=settings.kafka_host) as secure:
+            secure.settimeout(REFUSED_WITHIN_S)
+            secure.recv(1)
+    except TimeoutError:
+        return None
+    except ssl.SSLCertVerificationError as error:
+        reason = error.verify_message.rstrip(".")
+        text = f"its certificate is not to be trusted: {reason} (check KAFKA_SSL_CA_LOCATION and KAFKA_HOST)"
+        return Problem(text, certain=True)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or ""
+        if "ALERT" in reason:
+            words = reason.lower().replace("_", " ")
+            text = f"it refuses us: {words} (check KAFKA_SSL_CERTIFICATE_LOCATION and KAFKA_SSL_KEY_LOCATION)"
+            return Problem(text, certain=True)
+        return Problem(
+            f"it does not speak TLS, and KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} does: "
+            "set PLAINTEXT or SASL_PLAINTEXT, or correct the address",
+            certain=False,
+        )
+    return None
