@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from services.core.errors import PermanentError
 from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
-from services.local.security import secure
+from services.local.security import Security, secure
 from services.local.stack import Stack
 
 # Hourly readings: with wider intervals than the defaults a summary shows something.
@@ -67,6 +68,8 @@ class Demo:
         self._directory = directory
         self._settings = settings
         self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._metrics_ports: dict[str, int] = {}
+        self._security: Security | None = None
 
     def run(self, *, keep: bool, tls: bool) -> int:
         """Start, wait, check, show; stop again unless ``keep``."""
@@ -74,10 +77,12 @@ class Demo:
         shutil.rmtree(self._directory, ignore_errors=True)
         (self._directory / "logs").mkdir(parents=True)
         self._settings = demo_settings(self._settings)
-        security = secure((self._directory / "tls").resolve(), self._settings) if tls else None
-        if security is not None:
-            self._settings = security.applied_to(self._settings)
-        stack = Stack(stack_options(self._settings, self._directory, security), report=say)
+        if tls:
+            self._security = secure((self._directory / "tls").resolve(), self._settings)
+            self._settings = self._security.applied_to(self._settings)
+        if keep:
+            self._metrics_ports = {name: free_port() for name in ("consumer", "etl")}
+        stack = Stack(stack_options(self._settings, self._directory, self._security), report=say)
         stack.install()
         started = time.monotonic()
         say("starting Kafka and TimescaleDB" + (" with TLS" if tls else ""))
@@ -129,7 +134,7 @@ class Demo:
         with self._log_path(name).open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", "services.cli", command],
-                env=self._environment(),
+                env=self._environment() | {"METRICS_PORT": str(self._metrics_ports.get(name, 0))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -229,16 +234,30 @@ class Demo:
         say("")
         say("everything is left running; stop it with: make demo-down")
         say(f"  Kafka      {settings.bootstrap_servers}, topic {settings.kafka_topic}")
-        password = settings.postgre_password.get_secret_value()
         tls = ""
-        if settings.postgre_sslrootcert:
-            tls = f"PGSSLMODE={settings.postgre_sslmode} PGSSLROOTCERT={settings.postgre_sslrootcert} "
-            say(f"  settings   {self._directory}/tls/client.env has those of a client")
+        if self._security is not None:
+            tls = f"PGSSLMODE={settings.postgre_sslmode} PGSSLROOTCERT={shlex.quote(settings.postgre_sslrootcert)} "
+        password = settings.postgre_password.get_secret_value()
         say(
             f"  PostgreSQL {tls}PGPASSWORD={password} psql -h {settings.postgre_host} -p {settings.postgre_port} "
             f"-U {settings.postgre_user} {settings.postgre_dbname}"
         )
+        for name, port in self._metrics_ports.items():
+            say(f"  metrics    http://{settings.metrics_host}:{port}/metrics ({name})")
         say(f"  logs       {self._directory}/logs")
+        client = self._write_client_settings()
+        say(f"  look       (set -a; . {client}; {sys.argv[0]} status), or dashboard instead of status")
+
+    def _write_client_settings(self) -> Path:
+        """The settings that a command needs to reach the demo, as lines of .env that a shell reads too."""
+        names = ("kafka_host", "kafka_port", "postgre_host", "postgre_port", *DEMO_INTERVALS)
+        values = {name: str(getattr(self._settings, name)) for name in names}
+        if self._security is not None:
+            values |= self._security.client_settings()
+        path = self._directory / "client.env"
+        lines = (f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items())
+        path.write_text("".join(lines), encoding="utf-8")
+        return path
 
 
 def demo_settings(settings: Settings) -> Settings:
