@@ -96,6 +96,12 @@ def test_alembic_as_typed_and_a_second_time(settings: Settings) -> None:
     assert current.stdout.strip() == f"{head} (head)"
 
 
+def test_alembic_takes_the_password_from_a_file(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text(settings.postgre_password.get_secret_value() + "\n", encoding="utf-8")
+    done = alembic(settings, "current", POSTGRE_PASSWORD="wrong", POSTGRE_PASSWORD_FILE=str(tmp_path / "password"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_key_is_unique_and_nothing_else_is_indexed(connection: psycopg.Connection) -> None:
     """A second index would cost a third of the ingest rate."""
     indexes = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'sensor_data'").fetchall()
@@ -134,6 +140,7 @@ def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(
         ({"POSTGRE_PASSWORD": "wrong"}, "refused user"),
         ({"POSTGRE_PORT": "closed"}, "PostgreSQL does not answer at"),
         ({"POSTGRE_PORT": "0"}, "POSTGRE_PORT=0 is not allowed"),
+        ({"POSTGRE_PASSWORD_FILE": "/no/such"}, "POSTGRE_PASSWORD_FILE=/no/such: the file cannot be read"),
     ],
 )
 def test_a_mistake_is_one_line(settings: Settings, environment: dict[str, str], expected: str) -> None:
