@@ -44,7 +44,7 @@ def test_a_pause_is_no_silence_until_it_should_have_ended(clock: list[float], mo
 
 def test_a_thread_beside_the_loop_does_not_speak_for_it(clock: list[float]) -> None:
     shutdown = Shutdown()
-    beside = threading.Thread(target=shutdown.wait_until_requested)
+    beside = threading.Thread(target=shutdown.wait_until_requested, daemon=True)
     beside.start()
     clock[0] += 70
     assert shutdown.silent_s == 70
