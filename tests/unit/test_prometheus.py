@@ -14,7 +14,6 @@ from tests.fix_stack import ROOT
 from tests.grafana import DASHBOARDS, MONITORING, dashboard, fill_promql, queries
 from tests.metric_names import samples
 from tests.unit.test_compose import ENVIRONMENT, SERVICES
-from tests.unit.test_docs import anchors
 
 SAMPLES = samples()
 COUNTED = ("_total", "_bucket", "_sum", "_count")
@@ -124,8 +123,3 @@ def test_what_compose_mounts_is_there() -> None:
     assert [provider["options"]["path"] for provider in providers] == ["/etc/dashboards"]
     links = [link["url"] for path in DASHBOARDS for link in dashboard(path)["links"]]
     assert {link.removeprefix("/d/") for link in links} == {dashboard(path)["uid"] for path in DASHBOARDS}
-
-
-@pytest.mark.skipif(not (ROOT / "docs" / "operations.md").exists(), reason="the runbooks are not written yet")
-def test_every_alert_has_its_runbook() -> None:
-    assert {rule["alert"].lower() for rule in ALERTS} <= anchors("docs/operations.md")
