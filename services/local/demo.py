@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -68,6 +69,7 @@ class Demo:
         self._directory = directory
         self._settings = settings
         self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._logins: dict[str, Settings] = {}
         self._metrics_ports: dict[str, int] = {}
         self._security: Security | None = None
 
@@ -89,6 +91,7 @@ class Demo:
         stack.up(detach=False)
         say("creating the tables: alembic upgrade head")
         self._alembic()
+        self._let_services_in()
         say(f"starting producer, consumer and etl over {self._settings.parquet_url}")
         for name in ("consumer", "etl", "producer"):
             self._start(name)
@@ -110,7 +113,7 @@ class Demo:
     def _alembic(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "alembic", "upgrade", "head"],
-            env=self._environment(),
+            env=environment(self._settings),
             capture_output=True,
             text=True,
             check=False,
@@ -118,13 +121,16 @@ class Demo:
         if done.returncode != 0:
             raise PermanentError(f"alembic upgrade head failed: {done.stderr.strip()}")
 
-    def _environment(self) -> dict[str, str]:
-        values = self._settings.model_dump()
-        plain = {
-            name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-            for name, value in values.items()
-        }
-        return os.environ | plain
+    def _let_services_in(self) -> None:
+        """Consumer and etl log in under roles of their own, with passwords that are thrown away."""
+        with self._connect() as connection:
+            for name in ("consumer", "etl"):
+                role, password = f"sensor_{name}", secrets.token_hex(16)
+                connection.execute(
+                    sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(password))
+                )
+                login = {"postgre_user": role, "postgre_password": SecretStr(password), "postgre_password_file": ""}
+                self._logins[name] = self._settings.model_copy(update=login)
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "logs" / f"{name}.log"
@@ -134,7 +140,8 @@ class Demo:
         with self._log_path(name).open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [sys.executable, "-m", "services.cli", command],
-                env=self._environment() | {"METRICS_PORT": str(self._metrics_ports.get(name, 0))},
+                env=environment(self._logins.get(name, self._settings))
+                | {"METRICS_PORT": str(self._metrics_ports.get(name, 0))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -258,6 +265,15 @@ class Demo:
         lines = (f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items())
         path.write_text("".join(lines), encoding="utf-8")
         return path
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Our environment with the settings in it, for a process of ours."""
+    values = {
+        name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        for name, value in settings.model_dump().items()
+    }
+    return os.environ | values
 
 
 def demo_settings(settings: Settings) -> Settings:
