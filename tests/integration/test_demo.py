@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from services.core.config import Settings
+from services.core.database import connect
+from services.local.command import stack_options
+from services.local.demo import fetch
+from services.local.security import secure
+from services.local.stack import Stack
+from services.local.supervisor import ProcessRecord
 from tests.fix_services import wait_until
 from tests.fix_stack import ROOT, free_port
 
@@ -63,14 +75,95 @@ def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
     assert_right(lines)
 
 
-@pytest.mark.parametrize("demo", [("--tls",)], indirect=True)
-def test_the_demo_with_tls_and_sasl(workspace: Path, demo: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("demo", [("--tls", "--keep")], indirect=True)
+def test_the_demo_with_tls_and_sasl_is_kept_and_looked_at_while_its_database_dies(
+    workspace: Path, demo: subprocess.Popen[bytes], stop_kept: None
+) -> None:
     assert demo.wait(150) == 0, output(workspace)
     lines = output(workspace).splitlines()
     assert "starting Kafka and TimescaleDB with TLS" in lines
     assert_right(lines)
-    properties = (workspace / ".local" / "demo" / "kafka" / "server.properties").read_text(encoding="utf-8")
-    assert "PLAINTEXT" not in properties
+    directory = workspace / ".local" / "demo"
+    assert "PLAINTEXT" not in (directory / "kafka" / "server.properties").read_text(encoding="utf-8")
+
+    kept = Kept(directory, lines)
+    kept.assert_all_agree()
+    database = ProcessRecord(**json.loads((directory / "timescaledb.pid").read_text(encoding="utf-8"))["server"])
+    os.kill(database.pid, signal.SIGKILL)
+    wait_until(lambda: kept.ready("consumer") == kept.ready("etl") == 503, "two services that are not ready", 10)
+    code, state = kept.status()
+    assert code == 1
+    assert "does not answer" in state["database"]["error"]
+    assert state["kafka"]["lag"] == 0
+    kept.stack.up(detach=True)
+    wait_until(lambda: kept.ready("consumer") == kept.ready("etl") == 200, "two services that are ready again", 10)
+    kept.assert_all_agree()
+    kept.stack.down()
+
+
+@pytest.fixture
+def stop_kept(workspace: Path, demo: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Stops a demo that was left running, in the end."""
+    yield
+    demo.wait(150)
+    command = [sys.executable, "-m", "services.cli", "demo", "--down"]
+    subprocess.run(command, cwd=workspace, check=True, capture_output=True)
+
+
+class Kept:
+    """A demo that is left running, as its last lines say how to look at it."""
+
+    def __init__(self, directory: Path, lines: list[str]) -> None:
+        pairs = (line.split("=", 1) for line in (directory / "client.env").read_text(encoding="utf-8").splitlines())
+        self.environment = {name: shlex.split(value)[0] for name, value in pairs}
+        self._urls = {
+            words[2].strip("()"): words[1] for line in lines if (words := line.split()) and words[0] == "metrics"
+        }
+        values: dict[str, Any] = {name.lower(): value for name, value in self.environment.items()}
+        self.settings = Settings(_env_file=None, **values)
+        security = secure(directory / "tls", self.settings)
+        options = stack_options(self.settings, directory, security)
+        self.stack = Stack(dataclasses.replace(options, runtime_directory=ROOT / ".local" / "runtime"))
+
+    def status(self) -> tuple[int, dict[str, Any]]:
+        """Exit code and what ``status --json`` prints."""
+        command = [sys.executable, "-m", "services.cli", "status", "--json"]
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+    def ready(self, service: str) -> int:
+        """HTTP status of /readyz."""
+        try:
+            url = self._urls[service].replace("/metrics", "/readyz")
+            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - ours
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def metrics(self, service: str) -> dict[str, float]:
+        """Each sample by name and labels."""
+        with urllib.request.urlopen(self._urls[service], timeout=5) as answer:  # noqa: S310 - ours
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    def assert_all_agree(self) -> None:
+        """The command status and both services' metrics say what the database says."""
+        with connect(self.settings) as connection:
+            stored, temperature, humidity, queued = (
+                fetch(connection, table)
+                for table in ("sensor_data", "temperature_summary", "humidity_summary", "summary_refresh_queue")
+            )
+        code, state = self.status()
+        assert (code, state["problems"]) == (0, [])
+        tables = state["database"]["tables"]
+        assert tables["readings"]["rows"] == {"count": stored, "exact": True}
+        assert [summary["rows"]["count"] for summary in tables["summaries"]] == [temperature, humidity]
+        assert tables["queue_rows"] == queued == 0
+        consumer, etl = self.metrics("consumer"), self.metrics("etl")
+        assert sum(consumer[f'sensor_consumer_lag_messages{{partition="{number}"}}'] for number in range(6)) == 0
+        assert consumer['sensor_readings_stored_total{result="inserted"}'] == stored
+        assert etl["sensor_refresh_queue_rows"] == etl["sensor_freshness_seconds"] == 0
+        assert state["kafka"]["lag"] == tables["freshness_seconds"] == 0
 
 
 def assert_right(lines: list[str]) -> None:
