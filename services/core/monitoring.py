@@ -10,12 +10,10 @@ The metrics of one service are in its instruments.py; docs/metrics.md lists all.
 from __future__ import annotations
 
 import threading
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from types import TracebackType
 
 import psycopg
@@ -38,11 +36,11 @@ from services.core.errors import PipelineError
 from services.core.health import HealthServer, Page
 from services.core.kafka import client_settings
 from services.core.shutdown import Shutdown
+from services.core.version import version
 
 LOOK_EVERY_S = 1.0
 KAFKA_ANSWERS_WITHIN_S = 3.0
 STOP_WITHIN_S = 1.0
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -217,8 +215,3 @@ def page(state: str, problems: list[str]) -> Page:
     """200 and the state, or 503 and what is wrong, one line each."""
     lines = "".join(f"{line}\n" for line in problems or [state])
     return Page(lines.encode(), HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK)
-
-
-def version() -> str:
-    """The project's version; in the container too, where the project is no installed package."""
-    return str(tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import TypeVar
 
 import confluent_kafka
@@ -16,12 +14,11 @@ import confluent_kafka
 from services.core.config import Settings
 from services.core.database import address
 from services.core.errors import ConfigurationError, PipelineError
+from services.core.version import version
 from services.status.database import Database, read_database
 from services.status.problems import find_problems
 from services.status.screen import lines
 from services.status.topics import Kafka, read_kafka
-
-PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 State = TypeVar("State", Kafka, Database)
 
@@ -63,8 +60,7 @@ def _as_text(value: object) -> str:
 
 def _versions(database: Database | str) -> dict[str, str]:
     """Kafka tells its clients no version of its own."""
-    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    found = {"sensor-pipeline": str(project["version"]), "librdkafka": confluent_kafka.libversion()[0]}
+    found = {"sensor-pipeline": version(), "librdkafka": confluent_kafka.libversion()[0]}
     if not isinstance(database, str):
         found["PostgreSQL"] = database.postgresql
         found["TimescaleDB"] = database.timescaledb or "none"
