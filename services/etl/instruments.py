@@ -63,11 +63,10 @@ class QueueCollector(Collector):
 
     def look(self, connection: Connection) -> None:
         """Look at the queue."""
-        asked = time.monotonic()
         row = connection.execute(SQL["queue_depth"]).fetchone()
         assert row is not None
         with self._lock:
-            self._last = Look(row[0], row[1], asked)
+            self._last = Look(row[0], row[1], time.monotonic())
 
     def describe(self) -> list[Metric]:
         """The metrics without a value."""
