@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from services.core import shutdown as module
 from services.core.shutdown import Shutdown
 
 
@@ -14,7 +13,7 @@ from services.core.shutdown import Shutdown
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, as the only item."""
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("services.core.shutdown.time.monotonic", lambda: now[0])
     return now
 
 
