@@ -95,7 +95,7 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
         except KafkaException as error:
             admin.poll(0)  # which calls error_cb
             last = time.monotonic() + pause > deadline
-            _raise_if_refused(errors, settings, last=last)
+            raise_if_refused(errors, settings, last=last)
             if last or shutdown.wait(pause):
                 raise ConfigurationError(
                     f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
@@ -106,8 +106,11 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
     raise AssertionError("pauses() has no end")
 
 
-def _raise_if_refused(errors: list[KafkaError], settings: Settings, *, last: bool) -> None:
-    """Raise ConfigurationError if waiting cannot help; ``last``: also if it may only be so."""
+def raise_if_refused(errors: list[KafkaError], settings: Settings, *, last: bool) -> None:
+    """Raise ConfigurationError if waiting cannot help; ``last``: also if it may only be so.
+
+    ``errors`` are those that a client's ``error_cb`` was called with.
+    """
     where = f"Kafka at {settings.bootstrap_servers}"
     for error in errors:
         if error.code() == KafkaError._AUTHENTICATION:

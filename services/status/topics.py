@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, ConsumerGroupState, KafkaException, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import REASON_HEADER, client_settings, headers_of
+from services.core.kafka import REASON_HEADER, client_settings, headers_of, raise_if_refused
 from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 
 MOST_LETTERS = 10_000
@@ -62,8 +62,21 @@ class Kafka:
 
 
 def read_kafka(settings: Settings) -> Kafka:
-    """Ask everything. Raises TransientError when an answer does not come in time."""
-    admin = AdminClient(client_settings(settings, "status") | {"log_level": 0})
+    """Ask everything.
+
+    Raises TransientError when an answer does not come in time, ConfigurationError when Kafka refuses us.
+    """
+    errors: list[KafkaError] = []
+    admin = AdminClient(client_settings(settings, "status") | {"log_level": 0, "error_cb": errors.append})
+    try:
+        return _read(admin, settings)
+    except TransientError:
+        admin.poll(0)  # which calls error_cb
+        raise_if_refused(errors, settings, last=False)
+        raise
+
+
+def _read(admin: AdminClient, settings: Settings) -> Kafka:
     with Offsets(settings) as offsets:
         topics = offsets.partitions()
         brokers, owners, is_rebalancing = _ask_admin(admin, settings)

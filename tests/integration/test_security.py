@@ -228,6 +228,7 @@ def test_each_command_tells_it_in_one_line(client: Settings) -> None:
         ("produce", {"kafka_security_protocol": "PLAINTEXT"}),
         ("consume", {"kafka_sasl_password": SecretStr("hunter2"), "kafka_sasl_password_file": ""}),
         ("etl", {"postgre_sslmode": "disable"}),
+        ("status", {"kafka_sasl_password": SecretStr("hunter2"), "kafka_sasl_password_file": ""}),
     ):
         done = run_cli(changed(client, **changes), command, LOG_LEVEL="WARNING")
         assert done.returncode == 2
