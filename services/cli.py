@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
     status.set_defaults(run=run_status)
 
+    dashboard = commands.add_parser("dashboard", help="a page with live rates, and the intervals of each sensor")
+    dashboard.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    dashboard.add_argument("--port", type=_between("--port", 1, 65_535), default=8050, help="default: 8050")
+    dashboard.set_defaults(run=run_dashboard)
+
     letters = commands.add_parser(
         "dead-letters", help="messages that were not stored: list them, send them again, delete them"
     )
@@ -187,6 +192,17 @@ def run_status(settings: Settings, options: argparse.Namespace) -> int:
     from services.status.command import run
 
     return run(settings, as_json=options.json)
+
+
+def run_dashboard(settings: Settings, options: argparse.Namespace) -> int:
+    """``dashboard``."""
+    try:
+        from services.dashboard.command import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("dash", "flask", "waitress"):
+            raise
+        raise ConfigurationError("the dashboard's packages are not installed: pip install '.[dashboard]'") from error
+    return run(settings, Shutdown().listen(), host=options.host, port=options.port)
 
 
 def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:

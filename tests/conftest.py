@@ -3,7 +3,7 @@
 import hypothesis
 import pytest
 
-pytest_plugins = ["tests.fix_stack", "tests.fix_services", "tests.fix_proxy"]
+pytest_plugins = ["tests.fix_stack", "tests.fix_services", "tests.fix_proxy", "tests.fix_browser"]
 
 # A busy machine is no reason for a test to fail.
 hypothesis.settings.register_profile("patient", deadline=None)

@@ -66,6 +66,8 @@ class Offsets:
 
     def of(self, topic: str, partitions: list[int]) -> list[PartitionOffsets]:
         """The offsets of a topic's partitions. The group's are asked first, so that no lag is ever missed."""
+        if not partitions:
+            return []
         places = [TopicPartition(topic, partition) for partition in partitions]
         with self._answered():
             committed = self._consumer.committed(places, timeout=COORDINATOR_WITHIN_S)

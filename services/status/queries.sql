@@ -34,8 +34,8 @@ SELECT metric, aggregate, extract(epoch FROM width)::bigint / 60 FROM summary_st
 SELECT view_name FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' ORDER BY view_name
 
 -- name: queue
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8
-FROM summary_refresh_queue
+SELECT queue_rows, coalesce(extract(epoch FROM clock_timestamp() - oldest_queued_at), 0)::float8
+FROM refresh_queue_state
 
 -- name: is_led
 -- A bigint key is in pg_locks as two halves.

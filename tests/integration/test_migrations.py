@@ -34,8 +34,10 @@ def ours(metrics: Iterable[str]) -> set[str]:
     return OURS_AT_FIRST | {"summary_state", "raw_chunk"} | summaries
 
 
-OURS = ours(METRICS)
-READABLE = {name for name in OURS if "_summary" in name}
+QUEUE_STATE = "refresh_queue_state"
+OURS = ours(METRICS) | {QUEUE_STATE}
+SUMMARIES = {name for name in OURS if "_summary" in name}
+READABLE = SUMMARIES | {QUEUE_STATE}
 
 
 def relations(connection: psycopg.Connection) -> set[str]:
@@ -66,7 +68,7 @@ def store_and_summarise(settings: Settings, connection: psycopg.Connection) -> N
     sink.write([Reading("s1", START, *(20.0 for _ in METRICS))], [0])
     sink.close()
     Leader(connection, settings).run_once()
-    for name in READABLE:
+    for name in SUMMARIES:
         rows = connection.execute(sql.SQL("SELECT sensor_id FROM {}").format(sql.Identifier(name))).fetchall()
         assert rows == [("s1",)], name
 
@@ -115,9 +117,10 @@ def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(
     store_and_summarise(settings, connection)
     with connect(settings) as reader:
         reader.execute("SET ROLE sensor_reader")
-        for name in READABLE:
+        for name in SUMMARIES:
             rows = reader.execute(sql.SQL("SELECT sensor_id FROM {}").format(sql.Identifier(name))).fetchall()
             assert rows == [("s1",)], name
+        assert reader.execute("SELECT * FROM refresh_queue_state").fetchall() == [(0, None)]
         for name in [*(OURS - READABLE), "alembic_version", "temperature_10min"]:
             with pytest.raises(errors.InsufficientPrivilege):
                 reader.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(name)))

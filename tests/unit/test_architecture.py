@@ -61,7 +61,7 @@ def pattern(text: ast.JoinedStr) -> str:
     return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else "[a-z]+" for part in text.values)
 
 
-@pytest.mark.parametrize("package", ["core", "producer", "consumer", "etl", "status", "local"])
+@pytest.mark.parametrize("package", ["core", "producer", "consumer", "etl", "status", "dashboard", "local"])
 def test_a_service_imports_nothing_but_itself_and_core(package: str) -> None:
     files = modules(package)
     assert files
@@ -71,7 +71,7 @@ def test_a_service_imports_nothing_but_itself_and_core(package: str) -> None:
 
 def test_only_the_settings_read_the_environment() -> None:
     """Elsewhere the environment may only be passed on whole to a child process: ``os.environ | ...``."""
-    for path in modules("core", "status", *PIPELINE):
+    for path in modules("core", "status", "dashboard", *PIPELINE):
         if path.name == "config.py":
             continue
         read = [node.attr for node in nodes(path) if isinstance(node, ast.Attribute)]
@@ -81,7 +81,7 @@ def test_only_the_settings_read_the_environment() -> None:
 
 
 def test_tables_are_created_by_migrations_only() -> None:
-    for path in [*modules("core", "producer", "consumer", "status"), *SERVICES.glob("*/queries.sql")]:
+    for path in [*modules("core", "producer", "consumer", "status", "dashboard"), *SERVICES.glob("*/queries.sql")]:
         if path.parent.name == "etl":
             continue
         found = path.read_text(encoding="utf-8") if path.suffix == ".sql" else "\n".join(texts(path))
@@ -97,7 +97,7 @@ def test_etl_creates_and_drops_nothing_but_aggregates_and_their_views() -> None:
 
 def test_services_wait_for_an_event_and_never_sleep() -> None:
     """A sleep holds up the end of a service for as long as it lasts."""
-    for path in modules("core", "consumer", "etl", "status"):
+    for path in modules("core", "consumer", "etl", "status", "dashboard"):
         for node in nodes(path):
             if isinstance(node, ast.Attribute) and node.attr == "sleep":
                 pytest.fail(f"{path}:{node.lineno} sleeps")

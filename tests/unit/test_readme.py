@@ -31,7 +31,7 @@ def test_every_option_of_a_command_is_one() -> None:
             parser().parse_args([*command.split(), *option.split()])
 
 
-@pytest.mark.parametrize("folder", ["core", "producer", "consumer", "etl", "status", "local"])
+@pytest.mark.parametrize("folder", ["core", "producer", "consumer", "etl", "status", "dashboard", "local"])
 def test_the_files_of_the_layout_exist(folder: str) -> None:
     (row,) = re.findall(rf"^\| `services/{folder}/` \| (.*) \|$", README, re.MULTILINE)
     for name in re.findall(r"`([a-z_]+\.[a-z]+)`", row):

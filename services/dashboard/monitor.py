@@ -1,0 +1,134 @@
+"""What the page shows live: asked in the background, kept while a server is away.
+
+The page's callbacks read what is here and wait for no server.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from services.core.config import Settings
+from services.core.errors import PipelineError
+from services.core.logs import fields
+from services.core.offsets import Offsets
+from services.core.shutdown import Shutdown
+from services.dashboard.series import Summaries
+
+LOOK_EVERY_S = 2.0
+RATE_OVER_S = 10.0  # a look may fall between two batches
+KEPT_LOOKS = 300  # ten minutes
+SENSORS_EVERY = 5  # looks
+
+log = logging.getLogger("dashboard")
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One look at Kafka; offsets are sums over the partitions."""
+
+    at: datetime
+    end: int
+    committed: int
+    lag: int
+    dead_letters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One look at the refresh queue; ``freshness_s`` is the age of its oldest row."""
+
+    at: datetime
+    rows: int
+    freshness_s: float
+
+
+class Monitor:
+    """Looks at both servers, each in a thread of its own, until the end of the process."""
+
+    def __init__(self, settings: Settings, summaries: Summaries) -> None:
+        self.topics: deque[Topic] = deque(maxlen=KEPT_LOOKS)
+        self.queues: deque[Queue] = deque(maxlen=KEPT_LOOKS)
+        self.sensors: list[str] | None = None
+        self.kafka_problem = ""
+        self.database_problem = ""
+        self._settings = settings
+        self._summaries = summaries
+        self._looks = 0
+
+    def start(self, shutdown: Shutdown) -> None:
+        """Begin to look."""
+        for target in (self._watch_kafka, self._watch_database):
+            threading.Thread(target=target, args=(shutdown,), daemon=True).start()
+
+    def _watch_kafka(self, shutdown: Shutdown) -> None:
+        with Offsets(self._settings) as offsets:
+            while not shutdown.requested:
+                self.kafka_problem = attempt(lambda: self.look_at_kafka(offsets), "kafka", self.kafka_problem)
+                shutdown.wait(LOOK_EVERY_S)
+
+    def _watch_database(self, shutdown: Shutdown) -> None:
+        while not shutdown.requested:
+            self.watch_database_once()
+            shutdown.wait(LOOK_EVERY_S)
+
+    def watch_database_once(self) -> None:
+        """Look, and know what is wrong if that fails."""
+        self.database_problem = attempt(self.look_at_database, "database", self.database_problem)
+
+    def look_at_kafka(self, offsets: Offsets) -> None:
+        """Add one look to ``topics``; none while the topic does not exist."""
+        topics = offsets.partitions()
+        if self._settings.kafka_topic not in topics:
+            return
+        readings = offsets.of(self._settings.kafka_topic, topics[self._settings.kafka_topic])
+        letters = offsets.of(self._settings.dead_letter_topic, topics.get(self._settings.dead_letter_topic, []))
+        self.topics.append(
+            Topic(
+                at=datetime.now(UTC),
+                end=sum(each.end for each in readings),
+                committed=sum(each.end - each.lag for each in readings),
+                lag=sum(each.lag for each in readings),
+                dead_letters=sum(each.end - each.first for each in letters),
+            )
+        )
+
+    def look_at_database(self) -> None:
+        """Add one look to ``queues``, and now and then find the sensors anew."""
+        rows, freshness_s = self._summaries.queue()
+        self.queues.append(Queue(datetime.now(UTC), rows, freshness_s))
+        if not self.sensors or self._looks % SENSORS_EVERY == 0:
+            self.sensors = self._summaries.sensors()
+        self._looks += 1
+
+
+def attempt(look: Callable[[], None], server: str, problem: str) -> str:
+    """Look once; returns what is wrong, or nothing. A server that goes or comes is one line in the log."""
+    try:
+        look()
+    except PipelineError as error:
+        if not problem:
+            log.warning("server_unavailable", extra=fields(server=server, detail=error))
+        return str(error)
+    if problem:
+        log.info("server_available", extra=fields(server=server))
+    return ""
+
+
+def rates(topics: list[Topic]) -> list[tuple[datetime, float, float]]:
+    """For each look but the first, the messages a second that were published and stored, over RATE_OVER_S."""
+    found = []
+    first = 0
+    for at, topic in enumerate(topics[1:], start=1):
+        while first < at - 1 and (topic.at - topics[first].at).total_seconds() > RATE_OVER_S:
+            first += 1
+        before = topics[first]
+        seconds = max((topic.at - before.at).total_seconds(), 1e-3)
+        found.append(
+            (topic.at, max(0, topic.end - before.end) / seconds, max(0, topic.committed - before.committed) / seconds)
+        )
+    return found

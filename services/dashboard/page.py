@@ -1,0 +1,265 @@
+"""The page: its parts, and the functions that fill them."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash.development.base_component import Component
+from flask import Response
+
+from services.core.errors import PipelineError
+from services.core.reading import METRICS
+from services.dashboard import charts
+from services.dashboard.monitor import LOOK_EVERY_S, Monitor, rates
+from services.dashboard.series import MOST_SENSORS, Series, Summaries
+
+RANGES = {
+    "6 hours": timedelta(hours=6),
+    "1 day": timedelta(days=1),
+    "7 days": timedelta(days=7),
+    "30 days": timedelta(days=30),
+    "1 year": timedelta(days=365),
+    "all": None,
+}
+TILES = ("published", "stored", "lag", "freshness", "queue", "dead letters", "sensors")
+CHART_EVERY_S = 5.0
+UNKNOWN = "–"  # noqa: RUF001 - a dash where a number will be
+NO_READINGS = "no readings yet: send some with sensor-pipeline produce, and run sensor-pipeline consume and etl"
+LAST_SEEN = "What is shown is the last that was seen. It goes on by itself when this is over:"
+NO_DATABASE = "waiting for the database"
+
+UNCHANGED = (no_update,) * 5
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}</head>
+<body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
+</html>"""
+
+log = logging.getLogger("dashboard")
+
+
+def make_page(monitor: Monitor, summaries: Summaries) -> Dash:
+    """The application. ``monitor`` is for the caller to start."""
+    app = Dash(
+        __name__,
+        title="Sensor pipeline",
+        update_title="",
+        assets_folder=str(Path(__file__).parent / "assets"),
+        index_string=PAGE,
+        meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
+        add_log_handler=False,
+        enable_mcp=False,
+    )
+    app.layout = layout
+    filler = Filler(monitor, summaries)
+    app.callback(
+        Output("banner", "children"),
+        Output("banner", "hidden"),
+        Output("tiles", "children"),
+        Output("rates", "figure"),
+        Output("lag", "figure"),
+        Output("freshness", "figure"),
+        Input("tick", "n_intervals"),
+    )(filler.live)
+    app.callback(
+        Output("sensor", "options"),
+        Output("sensor", "value"),
+        Output("known", "data"),
+        Input("tick", "n_intervals"),
+        State("known", "data"),
+        State("sensor", "value"),
+    )(filler.sensors)
+    app.callback(
+        Output("chart", "figure"),
+        Output("chart-box", "hidden"),
+        Output("chart-text", "children"),
+        Output("joined", "children"),
+        Output("shown", "data"),
+        Input("sensor", "value"),
+        Input("metric", "value"),
+        Input("range", "value"),
+        Input("chart-tick", "n_intervals"),
+        State("shown", "data"),
+    )(filler.chart)
+    allow_own_content_only(app)
+    return app
+
+
+def allow_own_content_only(app: Dash) -> None:
+    """Tell the browser that nothing of the page comes from elsewhere, and that no other page may frame it."""
+    scripts = " ".join(app.csp_hashes())
+    policy = (
+        f"default-src 'self'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; frame-ancestors 'none'"
+    )
+
+    def add_policy(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = policy
+        return response
+
+    app.server.after_request(add_policy)
+
+
+def layout() -> html.Main:
+    """The parts of the page, still empty."""
+    return html.Main(
+        [
+            html.H1("Sensor pipeline"),
+            html.Div(id="banner", role="alert", hidden=True),
+            html.Section([html.H2("Now"), html.Dl(tiles({}), id="tiles")]),
+            html.Section(
+                [
+                    small_chart("rates", "Messages a second"),
+                    small_chart("lag", "Lag, messages"),
+                    small_chart("freshness", "Freshness, seconds"),
+                ],
+                className="small-charts",
+            ),
+            html.Section(
+                [html.H2("Intervals"), controls(), html.P(id="joined"), chart("chart"), html.P(id="chart-text")]
+            ),
+            html.P("Times are UTC. Values are in the units of the readings.", className="note"),
+            dcc.Interval(id="tick", interval=LOOK_EVERY_S * 1000),
+            dcc.Interval(id="chart-tick", interval=CHART_EVERY_S * 1000),
+            dcc.Store(id="known"),
+            dcc.Store(id="shown"),
+        ]
+    )
+
+
+def controls() -> html.Div:
+    """The choice of sensor, metric and range."""
+    return html.Div(
+        [
+            choice("Sensor", dcc.Dropdown(id="sensor", clearable=False, placeholder="none yet")),
+            choice("Metric", dcc.RadioItems(list(METRICS), METRICS[0], id="metric", inline=True)),
+            choice("Range, up to the newest interval", dcc.RadioItems(list(RANGES), "7 days", id="range", inline=True)),
+        ],
+        className="controls",
+    )
+
+
+def choice(label: str, control: Component) -> html.Fieldset:
+    """A control in a group that gives it its name: a Dropdown cannot be labelled otherwise."""
+    return html.Fieldset([html.Legend(label), control])
+
+
+def small_chart(name: str, title: str) -> html.Div:
+    """A chart of the last minutes with its title."""
+    return html.Div([html.H3(title), chart(name)])
+
+
+def chart(name: str) -> html.Div:
+    """A chart; what it says is also in the text beside it."""
+    graph = dcc.Graph(id=name, figure=charts.live([]), config=charts.CONFIG)
+    return html.Div(graph, id=f"{name}-box", className="chart")
+
+
+def tiles(values: dict[str, str]) -> list[html.Div]:
+    """Names and numbers; a dash for what is not known."""
+    return [html.Div([html.Dt(name), html.Dd(values.get(name, UNKNOWN))]) for name in TILES]
+
+
+class Filler:
+    """What the callbacks return. None of them waits for a server that is known to be away."""
+
+    def __init__(self, monitor: Monitor, summaries: Summaries) -> None:
+        self._monitor = monitor
+        self._summaries = summaries
+
+    def live(self, _tick: int | None) -> tuple[Any, ...]:
+        """Banner, tiles and small charts from the last looks."""
+        topics, queues = list(self._monitor.topics), list(self._monitor.queues)
+        problems = [each for each in (self._monitor.database_problem, self._monitor.kafka_problem) if each]
+        banner = [html.P(LAST_SEEN), *(html.P(problem) for problem in problems)] if problems else []
+        return (
+            banner,
+            not banner,
+            tiles(self._numbers()),
+            charts.rate_chart(topics),
+            charts.lag_chart(topics),
+            charts.freshness_chart(queues),
+        )
+
+    def _numbers(self) -> dict[str, str]:
+        topics, queues = list(self._monitor.topics), list(self._monitor.queues)
+        found: dict[str, str] = {}
+        if topics:
+            found |= {"lag": f"{topics[-1].lag:,}", "dead letters": f"{topics[-1].dead_letters:,}"}
+        if len(topics) > 1:
+            _, published, stored = rates(topics)[-1]
+            found |= {"published": f"{published:,.0f} /s", "stored": f"{stored:,.0f} /s"}
+        if queues:
+            found |= {"freshness": f"{queues[-1].freshness_s:,.1f} s", "queue": f"{queues[-1].rows:,}"}
+        if self._monitor.sensors is not None:
+            found["sensors"] = f"{len(self._monitor.sensors):,}"
+            if len(self._monitor.sensors) == MOST_SENSORS:
+                found["sensors"] += " or more"
+        return found
+
+    def sensors(self, _tick: int | None, known: int | None, chosen: str | None) -> tuple[Any, ...]:
+        """The choice of sensors, if it is not the one that is ``known``."""
+        sensors = self._monitor.sensors or []
+        version = hash(tuple(sensors)) % 2**32
+        if version == known:
+            return no_update, no_update, no_update
+        return sensors, chosen if chosen in sensors or not sensors else sensors[0], version
+
+    def chart(
+        self, sensor: str | None, metric: str, span: str, _tick: int | None, shown: int | None
+    ) -> tuple[Any, ...]:
+        """The chart of one sensor and its text, if they are not the ones that are ``shown``."""
+        if metric not in METRICS or span not in RANGES:
+            return UNCHANGED
+        if self._monitor.sensors is None or sensor is None:
+            text = NO_DATABASE if self._monitor.sensors is None else NO_READINGS
+            return no_update, True, text, "", None
+        if self._monitor.database_problem:
+            return UNCHANGED
+        try:
+            series = self._summaries.series(metric, sensor, RANGES[span])
+        except PipelineError:  # the monitor says so, in the banner and in the log
+            return UNCHANGED
+        name = f"{sensor} {metric} {span}"
+        version = hash((name, tuple(series.points) if series is not None else ())) % 2**32
+        if version == shown:
+            return UNCHANGED
+        if series is None:
+            return no_update, True, f"{sensor} has no {metric} intervals", "", version
+        return charts.series_chart(series, name), False, describe(series, f"{sensor}, {metric}"), note(series), version
+
+
+def describe(series: Series, name: str) -> str:
+    """The chart in words."""
+    points = series.points
+    readings = sum(point.readings for point in points)
+    what = "intervals" if series.width == series.stored else "points"
+    return (
+        f"{name}: {len(points):,} {what} of {duration(series.width)} from {points[0].start:%Y-%m-%d %H:%M} to "
+        f"{series.end:%Y-%m-%d %H:%M}, {readings:,} readings; least {min(point.least for point in points):.6g}, "
+        f"greatest {max(point.greatest for point in points):.6g}, newest average {points[-1].average:.6g}."
+    )
+
+
+def note(series: Series) -> str:
+    """Why the points are not the intervals of the summary; empty if they are."""
+    if series.width == series.stored:
+        return ""
+    return (
+        f"Each point joins {series.width // series.stored:,} intervals of {duration(series.stored)}: there are too "
+        "many to draw. A shorter range shows them one by one."
+    )
+
+
+def duration(width: timedelta) -> str:
+    """``10 minutes``, ``3 hours``, ``2 days``."""
+    for unit, name in ((timedelta(days=1), "day"), (timedelta(hours=1), "hour"), (timedelta(minutes=1), "minute")):
+        count, rest = divmod(width, unit)
+        if count and not rest:
+            return f"{count:,} {name}" + ("s" if count > 1 else "")
+    return str(width)

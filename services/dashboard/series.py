@@ -1,0 +1,115 @@
+"""What the page reads from the summaries: the sensors, and the intervals of one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Self
+
+from psycopg import Connection, sql
+
+from services.core.config import Settings
+from services.core.database import connect, queries, translated
+from services.core.reading import METRICS
+
+SQL = queries("services.dashboard")
+
+MOST_SENSORS = 5000
+MOST_POINTS = 1000
+STATEMENT_WITHIN = "5s"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One interval of a chart."""
+
+    start: datetime
+    average: float
+    least: float
+    greatest: float
+    readings: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Intervals of one sensor by time; ``width`` is that of each point, ``stored`` that of the summary's last row."""
+
+    points: list[Point]
+    width: timedelta
+    stored: timedelta
+    end: datetime
+
+
+class Summaries:
+    """One connection that is opened when it is needed, and again after an error. For one thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def queue(self) -> tuple[int, float]:
+        """Rows of the refresh queue, and the age of the oldest in seconds."""
+        with self._connected() as connection:
+            row = connection.execute(SQL["queue"]).fetchone()
+            assert row is not None
+            return row[0], row[1]
+
+    def sensors(self) -> list[str]:
+        """The sensors that have a summary, at most MOST_SENSORS."""
+        found: set[str] = set()
+        with self._connected() as connection:
+            for metric in METRICS:
+                query = SQL["sensors"].format(**identifiers(metric))
+                found.update(sensor for (sensor,) in connection.execute(query, {"most": MOST_SENSORS}))
+        return sorted(found)[:MOST_SENSORS]
+
+    def series(self, metric: str, sensor: str, span: timedelta | None) -> Series | None:
+        """The last ``span`` of a sensor's intervals, or all, joined to wider ones if they are too many.
+
+        None if the sensor has no intervals of this metric.
+        """
+        with self._connected() as connection:
+            names = identifiers(metric)
+            row = connection.execute(SQL["extent"].format(**names), {"sensor": sensor}).fetchone()
+            if row is None:
+                return None
+            first, end, stored = row
+            start = first if span is None else max(first, end - span)
+            width = stored * max(1, -(-(end - start) // (stored * MOST_POINTS)))
+            arguments = {"sensor": sensor, "start": start, "end": end, "width": width}
+            points = [Point(*point) for point in connection.execute(SQL["series"].format(**names), arguments)]
+            return Series(points, width, stored, end)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """Raises TransientError while the server is away, PermanentError if it does not let us read."""
+        with self._lock, translated():
+            try:
+                if self._connection is None:
+                    self._connection = connect(self._settings)
+                    self._connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
+                yield self._connection
+            except BaseException:
+                self._close()
+                raise
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+
+def identifiers(metric: str) -> dict[str, sql.Identifier]:
+    """What the statements have in braces."""
+    names = {"summary": f"{metric}_summary"} | {name: f"{name}_{metric}" for name in ("avg", "min", "max")}
+    return {name: sql.Identifier(value) for name, value in names.items()}
