@@ -6,17 +6,26 @@ process with a segmentation fault while the group's coordinator is loading, seen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.core.config import Settings
 from services.core.errors import TransientError
 from services.core.kafka import client_settings
 
 ANSWER_WITHIN_S = 5.0
+PAUSE_S = 0.1
+ON_THE_MOVE = frozenset(
+    {
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
 COORDINATOR_WITHIN_S = 15.0  # the first question about a group makes a new cluster create a topic
 
 
@@ -70,14 +79,27 @@ class Offsets:
             return []
         places = [TopicPartition(topic, partition) for partition in partitions]
         with self._answered():
-            committed = self._consumer.committed(places, timeout=COORDINATOR_WITHIN_S)
             found = []
-            for place in committed:
-                if place.error is not None:
-                    raise KafkaException(place.error)
+            for place in self._committed(places):
                 first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)
                 found.append(PartitionOffsets(place.partition, first, end, place.offset if place.offset >= 0 else None))
         return found
+
+    def _committed(self, places: list[TopicPartition]) -> list[TopicPartition]:
+        """The group's offsets. Asks again while its coordinator is on the move: a cluster has just started."""
+        deadline = time.monotonic() + COORDINATOR_WITHIN_S
+        while True:
+            try:
+                found = self._consumer.committed(places, timeout=max(PAUSE_S, deadline - time.monotonic()))
+                refused = [place.error for place in found if place.error is not None]
+                if not refused:
+                    return found
+                error = refused[0]
+            except KafkaException as raised:
+                error = raised.args[0]
+            if error.code() not in ON_THE_MOVE or time.monotonic() > deadline:
+                raise KafkaException(error)
+            self._consumer.poll(PAUSE_S)
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
