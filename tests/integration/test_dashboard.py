@@ -34,7 +34,8 @@ from services.etl.worker import Leader
 from tests.expected import Expected, samples
 from tests.fix_browser import console, hosts, save
 from tests.fix_proxy import Proxy
-from tests.fix_services import Service, StartService, minutes, publish, run_cli, wait_until
+from tests.fix_services import Service, StartService, minutes, publish, run_cli
+from tests.fix_services import wait_until as wait_at_most
 from tests.fix_stack import free_port
 
 PROBLEM = re.compile("does not answer|closed|lost")
@@ -43,6 +44,11 @@ OpenPage = Callable[[Settings], "Page"]
 
 # Set it to keep the pictures.
 PICTURES = os.environ.get("DASHBOARD_PICTURES")
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """On a busy machine a browser takes its time."""
+    wait_at_most(condition, what, within_s=90)
 
 
 def fill(settings: Settings, *readings: Reading) -> None:
