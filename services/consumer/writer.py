@@ -247,4 +247,5 @@ class Writer:
                 server.note_success()
                 return done
             if self._abandon.wait(pause):
+                server.note_given_up()
                 return None

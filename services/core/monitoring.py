@@ -84,6 +84,10 @@ class Server:
         if self._failing:
             self._change(self._connected, False)
 
+    def note_given_up(self) -> None:
+        """The try that failed is not repeated, so that only the probe can tell when the server is back."""
+        self.note_success()
+
     def _change(self, connected: bool, failing: bool) -> None:
         with self._lock:
             before = self.is_up
