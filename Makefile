@@ -22,8 +22,8 @@ demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
 
-# Two workers, each with servers of its own; native servers have one database, which they would empty for each other.
-WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 2 --dist loadfile)
+# Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
+WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
 
 test: setup ## all tests, on a local stack that they start themselves
 	@$(BIN)/python -m pytest $(WORKERS)
