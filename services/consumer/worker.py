@@ -47,9 +47,10 @@ from services.core.shutdown import Shutdown
 log = logging.getLogger("consumer")
 
 POLL_AT_ONCE = 500  # librdkafka waits until it has so many, or the time is over
+MOST_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
 POLL_S = 0.1
 WRITER_LOOK_S = 0.01  # between two looks at the writer while a batch waits for it
-MOST_BATCH_BYTES = 32 * 1024 * 1024
+MOST_BATCH_BYTES = 8 * 1024 * 1024  # three batches, and what is fetched ahead, have to fit into a small container
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
 CONFIRM_WITHIN_S = 10.0
 FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
@@ -128,6 +129,7 @@ class Worker:
         self._writer = Writer(settings)
         self._lag = Lag(self._consumer, settings.kafka_topic)
         self._filling = Batch()
+        self._poll_at_once = 10  # until we know how large messages are
         self._ready: Batch | None = None  # waits for the claim or for the writer
         self._ownership = Ownership.NONE
         self._term = 0  # one for each assignment of partitions, and for the time without any
@@ -170,7 +172,7 @@ class Worker:
                 self._settle(self._writer.wait(POLL_S / 2))
                 return
             self._pause()  # the group's answer to our claim comes by polling, and no more readings shall
-        messages = self._consumer.consume(max(1, min(room, POLL_AT_ONCE)), timeout=self._poll_timeout())
+        messages = self._consumer.consume(max(1, min(room, self._poll_at_once)), timeout=self._poll_timeout())
         readable = [message for message in messages if message.error() is None]
         if len(readable) < len(messages):
             for message in messages:
@@ -180,7 +182,10 @@ class Worker:
             if not len(self._filling):
                 self._filling.opened_at = time.monotonic()
             self._decoder.set_clock(datetime.now(UTC))
+            before = self._filling.size_bytes
             self._filling.add(readable, self._decoder)
+            average = max(1, (self._filling.size_bytes - before) // len(readable))
+            self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // average))
             self._lag.begin(self._filling.first_offsets)
             for partition, end in tuple(self._ends.items()):
                 if self._filling.next_offsets.get(partition, end) > end:

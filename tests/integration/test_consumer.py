@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
+import psutil
 import psycopg
 import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
@@ -67,6 +71,24 @@ def test_malformed_messages_become_dead_letters_and_their_neighbours_are_stored(
     assert of_one["__connect.errors.offset"] == "3"
     assert of_one["__connect.errors.exception.message"].startswith("JSON is malformed")
     assert consumer.events("stopped")[0]["dead_letters"] == 5
+
+
+def test_a_flood_of_large_messages_takes_little_memory(settings: Settings, start: StartService) -> None:
+    count, large = 1500, os.urandom(200_000)
+    publish(settings, itertools.repeat(large, count))
+    consumer = start("consume", "--until-caught-up")
+    process = psutil.Process(consumer.process.pid)
+    most = 0
+
+    def has_ended() -> bool:
+        nonlocal most
+        with suppress(psutil.NoSuchProcess):
+            most = max(most, process.memory_info().rss)
+        return consumer.process.poll() is not None
+
+    wait_until(has_ended, "the topic's end")
+    assert consumer.events("stopped")[0]["dead_too_large"] == count
+    assert most < 250_000_000, f"{most} bytes for {count * len(large)} of messages"
 
 
 def lag(settings: Settings) -> int:
