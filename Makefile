@@ -23,7 +23,7 @@ demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
 
 # Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
-WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile --no-loadscope-reorder)
+WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
 
 test: setup ## all tests, on a local stack that they start themselves
 	@$(BIN)/python -m pytest $(WORKERS)

@@ -443,7 +443,7 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
     collect_garbage_seldom()
     probes = partial(kafka_probe, settings), partial(database_probe, settings)
     with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
-        create_topics(connect_admin(settings, shutdown), settings)
+        create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
         connect_at_start(settings, shutdown).close()
         totals = Worker(settings, shutdown, until_caught_up=until_caught_up).run()
     log.info("stopped", extra=fields(**totals.as_fields(), cpu_s=round(time.process_time(), 2)))

@@ -25,6 +25,18 @@ DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
 REASON_HEADER = "sensor_pipeline.reason"
 
 REPEAT_AFTER_S = 30.0
+CREATE_WITHIN_S = 5.0
+
+NO_ANSWER = frozenset(
+    {
+        KafkaError._TRANSPORT,
+        KafkaError._TIMED_OUT,
+        KafkaError._TIMED_OUT_QUEUE,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.NOT_CONTROLLER,
+    }
+)
 
 ClientSettings = dict[str, Any]
 
@@ -97,13 +109,17 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
             last = time.monotonic() + pause > deadline
             raise_if_refused(errors, settings, last=last)
             if last or shutdown.wait(pause):
-                raise ConfigurationError(
-                    f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
-                    "start it, or correct the address"
-                ) from error
+                raise _no_answer(settings) from error
         else:
             return admin
     raise AssertionError("pauses() has no end")
+
+
+def _no_answer(settings: Settings) -> ConfigurationError:
+    return ConfigurationError(
+        f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
+        "start it, or correct the address"
+    )
 
 
 def raise_if_refused(errors: list[KafkaError], settings: Settings, *, last: bool) -> None:
@@ -132,9 +148,13 @@ def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> 
     return NewTopic(name, partitions, settings.kafka_replication_factor, config=options)
 
 
-def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic) -> None:
-    """Create the topic of readings, its dead letters, and ``topics``, where they do not exist."""
-    wanted = [
+def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shutdown: Shutdown | None = None) -> None:
+    """Create the topic of readings, its dead letters, and ``topics``, where they do not exist.
+
+    A broker that goes away meanwhile is waited for, up to STARTUP_TIMEOUT_SECONDS; then ConfigurationError is raised,
+    and PermanentError when Kafka refuses.
+    """
+    missing = [
         new_topic(settings, settings.kafka_topic, settings.kafka_partitions),
         new_topic(
             settings,
@@ -145,15 +165,32 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic) -> 
         ),
         *topics,
     ]
-    for name, future in admin.create_topics(wanted, request_timeout=15).items():
+    shutdown = shutdown or Shutdown()
+    deadline = time.monotonic() + settings.startup_timeout_seconds
+    for pause in pauses():
+        missing = _create(admin, missing)
+        if not missing:
+            return
+        if time.monotonic() + pause > deadline or shutdown.wait(pause):
+            raise _no_answer(settings)
+
+
+def _create(admin: AdminClient, topics: list[NewTopic]) -> list[NewTopic]:
+    """Create topics; returns those that no broker answered for."""
+    unanswered = []
+    futures = admin.create_topics(topics, request_timeout=CREATE_WITHIN_S)
+    for topic in topics:
         try:
-            future.result()
+            futures[topic.topic].result()
         except KafkaException as error:
             cause: KafkaError = error.args[0]
-            if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
-                continue
-            raise PermanentError(f"Kafka topic {name} cannot be created: {cause.str()}") from error
-        log.info("topic_created", extra=fields(topic=name))
+            if cause.code() in NO_ANSWER:
+                unanswered.append(topic)
+            elif cause.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise PermanentError(f"Kafka topic {topic.topic} cannot be created: {cause.str()}") from error
+        else:
+            log.info("topic_created", extra=fields(topic=topic.topic))
+    return unanswered
 
 
 def place_of(message: Message) -> tuple[int, int]:

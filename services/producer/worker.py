@@ -67,7 +67,7 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: 
                 source = open_source(settings, shutdown)
                 log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
             admin = connect_admin(settings, shutdown)
-            create_topics(admin, settings, progress_topic(settings))
+            create_topics(admin, settings, progress_topic(settings), shutdown=shutdown)
             topic = topic_id(admin, settings)
             with Publisher(settings, source.url, shutdown) as publisher:
                 sender = _Sender(settings, publisher, shutdown, topic, pace)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 
+import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, ConfigSource
 
 from services.core.config import Settings
+from services.core.errors import ConfigurationError
 from services.core.kafka import client_settings, create_topics
+from services.local.stack import Stack
 from services.producer.progress import progress_topic
 from tests.fix_services import wait_until
 
@@ -45,3 +49,19 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     create_topics(admin, own.model_copy(update={"kafka_min_insync_replicas": 0, "kafka_partitions": 9}))
     assert changed(admin, own.kafka_topic) == in_step
     assert changed(admin, settings.kafka_topic) == {}  # the brokers' defaults
+
+
+def test_a_broker_that_goes_away_meanwhile_is_waited_for(own_stack: Stack, settings: Settings) -> None:
+    admin = AdminClient(client_settings(settings, "test") | {"log_level": 0})
+    late = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.late", "startup_timeout_seconds": 60})
+    waiting = threading.Thread(target=create_topics, args=(admin, late))
+    own_stack.kafka.kill()
+    try:
+        with pytest.raises(ConfigurationError, match="Kafka does not answer"):
+            create_topics(admin, late.model_copy(update={"startup_timeout_seconds": 0}))
+        waiting.start()
+    finally:
+        own_stack.kafka.start()
+        own_stack.kafka.wait_ready()
+    waiting.join(60)
+    wait_until(lambda: late.kafka_topic in admin.list_topics(timeout=10).topics, "the topic")
