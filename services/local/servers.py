@@ -344,7 +344,7 @@ _LOG4J = {
             "Console": {
                 "name": "log",
                 "target": "SYSTEM_OUT",
-                "PatternLayout": {"pattern": "%d{yyyy-MM-dd'T'HH:mm:ss.SSSXXX} %-5p %m (%c)%n"},
+                "PatternLayout": {"pattern": "%d{ISO8601_OFFSET_DATE_TIME_HHCMM} %-5p %m (%c)%n"},
             }
         },
         "Loggers": {
