@@ -26,9 +26,10 @@ from services.core.errors import ConfigurationError, PermanentError, TransientEr
 from services.core.shutdown import Shutdown
 
 # Class 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55 lock or state,
-# 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), XX internal.
+# 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), 25P03 and 25P04 time
+# limits of a transaction, XX internal.
 TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58", "XX"})
-TRANSIENT_STATES = frozenset({"25006", "25P03"})
+TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04"})
 # A bug of the server, a state it may never leave, a time limit that may always be too short, a limit of its
 # configuration: often gone with the next try, but they may also come back each time.
 DOUBTFUL_CLASSES = frozenset({"XX"})
@@ -45,18 +46,25 @@ TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_h
 
 LEADER_LOCK = 0x5E_50_11  # any number of ours; the etl instance that works holds it, for its session
 
-# What holds for a session: UTC; and that the server ends it, with its locks, soon after this machine is gone or
-# this process is frozen in a transaction. Otherwise nobody could take over from it for hours.
-SESSION_OPTIONS = " ".join(
-    f"-c {name}={value}"
-    for name, value in {
-        "timezone": "UTC",
-        "tcp_keepalives_idle": 10,
-        "tcp_keepalives_interval": 5,
-        "tcp_keepalives_count": 3,
-        "idle_in_transaction_session_timeout": "60s",
-    }.items()
-)
+# What holds for a session, whatever the server's or the role's defaults: UTC; no time limit on the work itself; no
+# long wait for a lock, because others queue behind whoever waits; and the server ends the session, with its locks,
+# soon after this machine is gone, this process has died in the middle of a statement, or it is frozen between two
+# statements of a transaction. Otherwise nobody could take over from it for hours.
+SESSION_OPTIONS = {
+    "timezone": "UTC",
+    "statement_timeout": "0",
+    "lock_timeout": "2s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "idle_in_transaction_session_timeout": "15s",
+    "client_connection_check_interval": "5s",
+}
+# A pooler may drop the options without a word. PostgreSQL 17 has one more time limit, which older ones do not know.
+BEGIN_SESSION = """
+    SELECT current_setting('idle_in_transaction_session_timeout'),
+           (SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout')
+"""
 
 
 def connection_arguments(settings: Settings) -> dict[str, Any]:
@@ -88,26 +96,40 @@ def address(settings: Settings) -> str:
 
 
 def connect(settings: Settings) -> Connection:
-    """Open a connection in autocommit mode, in UTC.
+    """Open a connection in autocommit mode, with SESSION_OPTIONS in force.
 
-    Raises TransientError when the server does not answer, ConfigurationError when it refuses us.
+    Raises TransientError when the server does not answer, ConfigurationError when it refuses us, or when a pooler
+    stands before it that keeps the options to itself.
     """
+    options = " ".join(f"-c {name}={value}" for name, value in SESSION_OPTIONS.items())
+    connection = None
     try:
-        # Without prepared statements the connection also works through poolers in transaction mode.
         connection = psycopg.connect(
-            **connection_arguments(settings),
-            autocommit=True,
-            prepare_threshold=None,
-            options=SESSION_OPTIONS,
+            **connection_arguments(settings), autocommit=True, prepare_threshold=None, options=options
         )
+        row = connection.execute(BEGIN_SESSION).fetchone()
     except psycopg.OperationalError as error:
+        if connection is not None:
+            connection.close()
         raise _translate_connect(error, settings) from error
+    if row is None or row[0] != SESSION_OPTIONS["idle_in_transaction_session_timeout"]:
+        connection.close()
+        raise _pooled(settings)
     return connection
+
+
+def _pooled(settings: Settings) -> ConfigurationError:
+    return ConfigurationError(
+        f"{address(settings)} is a connection pooler that drops session settings (PgBouncer): "
+        "set POSTGRE_HOST and POSTGRE_PORT to PostgreSQL itself"
+    )
 
 
 def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> Exception:
     """libpq gives no SQLSTATE for a failed connection; having used the password means we were refused."""
     text = " ".join(str(error).split())
+    if "unsupported startup parameter" in text:
+        return _pooled(settings)
     refused = error.pgconn is not None and bool(error.pgconn.used_password)
     busy = any(word in text for word in ("slots", "too many", "starting up", "shutting down", "recovery"))
     if refused and not busy:

@@ -1,0 +1,275 @@
+"""Create everything but the continuous aggregates, whose width is configuration: they belong to etl.
+
+The natural key, time and sensor, is what makes every retry harmless. Its index begins with the time: a refresh reads
+the few minutes that changed, and must find them without reading the whole chunk. A second index on time would cost a
+third of the ingest rate. Sensor ids have the collation "C", so that the key means the same on every machine: an index
+in the order of a language is silently wrong after a move to another C library.
+
+Three roles, without a password until an operator sets one (docs/security.md):
+
+sensor_consumer  stores readings, and queues what changed. It sees no summary and deletes nothing.
+sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB lets only the owner drop chunks, compress
+                 them and set policies. It cannot write readings: as the owner it lost that right, and gets it back only
+                 by an explicit GRANT. It has LOGIN because TimescaleDB asks it of the owner of a policy.
+sensor_reader    reads the summaries, the live views and the state of the queue, nothing else.
+
+Roles belong to the whole server, so another database may have created them and may still need them.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from services.core.errors import ConfigurationError
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+OLDEST_TIMESCALEDB = (2, 23)
+INSTALL = "install TimescaleDB 2.23 or newer, community edition (image timescale/timescaledb), and preload it"
+METRICS = ("temperature", "humidity")
+ROLES = {"sensor_consumer": "NOLOGIN", "sensor_etl": "LOGIN", "sensor_reader": "NOLOGIN"}
+COMPRESSION = (
+    "timescaledb.compress, timescaledb.compress_segmentby = 'sensor_id', timescaledb.compress_orderby = 'time'"
+)
+
+
+def upgrade() -> None:
+    create_extension()
+    create_roles()
+    create_readings()
+    create_progress()
+    create_summaries()
+    create_queue_state()
+
+
+def downgrade() -> None:
+    op.execute("DROP VIEW refresh_queue_state")
+    for metric in METRICS:
+        op.execute(f"DROP VIEW {metric}_summary_live")
+        op.execute(f"DROP TABLE {metric}_summary")
+    op.execute("DROP TABLE sensor_data CASCADE")  # takes the continuous aggregates along
+    op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue")
+    op.execute("DROP FUNCTION advance_partitions")
+    op.execute("DROP TABLE partition_progress")
+    for role in ROLES:
+        op.execute(f"GRANT {role} TO CURRENT_USER")  # only a member may take away what it was granted
+        op.execute(f"DROP OWNED BY {role}")  # it owns nothing any more
+        op.execute(f"""
+            DO $$ BEGIN
+                DROP ROLE {role};
+            EXCEPTION WHEN dependent_objects_still_exist THEN
+                RAISE NOTICE 'role {role} is used by another database and stays';
+            END $$
+        """)
+
+
+def create_extension() -> None:
+    """Create TimescaleDB, or say in one line what is missing."""
+    connection = op.get_bind()
+    available = connection.scalar(
+        sa.text("SELECT default_version FROM pg_available_extensions WHERE name = 'timescaledb'")
+    )
+    if available is None:
+        raise ConfigurationError(f"this PostgreSQL server has no TimescaleDB: {INSTALL}")
+    op.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
+    version = str(connection.scalar(sa.text("SELECT extversion FROM pg_extension WHERE extname = 'timescaledb'")))
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < OLDEST_TIMESCALEDB:
+        raise ConfigurationError(f"this PostgreSQL server has TimescaleDB {version}, which is too old: {INSTALL}")
+    if connection.scalar(sa.text("SELECT current_setting('timescaledb.license', true)")) != "timescale":
+        raise ConfigurationError(
+            f"TimescaleDB {version} here is the Apache-only edition, without continuous aggregates: {INSTALL}"
+        )
+
+
+def create_roles() -> None:
+    """Create the roles that do not exist; whoever migrates becomes a member of sensor_etl, to give it its tables."""
+    for role, login in ROLES.items():
+        op.execute(f"""
+            DO $$ BEGIN
+                IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN
+                    CREATE ROLE {role} {login};
+                END IF;
+            END $$
+        """)
+        op.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
+    for role in ("sensor_consumer", "sensor_etl"):
+        # An embedded server may be unable to change the entry of the one database it has. By default everybody has
+        # these rights, so that is no failure; where they were taken away, it is.
+        op.execute(f"""
+            DO $$ BEGIN
+                EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO {role}', current_database());
+            EXCEPTION WHEN internal_error THEN
+                IF NOT (has_database_privilege('{role}', current_database(), 'CONNECT')
+                        AND has_database_privilege('{role}', current_database(), 'TEMPORARY')) THEN
+                    RAISE;
+                END IF;
+            END $$
+        """)
+    op.execute("GRANT CREATE ON SCHEMA public TO sensor_etl")
+    op.execute("GRANT SELECT ON alembic_version TO sensor_etl")  # for the command status
+    op.execute("""
+        DO $$ BEGIN
+            IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+                EXECUTE format('GRANT sensor_etl TO %I', current_user);
+            END IF;
+        END $$
+    """)
+
+
+def create_readings() -> None:
+    op.execute("""
+        CREATE TABLE sensor_data (
+            time        timestamptz      NOT NULL,
+            sensor_id   text COLLATE "C" NOT NULL,
+            temperature double precision,
+            humidity    double precision,
+            CONSTRAINT sensor_data_key UNIQUE (time, sensor_id)
+        )
+    """)
+    op.execute("SELECT create_hypertable('sensor_data', by_range('time'), create_default_indexes => false)")
+    op.execute("ALTER TABLE sensor_data OWNER TO sensor_etl")
+    op.execute("REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON sensor_data FROM sensor_etl")
+    # Nothing is compressed until COMPRESS_AFTER_DAYS asks for it; etl then adds the policy.
+    op.execute(f"ALTER TABLE sensor_data SET ({COMPRESSION})")
+    op.execute("""
+        COMMENT ON TABLE sensor_data IS
+            'raw readings, one row for each sensor and time; for each field the last non-null value wins'
+    """)
+    op.execute("GRANT SELECT, INSERT, UPDATE ON sensor_data TO sensor_consumer")
+    op.execute("GRANT ALL ON sensor_data TO CURRENT_USER")
+
+
+def create_progress() -> None:
+    """How far each partition of the topic is stored, and the one way to move on."""
+    op.execute("""
+        CREATE TABLE partition_progress (
+            topic_id    text   NOT NULL,
+            partition   int    NOT NULL,
+            next_offset bigint NOT NULL,
+            PRIMARY KEY (topic_id, partition)
+        )
+    """)
+    op.execute("""
+        COMMENT ON TABLE partition_progress IS
+            'the next offset of each partition, advanced in the transaction that stores what lies before it; the topic '
+            'by its id, so that one that is deleted and created again begins at its beginning'
+    """)
+    op.execute("""
+        CREATE FUNCTION advance_partitions(topic text, numbers int[], expected bigint[], next bigint[]) RETURNS void
+        LANGUAGE plpgsql AS $$
+        DECLARE
+            matching bigint;
+        BEGIN
+            PERFORM FROM partition_progress WHERE topic_id = topic AND partition = ANY(numbers)
+            ORDER BY partition FOR UPDATE;
+            UPDATE partition_progress AS stored SET next_offset = step.next_offset
+            FROM unnest(numbers, expected, next) AS step (partition, expected_offset, next_offset)
+            WHERE stored.topic_id = topic AND stored.partition = step.partition
+              AND stored.next_offset = step.expected_offset;
+            GET DIAGNOSTICS matching = ROW_COUNT;
+            IF matching <> cardinality(numbers) THEN
+                RAISE EXCEPTION 'partitions % are no longer where this consumer began', numbers
+                    USING ERRCODE = 'KP001';
+            END IF;
+        END $$
+    """)
+    op.execute("""
+        COMMENT ON FUNCTION advance_partitions IS
+            'compare and set: raises KP001 unless each partition is exactly where the caller began'
+    """)
+    op.execute("REVOKE EXECUTE ON FUNCTION advance_partitions FROM PUBLIC")
+    op.execute("GRANT EXECUTE ON FUNCTION advance_partitions TO sensor_consumer")
+    op.execute("GRANT SELECT, INSERT, UPDATE ON partition_progress TO sensor_consumer")
+
+
+def create_summaries() -> None:
+    """What etl writes, and the queue that tells it what to do."""
+    op.execute("""
+        CREATE TABLE summary_refresh_queue (
+            id        bigint         GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            touched   tstzmultirange NOT NULL CHECK (NOT isempty(touched) AND NOT lower_inf(touched)
+                                                     AND NOT upper_inf(touched)),
+            forced    boolean        NOT NULL DEFAULT false,
+            queued_at timestamptz    NOT NULL DEFAULT now()
+        )
+    """)
+    op.execute("""
+        COMMENT ON TABLE summary_refresh_queue IS
+            'time ranges whose readings changed, written in the transaction that changed them'
+    """)
+    op.execute("GRANT INSERT (touched) ON summary_refresh_queue TO sensor_consumer")
+    op.execute("""
+        CREATE TABLE summary_state (
+            metric         text        PRIMARY KEY,
+            aggregate      text        NOT NULL,
+            width          interval    NOT NULL,
+            closed_before  timestamptz NOT NULL DEFAULT '-infinity',
+            frozen_before  timestamptz NOT NULL DEFAULT '-infinity',
+            CHECK (closed_before >= frozen_before)
+        )
+    """)
+    op.execute("""
+        COMMENT ON TABLE summary_state IS 'which aggregate each summary mirrors, and how far back it may change'
+    """)
+    op.execute("""
+        COMMENT ON COLUMN summary_state.closed_before IS
+            'the consumer stores no reading of an earlier time: its interval is not, or soon not, whole any more'
+    """)
+    op.execute("""
+        COMMENT ON COLUMN summary_state.frozen_before IS
+            'summary rows of earlier intervals never change again: their raw readings may be gone'
+    """)
+    op.execute("GRANT SELECT (metric, closed_before) ON summary_state TO sensor_consumer")
+    op.execute("""
+        CREATE TABLE raw_chunk (
+            range_start timestamptz PRIMARY KEY,
+            range_end   timestamptz NOT NULL,
+            created_at  timestamptz NOT NULL,
+            dropped_at  timestamptz
+        )
+    """)
+    op.execute("""
+        COMMENT ON TABLE raw_chunk IS
+            'chunks of sensor_data that etl has seen; one that is gone marks history that is no longer whole'
+    """)
+    for metric in METRICS:
+        op.execute(f"""
+            CREATE TABLE {metric}_summary (
+                sensor_id      text COLLATE "C" NOT NULL,
+                interval_start timestamptz      NOT NULL,
+                interval_end   timestamptz      NOT NULL,
+                avg_{metric}   double precision NOT NULL,
+                min_{metric}   double precision NOT NULL,
+                max_{metric}   double precision NOT NULL,
+                reading_count  bigint           NOT NULL,
+                PRIMARY KEY (sensor_id, interval_start)
+            )
+        """)
+        op.execute(f"CREATE INDEX {metric}_summary_interval_start ON {metric}_summary (interval_start)")
+        # etl points the view at the continuous aggregate once that exists; the columns stay the same.
+        op.execute(f"CREATE VIEW {metric}_summary_live AS SELECT * FROM {metric}_summary")
+        op.execute(f"GRANT SELECT ON {metric}_summary, {metric}_summary_live TO sensor_reader")
+        op.execute(f"ALTER TABLE {metric}_summary OWNER TO sensor_etl")
+        op.execute(f"ALTER VIEW {metric}_summary_live OWNER TO sensor_etl")
+    for table in ("summary_refresh_queue", "summary_state", "raw_chunk"):
+        op.execute(f"ALTER TABLE {table} OWNER TO sensor_etl")
+
+
+def create_queue_state() -> None:
+    """What a reader may know of the queue: how much waits and for how long, and no readings."""
+    op.execute("""
+        CREATE VIEW refresh_queue_state AS
+        SELECT count(*) AS queue_rows, min(queued_at) AS oldest_queued_at FROM summary_refresh_queue
+    """)
+    op.execute("""
+        COMMENT ON VIEW refresh_queue_state IS
+            'how many ranges of changed readings wait for their summaries, and since when the oldest does'
+    """)
+    # A view sees what its owner may see.
+    op.execute("ALTER VIEW refresh_queue_state OWNER TO sensor_etl")
+    op.execute("GRANT SELECT ON refresh_queue_state TO sensor_reader")
