@@ -22,6 +22,7 @@ import psycopg
 from services import cli
 from services.consumer import worker
 from services.consumer.dead_letter import DeadLetterTopic
+from services.consumer.positions import Positions
 from services.consumer.sink import Sink
 from services.consumer.worker import Worker
 from services.consumer.writer import Stored
@@ -72,10 +73,10 @@ class Step:
 
 
 STEPS = {
-    "claim": Step(Sink, "claim"),
-    "confirm": Step(Worker, "_confirm_claim"),
+    "positions": Step(Positions, "read", lambda arguments: len(arguments[1]) > 0),
     "write": Step(Sink, "write"),
-    "transaction": Step(psycopg.Transaction, "__exit__"),
+    "copy": Step(psycopg.Copy, "write"),  # after it: in the middle of COPY, whose end has not come
+    "commit": Step(Sink, "_commit"),
     "letters": Step(DeadLetterTopic, "send", lambda arguments: len(arguments[1]) > 0),
     "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[1], Stored)),
     "round": Step(Leader, "_work"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
+from services.consumer.batch import Move
+from services.consumer.sink import Sink, WriteResult
 from services.core.config import Settings
 from services.core.kafka import client_settings
+from services.core.reading import Reading
 from tests.fix_stack import ROOT, as_environment
 
 PATIENCE_S = 30.0
+NOWHERE = Move("", {}, {})  # of no partition
 START = datetime(2024, 3, 1, tzinfo=UTC)
 
 
@@ -117,6 +121,15 @@ def run_cli(settings: Settings, *arguments: str, **environment: str) -> subproce
         timeout=120,
         check=False,
     )
+
+
+def store(settings: Settings, *readings: Reading, repeated: Sequence[Reading] = ()) -> WriteResult:
+    """Store readings as the consumer does, of a partition that nobody else consumes."""
+    sink = Sink(settings)
+    try:
+        return sink.write(readings, NOWHERE, repeated=repeated)
+    finally:
+        sink.close()
 
 
 def message(

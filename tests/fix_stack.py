@@ -143,6 +143,13 @@ def own_stack(stack: Stack | None) -> Stack:
 
 
 @pytest.fixture
+def native(stack: Stack | None) -> None:
+    """For a test that needs transactions at the same time, which the embedded database does not have."""
+    if stack is not None:
+        pytest.skip("the embedded database runs one statement at a time: name a native server with TEST_POSTGRE_*")
+
+
+@pytest.fixture
 def settings(servers: Settings) -> Settings:
     """Settings of this test alone: empty tables, a topic and a consumer group of its own."""
     with connect(servers) as connection:
@@ -188,7 +195,7 @@ def empty(connection: psycopg.Connection) -> None:
         connection.execute(sql.SQL("DROP MATERIALIZED VIEW {}").format(sql.Identifier(name)))
     summaries = ", ".join(f"{metric}_summary" for metric in METRICS)
     connection.execute(
-        f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, partition_owner"
+        f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, partition_progress"
     )
 
 

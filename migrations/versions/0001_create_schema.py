@@ -8,9 +8,9 @@ in the order of a language is silently wrong after a move to another C library.
 Three roles, without a password until an operator sets one (docs/security.md):
 
 sensor_consumer  stores readings, and queues what changed. It sees no summary and deletes nothing.
-sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB lets only the owner drop chunks, compress
-                 them and set policies. It cannot write readings: as the owner it lost that right, and gets it back only
-                 by an explicit GRANT. It has LOGIN because TimescaleDB asks it of the owner of a policy.
+sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB lets only the owner drop chunks and
+                 compress them. It cannot write readings: as the owner it lost that right, and gets it back only by an
+                 explicit GRANT. It has LOGIN because TimescaleDB asks it of the owner of a policy.
 sensor_reader    reads the summaries, the live views and the state of the queue, nothing else.
 
 Roles belong to the whole server, so another database may have created them and may still need them.

@@ -6,18 +6,28 @@ ours; ``sensor_pipeline.reason`` adds a stable word to filter by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.config import Settings
-from services.core.errors import TransientError
-from services.core.kafka import DEAD_LETTER_MAX_BYTES, REASON_HEADER, client_settings, headers_of, place_of
+from services.core.errors import PermanentError, TransientError
+from services.core.kafka import (
+    DEAD_LETTER_MAX_BYTES,
+    NOT_ALLOWED,
+    PARTITIONER,
+    REASON_HEADER,
+    client_settings,
+    headers_of,
+    place_of,
+)
 
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
+LONGEST_KEY = 1024  # of a truncated letter
 PUT_REASONS = frozenset({"refused_by_database", "too_late"})
+ORIGINAL_BYTES_HEADER = "sensor_pipeline.original_bytes"
 CONNECT_HEADERS = (
     "topic",
     "partition",
@@ -28,7 +38,16 @@ CONNECT_HEADERS = (
     "exception.class.name",
     "exception.message",
 )
-OUR_HEADERS = frozenset({REASON_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)})
+OUR_HEADERS = frozenset(
+    {REASON_HEADER, ORIGINAL_BYTES_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)}
+)
+
+
+# A letter that is too large for its topic is cut to this many bytes of its value, without foreign headers.
+TRUNCATED_BYTES = (64 * 1024, 0)
+NEVER_TAKEN = NOT_ALLOWED | {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
+
+Header = tuple[str, str | bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +58,20 @@ class DeadLetter:
     reason: str
     detail: str
 
-    def headers(self, group: str) -> list[tuple[str, str | bytes | None]]:
+    def headers(self, group: str) -> list[Header]:
         """The message's own headers, then ours."""
+        # A letter that was replayed and refused again carries the last reason only.
+        theirs: list[Header] = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
+        return [*theirs, *self.own_headers(group)]
+
+    def own_headers(self, group: str) -> list[Header]:
+        """Why it was not stored, and where it was."""
         stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
         partition, offset = place_of(self.message)
         values = (self.message.topic(), partition, offset, group, 0, stage, self.reason, self.detail)
         connect = {f"__connect.errors.{name}": value for name, value in zip(CONNECT_HEADERS, values, strict=True)}
-        # A letter that was replayed and refused again carries the last reason only.
-        theirs = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
         ours = connect | {REASON_HEADER: self.reason}
-        return [*theirs, *((name, str(value).encode()) for name, value in ours.items())]
+        return [(name, str(value).encode()) for name, value in ours.items()]
 
 
 class DeadLetterTopic:
@@ -61,42 +84,76 @@ class DeadLetterTopic:
     def _create_producer(self) -> Producer:
         return Producer(
             client_settings(self._settings, "dead-letters")
-            | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "linger.ms": 5}
+            | {
+                "acks": "all",
+                "message.max.bytes": DEAD_LETTER_MAX_BYTES,
+                "compression.type": "zstd",
+                "linger.ms": 5,
+                "partitioner": PARTITIONER,
+            }
         )
 
     def send(self, letters: Sequence[DeadLetter]) -> bool:
-        """Send them all and wait for the broker. Raises TransientError when it does not take them in time.
+        """Send them all and wait for the broker.
 
-        After an error the same letters are sent again: a dead letter may appear twice (the headers with topic,
-        partition and offset tell), it is never missing.
+        Raises TransientError when it does not take them in time, PermanentError when it never will. After an error
+        the same letters are sent again: a dead letter may appear twice (the headers with topic, partition and offset
+        tell), it is never missing.
         """
         try:
             for start in range(0, len(letters), SEND_AT_ONCE):
-                self._send_and_wait(letters[start : start + SEND_AT_ONCE])
+                for letter in self._send_and_wait(letters[start : start + SEND_AT_ONCE]):
+                    self._send_truncated(letter)
             return True
         except (BufferError, KafkaException, TransientError) as error:
-            # What an idempotent producer still holds must not go out later, between other letters.
+            # What the producer still holds must not go out later, between other letters.
             self._producer.purge()
             self._producer = self._create_producer()
             raise TransientError(f"dead letters could not be sent: {error}") from error
 
-    def _send_and_wait(self, letters: Sequence[DeadLetter]) -> None:
-        failed: list[KafkaError] = []
+    def _send_truncated(self, letter: DeadLetter) -> None:
+        """Send the beginning of a message that is too large for the topic, alone: a limit is one of a whole request."""
+        for size in TRUNCATED_BYTES:
+            if not self._send_and_wait([letter], at_most=size):
+                return
+        raise PermanentError(
+            f"Kafka topic {self._settings.dead_letter_topic} takes no dead letter: max.message.bytes is too small"
+        )
 
-        def note_failure(error: KafkaError | None, _message: Message) -> None:
-            if error is not None:
-                failed.append(error)
+    def _send_and_wait(self, letters: Sequence[DeadLetter], at_most: int | None = None) -> list[DeadLetter]:
+        """Send letters, cut to ``at_most`` bytes of their values; returns those that were too large."""
+        failed: list[KafkaError] = []
+        too_large: list[DeadLetter] = []
 
         for letter in letters:
-            self._producer.produce(
-                self._settings.dead_letter_topic,
-                key=letter.message.key(),
-                value=letter.message.value(),
-                headers=letter.headers(self._settings.kafka_group),
-                on_delivery=note_failure,
-            )
+
+            def note(error: KafkaError | None, _message: Message, letter: DeadLetter = letter) -> None:
+                if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                    too_large.append(letter)
+                elif error is not None:
+                    failed.append(error)
+
+            try:
+                self._produce(letter, at_most, note)
+            except KafkaException as error:
+                note(error.args[0], letter.message)
         waiting = self._producer.flush(FLUSH_TIMEOUT_S)
+        if failed and failed[0].code() in NEVER_TAKEN:
+            raise PermanentError(
+                f"Kafka topic {self._settings.dead_letter_topic} takes no dead letters: {failed[0].str()}"
+            )
         if failed:
             raise TransientError(failed[0].str())
         if waiting:
             raise TransientError(f"Kafka does not answer, {waiting} wait")
+        return too_large
+
+    def _produce(self, letter: DeadLetter, at_most: int | None, note: Callable[..., None]) -> None:
+        key, value, headers = letter.message.key(), letter.message.value(), letter.headers(self._settings.kafka_group)
+        if at_most is not None:
+            size = str(len(value or b"")).encode()
+            key, value = (key or b"")[:LONGEST_KEY], (value or b"")[:at_most]
+            headers = [*letter.own_headers(self._settings.kafka_group), (ORIGINAL_BYTES_HEADER, size)]
+        self._producer.produce(
+            self._settings.dead_letter_topic, key=key, value=value, headers=headers, on_delivery=note
+        )

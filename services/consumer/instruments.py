@@ -22,6 +22,9 @@ MESSAGES_READ = Counter("sensor_messages_read_total", "Messages polled from the 
 MESSAGES_LEFT = Counter(
     "sensor_messages_left_total", "Messages that were polled and then left to the next owner of their partition."
 )
+MESSAGES_EXPIRED = Counter(
+    "sensor_messages_expired_total", "Messages that Kafka deleted before they were stored: the topic's retention."
+)
 READINGS_STORED = Counter(
     "sensor_readings_stored_total", "Readings committed to sensor_data, by what they did.", ["result"]
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -26,11 +27,10 @@ class Lag:
         self._next_look = 0.0
 
     def begin(self, offsets: Mapping[int, int]) -> None:
-        """Where our partitions begin, as long as we have committed nothing: the first offsets that came."""
-        for partition, offset in offsets.items():
-            self._committed.setdefault(partition, offset)
+        """Where partitions that are ours now begin."""
+        self._committed |= offsets
 
-    def note_committed(self, places: Iterable[TopicPartition], assigned: set[int]) -> None:
+    def note_committed(self, places: Iterable[TopicPartition], assigned: Container[int]) -> None:
         """The broker has confirmed these offsets."""
         for place in places:
             if place.partition in assigned:
@@ -51,7 +51,9 @@ class Lag:
         except KafkaException:  # it stays what it was
             return
 
-    def forget(self) -> None:
-        """The partitions are not ours any more; who has them tells their lag."""
-        self._committed.clear()
-        LAG.clear()
+    def forget(self, partitions: Iterable[int]) -> None:
+        """The partitions are not ours any more; who has them reports their lag."""
+        for partition in self._committed.keys() & set(partitions):
+            del self._committed[partition]
+            with suppress(KeyError):
+                LAG.remove(str(partition))

@@ -1,15 +1,30 @@
--- What the consumer runs. Schema: migrations/versions/0001_create_sensor_data.py
--- In braces, for all metrics with commas between: their columns, what is stored, and the last value that is not null.
+-- What the consumer runs. Schema: migrations/versions/0001_create_schema.py
+-- In braces, for all metrics with commas between: their columns, what is stored, and the values of a merged row.
+-- The statements with several commands are sent as one, without parameters: one round trip.
+
+-- name: decompress_without_limit
+SET timescaledb.max_tuples_decompressed_per_dml_transaction = 0
+
+-- name: begin
+-- Until the transaction ends no history is closed: whoever closes it locks all writers of readings out.
+BEGIN;
+LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE;
+SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)), clock_timestamp() FROM summary_state
 
 -- name: copy_readings
 COPY sensor_data (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
 
--- name: queue_ranges
-INSERT INTO summary_refresh_queue (touched) VALUES (%(touched)s)
+-- name: queue_and_commit
+-- The rows of partition_progress are locked for no longer than it takes to commit.
+INSERT INTO summary_refresh_queue (touched) VALUES ({touched});
+SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {next}::bigint[]);
+COMMIT
+
+-- name: advance
+SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {next}::bigint[])
 
 -- name: create_incoming
--- One a transaction: a table that outlives it would tie us to one session, which poolers do not promise.
-CREATE TEMPORARY TABLE incoming (LIKE sensor_data) ON COMMIT DROP
+CREATE TEMPORARY TABLE incoming (LIKE sensor_data)
 
 -- name: copy_incoming
 COPY incoming (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
@@ -21,8 +36,8 @@ WITH changed AS (
     INSERT INTO sensor_data AS stored (sensor_id, time, {metrics})
     SELECT sensor_id, time, {metrics} FROM incoming
     ON CONFLICT (sensor_id, time) DO UPDATE
-    SET ({metrics}) = ROW({latest})
-    WHERE ROW({latest}) IS DISTINCT FROM ROW({stored})
+    SET ({metrics}) = ROW({values})
+    WHERE ROW({values}) IS DISTINCT FROM ROW({stored})
     RETURNING stored.time, stored.xmax = 0 AS inserted
 ), queued AS (
     INSERT INTO summary_refresh_queue (touched)
@@ -32,22 +47,31 @@ WITH changed AS (
 )
 SELECT count(*) FILTER (WHERE inserted), count(*) FILTER (WHERE NOT inserted) FROM changed
 
--- name: claim_partitions
--- Waits for a transaction that holds an older epoch, and shuts out every later one.
-INSERT INTO partition_owner AS owner (consumer_group, topic, partition, epoch)
-SELECT %(group)s, %(topic)s, partition, 1 FROM unnest(%(partitions)s::int[]) AS partition ORDER BY partition
-ON CONFLICT (consumer_group, topic, partition) DO UPDATE SET epoch = owner.epoch + 1
-RETURNING partition, epoch
+-- name: drop_and_commit
+-- Dropped before the commit, which is then as short as any.
+DROP TABLE incoming;
+SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {next}::bigint[]);
+COMMIT
 
--- name: hold
--- Until the transaction ends nobody else claims the partitions and no history is closed.
-WITH held AS (
-    SELECT partition FROM partition_owner
-    WHERE consumer_group = %(group)s AND topic = %(topic)s
-      AND (partition, epoch) IN (SELECT * FROM unnest(%(partitions)s::int[], %(epochs)s::bigint[]))
-    ORDER BY partition
-    FOR SHARE
-), state AS (
-    SELECT closed_before FROM summary_state ORDER BY metric FOR SHARE
-)
-SELECT (SELECT count(*) FROM held), (SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)) FROM state)
+-- name: end_dead_writers
+-- Consumers encode before they begin and never pause inside a transaction, so one that is waited for is gone.
+SELECT pid FROM pg_stat_activity
+WHERE application_name = %(name)s AND usename = current_user AND pid <> pg_backend_pid()
+  AND wait_event_type = 'Client' AND state <> 'idle' AND xact_start < now() - interval '2 seconds'
+  AND pg_terminate_backend(pid)
+
+-- name: add_partitions
+-- A partition that the database has never heard of begins at the beginning.
+INSERT INTO partition_progress (topic_id, partition, next_offset)
+SELECT %(topic)s, partition, 0 FROM unnest(%(partitions)s::int[]) AS partition ORDER BY partition
+ON CONFLICT DO NOTHING
+
+-- name: read_positions
+SELECT partition, next_offset FROM partition_progress
+WHERE topic_id = %(topic)s AND partition = ANY(%(partitions)s)
+
+-- name: knows_another_topic
+SELECT EXISTS (SELECT FROM partition_progress WHERE topic_id <> %(topic)s AND next_offset > 0)
+
+-- name: set_position
+UPDATE partition_progress SET next_offset = %(offset)s WHERE topic_id = %(topic)s AND partition = %(partition)s

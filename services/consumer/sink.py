@@ -1,32 +1,43 @@
 """The one transaction that stores readings.
 
-Optimistic: COPY straight into the hypertable. A unique violation means that some of the batch is stored
-already; then the same batch is merged. Either way the time ranges that changed are queued for etl in the same
-transaction, so a summary can be late but never forgotten.
+    BEGIN, no history is closed until the end
+    COPY straight into the hypertable; or, if some of it is stored already, COPY to a temporary table and merge
+    queue the time ranges that changed, for etl; advance the partitions; COMMIT
 
-A row that PostgreSQL refuses is found by bisection and handed back with the server's own words; the rest of
-the batch is stored.
+Everything is encoded before it begins, and its last step is one round trip: the transaction never waits for this
+process. The partitions advance only from where the batch began (compare and set), so a consumer that has lost them
+writes nothing, whatever it believes. A batch that needs several transactions, or has dead letters to send before the
+commit that steps over them, checks the partitions in each and advances them in one of its own.
+
+A row that PostgreSQL refuses is found by bisection and handed back with the server's own words; the rest of the batch
+is stored.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from itertools import pairwise
 from operator import attrgetter
 
 import psycopg
 from msgspec.structs import astuple
-from psycopg import Connection, Cursor, errors, sql
+from psycopg import Connection, Copy, Cursor, errors, sql
+from psycopg.copy import FileWriter
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
+from services.consumer.batch import Move
 from services.consumer.instruments import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
-from services.core.errors import TransientError
+from services.core.errors import PermanentError, TransientError
+from services.core.logs import fields
 from services.core.reading import EPOCH, METRICS, Reading
 
 
@@ -35,19 +46,28 @@ def listed(form: str) -> sql.Composed:
     return sql.SQL(", ").join(sql.SQL(form).format(sql.Identifier(metric)) for metric in METRICS)
 
 
-SQL = {
-    name: statement.format(
-        metrics=listed("{0}"), stored=listed("stored.{0}"), latest=listed("coalesce(excluded.{0}, stored.{0})")
-    )
-    for name, statement in queries("services.consumer").items()
-}
+SQL = queries("services.consumer")
+COLUMNS = {"metrics": listed("{0}"), "stored": listed("stored.{0}")}
+COPY_READINGS, COPY_INCOMING = (SQL[name].format(**COLUMNS) for name in ("copy_readings", "copy_incoming"))
+OVERWRITE = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(excluded.{0}, stored.{0})"))
+FILL_GAPS = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(stored.{0}, excluded.{0})"))
 COLUMN_TYPES = ("text", "timestamptz", *("float8" for _ in METRICS))  # in the order of a reading's fields
 MINUTE = timedelta(minutes=1)
+
+SESSION_NAME = "sensor-pipeline consumer"
+MOVED = "KP001"  # raised by advance_partitions
+OUR_TABLES = frozenset({"summary_refresh_queue", "partition_progress"})  # no reading is to blame for these
 
 # A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
 # split where its times jump, but not into so many transactions that late readings slow the others down.
 JUMP = timedelta(hours=1)
 MOST_TRANSACTIONS = 4
+# Each week may be a chunk to create, and a transaction locks all its chunks in a table of limited size.
+WEEK = timedelta(days=7)
+MOST_WEEKS = 100
+
+# If PostgreSQL refuses every row of a batch of at least this size for the same reason, the rows are not to blame.
+LEAST_ALL_REFUSED = 10
 
 # After a unique violation, so many batches are merged without trying COPY first; doubled up to the second
 # figure while violations go on. A replay then costs what merging costs.
@@ -57,9 +77,11 @@ MOST_MERGES = 64
 
 time_of, sensor_of = attrgetter("time"), attrgetter("sensor_id")
 
+log = logging.getLogger("consumer")
 
-class PartitionsLostError(Exception):
-    """Another consumer owns a partition of this batch; it was not written and must not be."""
+
+class PartitionsMovedError(Exception):
+    """A partition of this batch is not where the batch began; nothing of it was advanced."""
 
 
 class HistoryClosedError(Exception):
@@ -77,6 +99,7 @@ class Refused:
     index: int
     reason: str
     detail: str
+    cause: tuple[str | None, str | None] = (None, None)  # SQLSTATE and constraint
 
 
 @dataclass(slots=True)
@@ -87,6 +110,7 @@ class WriteResult:
     updated: int = 0
     unchanged: int = 0
     merged: bool = False
+    advanced: bool = False  # the partitions as well
     refused: list[Refused] = field(default_factory=list)
 
     def add(self, other: WriteResult) -> None:
@@ -95,7 +119,18 @@ class WriteResult:
         self.updated += other.updated
         self.unchanged += other.unchanged
         self.merged |= other.merged
+        self.advanced |= other.advanced
         self.refused += other.refused
+
+    def raise_if_all_refused(self) -> None:
+        """Raise PermanentError if it cannot be the data: every row was refused, and for one reason."""
+        causes = {refused.cause for refused in self.refused}
+        stored = self.inserted + self.updated + self.unchanged
+        if not stored and len(self.refused) >= LEAST_ALL_REFUSED and len(causes) == 1 and causes != {(None, None)}:
+            raise PermanentError(
+                f"PostgreSQL refuses every one of {len(self.refused)} readings for the same reason, so the readings "
+                f"are not to blame: {self.refused[0].detail}"
+            )
 
 
 class Sink:
@@ -104,30 +139,44 @@ class Sink:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connection: Connection | None = None
-        self._epochs: dict[int, int] = {}
         self._merges_left = 0
         self._merges_next = FIRST_MERGES
         self._shorter_interval = min(settings.temperature_interval, settings.humidity_interval) * MINUTE
         self._over_before = datetime.min.replace(tzinfo=UTC)
+        self.clock_lead = timedelta(0)  # how far this machine's clock is ahead of the database's
 
-    def claim(self, partitions: Iterable[int]) -> bool:
-        """Become the owner of these partitions: consumers that claimed them before can no longer write."""
-        arguments = self._fence_arguments() | {"partitions": sorted(partitions)}
-        with self._cursor() as cursor:
-            self._epochs = dict(cursor.execute(SQL["claim_partitions"], arguments).fetchall())
-        return True
+    def write(
+        self, readings: Sequence[Reading], move: Move, *, repeated: Sequence[Reading] = (), advance: bool = True
+    ) -> WriteResult:
+        """Store readings; when it returns they are committed. Those that are ``repeated`` only fill gaps.
 
-    def write(self, readings: Sequence[Reading], partitions: Iterable[int]) -> WriteResult:
-        """Store readings; when it returns they are committed.
+        With ``advance`` the partitions advance too, if one transaction does for all and PostgreSQL refuses none;
+        ``WriteResult.advanced`` says whether. The positions of refused ones count ``repeated`` after ``readings``.
 
         Raises TransientError (nothing is known to be stored: write the same again), PermanentError, or
-        PartitionsLostError (nothing was stored: forget the batch).
+        PartitionsMovedError (a partition is elsewhere: forget the batch).
         """
-        fence = {partition: self._epochs.get(partition, 0) for partition in partitions}
         result = WriteResult()
-        for part in split_at_jumps(readings):
-            result.add(self._write_part(readings, part, fence))
+        parts = split_at_jumps(readings)
+        alone = advance and len(parts) + bool(repeated) == 1
+        for part in parts:
+            result.add(self._write_part(readings, part, move if alone else move.standing_still()))
+        for part in split_at_jumps(repeated):
+            filled = self._write_part(repeated, part, move.standing_still(), fill=True)
+            for refused in filled.refused:
+                result.refused.append(
+                    Refused(refused.index + len(readings), refused.reason, refused.detail, refused.cause)
+                )
+            filled.refused.clear()
+            result.add(filled)
+        result.raise_if_all_refused()
         return result
+
+    def advance(self, move: Move) -> bool:
+        """Advance the partitions, after all that lies before was stored or sent elsewhere. Raises as ``write``."""
+        with self._session() as cursor:
+            cursor.execute(SQL["advance"].format(**move.literals()))
+        return True
 
     def close(self) -> None:
         """Close the connection; a transaction that is open is rolled back by the server."""
@@ -135,26 +184,30 @@ class Sink:
         if connection is not None:
             connection.close()
 
-    def _write_part(self, readings: Sequence[Reading], part: list[int], fence: Mapping[int, int]) -> WriteResult:
+    def _write_part(
+        self, readings: Sequence[Reading], part: list[int], move: Move, *, fill: bool = False
+    ) -> WriteResult:
         """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
         try:
             rows = [readings[index] for index in part]
-            result = self._copy_or_merge(rows, fence)
+            result = self._merge(rows, move, FILL_GAPS) if fill else self._copy_or_merge(rows, move)
             self._count(rows, result)
             return result
         except HistoryClosedError as error:
             late = [index for index in part if readings[index].time < error.closed_before]
             result = WriteResult(refused=[Refused(index, "too_late", str(error)) for index in late])
-            if len(late) < len(part):
-                result.add(self._write_part(readings, part[len(late) :], fence))  # the part is in order of time
-            return result
+            halves = [part[len(late) :]]  # the part is in order of time
         except psycopg.Error as error:  # it blames a row
             if len(part) == 1:
                 detail = " ".join(str(error).split())
-                return WriteResult(refused=[Refused(part[0], "refused_by_database", detail)])
-        middle = len(part) // 2
-        result = self._write_part(readings, part[:middle], fence)
-        result.add(self._write_part(readings, part[middle:], fence))
+                cause = error.sqlstate, error.diag.constraint_name
+                return WriteResult(refused=[Refused(part[0], "refused_by_database", detail, cause)])
+            result = WriteResult()
+            middle = len(part) // 2
+            halves = [part[:middle], part[middle:]]
+        for half in halves:
+            if half:
+                result.add(self._write_part(readings, half, move.standing_still(), fill=fill))
         return result
 
     def _count(self, rows: list[Reading], result: WriteResult) -> None:
@@ -168,86 +221,115 @@ class Sink:
         newest = min(rows[-1].time, datetime.now(UTC))
         self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shorter_interval)
 
-    def _copy_or_merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
+    def _copy_or_merge(self, rows: list[Reading], move: Move) -> WriteResult:
         if self._merges_left:
             self._merges_left -= 1
-            return self._merge(rows, fence)
+            return self._merge(rows, move, OVERWRITE)
         try:
-            result = self._copy(rows, fence)
+            result = self._copy(rows, move)
         except errors.UniqueViolation:
             self._merges_left = self._merges_next
             self._merges_next = min(self._merges_next * 2, MOST_MERGES)
-            return self._merge(rows, fence)
+            return self._merge(rows, move, OVERWRITE)
         self._merges_next = FIRST_MERGES
         return result
 
-    def _copy(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
-        with self._cursor() as cursor, cursor.connection.transaction():
-            self._hold(cursor, fence, rows)
-            copy_rows(cursor, "copy_readings", rows)
-            cursor.execute(SQL["queue_ranges"], {"touched": touched_ranges(rows)})
-        return WriteResult(inserted=len(rows))
+    def _copy(self, rows: list[Reading], move: Move) -> WriteResult:
+        with self._session() as cursor:
+            encoded = encode(cursor, rows)
+            finish = SQL["queue_and_commit"].format(**move.literals(), touched=sql.Literal(touched_ranges(rows)))
+            self._begin(cursor, rows)
+            copy(cursor, COPY_READINGS, encoded)
+            self._commit(cursor, finish)
+        return WriteResult(inserted=len(rows), advanced=move.advances)
 
-    def _merge(self, rows: list[Reading], fence: Mapping[int, int]) -> WriteResult:
-        with self._cursor() as cursor, cursor.connection.transaction():
-            self._hold(cursor, fence, rows)
+    def _merge(self, rows: list[Reading], move: Move, merge: sql.Composed) -> WriteResult:
+        with self._session() as cursor:
+            encoded = encode(cursor, last_values(rows))
+            finish = SQL["drop_and_commit"].format(**move.literals())
+            self._begin(cursor, rows)
             cursor.execute(SQL["create_incoming"])
-            copy_rows(cursor, "copy_incoming", last_values(rows))
-            counts = cursor.execute(SQL["merge_incoming"]).fetchone()
+            copy(cursor, COPY_INCOMING, encoded)
+            counts = cursor.execute(merge).fetchone()
+            self._commit(cursor, finish)
         assert counts is not None
         inserted, updated = counts
-        return WriteResult(inserted, updated, unchanged=len(rows) - inserted - updated, merged=True)
+        unchanged = len(rows) - inserted - updated
+        return WriteResult(inserted, updated, unchanged, merged=True, advanced=move.advances)
 
-    def _hold(self, cursor: Cursor, fence: Mapping[int, int], rows: list[Reading]) -> None:
-        """Keep the partitions ours, and the history of the rows open, until the transaction ends."""
-        arguments = self._fence_arguments() | {
-            "partitions": list(fence.keys()),
-            "epochs": list(fence.values()),
-        }
-        row = cursor.execute(SQL["hold"], arguments).fetchone()
+    def _begin(self, cursor: Cursor, rows: list[Reading]) -> None:
+        """Begin the transaction, and keep the history of the rows open until it ends."""
+        cursor.execute(SQL["begin"])
+        row = cursor.set_result(-1).fetchone()
         assert row is not None
-        held, closed_before = row
-        if held != len(fence):
-            raise PartitionsLostError(f"partitions {sorted(fence)} are not all ours any more")
+        closed_before, clock = row
+        self.clock_lead = datetime.now(UTC) - clock
         if closed_before is not None and rows[0].time < closed_before:
             raise HistoryClosedError(closed_before)
 
-    def _fence_arguments(self) -> dict[str, object]:
-        return {"group": self._settings.kafka_group, "topic": self._settings.kafka_topic}
+    def _commit(self, cursor: Cursor, finish: sql.Composed) -> None:
+        """The last round trip: what is still to be written, the partitions, COMMIT."""
+        cursor.execute(finish)
 
-    def _cursor(self) -> _TranslatedCursor:
+    @contextmanager
+    def _session(self) -> Iterator[Cursor]:
+        """A cursor whose errors are ours. After any error its transaction is over."""
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._settings)
-        return _TranslatedCursor(self, self._connection)
-
-
-class _TranslatedCursor:
-    """A cursor whose errors are ours, and which drops its connection after a transient one."""
-
-    def __init__(self, sink: Sink, connection: Connection) -> None:
-        self._sink = sink
-        self._cursor = connection.cursor()
-        self._translated = translated(by_row=True)
-
-    def __enter__(self) -> Cursor:
-        self._translated.__enter__()
-        return self._cursor
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._cursor.close()
+            self._connection = connect(self._settings, SESSION_NAME)
+            # A correction of compressed history decompresses up to a thousand rows for each sensor.
+            self._connection.execute(SQL["decompress_without_limit"])
+        connection = self._connection
         try:
-            self._translated.__exit__(kind, error, trace)  # type: ignore[arg-type]
-        except TransientError:
-            self._sink.close()
+            with translated(by_row=True), connection.cursor() as cursor, not_about_a_row():
+                yield cursor
+        except TransientError as error:
+            self.close()
+            if isinstance(error.__cause__, errors.LockNotAvailable):
+                self._end_dead_writers()
+            raise
+        except BaseException:
+            with translated():
+                connection.rollback()
             raise
 
+    def _end_dead_writers(self) -> None:
+        """We have waited for a lock too long: end transactions of consumers that are frozen or gone.
 
-def copy_rows(cursor: Cursor, query: str, rows: Iterable[Reading]) -> None:
-    """COPY readings in binary form."""
-    with cursor.copy(SQL[query]) as copy:
-        copy.set_types(COLUMN_TYPES)
+        No time limit of PostgreSQL ends a session in the middle of a COPY whose client stands still.
+        """
+        with connect(self._settings, SESSION_NAME) as connection, translated():
+            for (pid,) in connection.execute(SQL["end_dead_writers"], {"name": SESSION_NAME}):
+                log.warning("dead_writer_ended", extra=fields(pid=pid))
+
+
+@contextmanager
+def not_about_a_row() -> Iterator[None]:
+    """Tell apart what looks like an error of the data: the partitions have moved, or a table of ours is to blame."""
+    try:
+        yield
+    except psycopg.Error as error:
+        text = " ".join(str(error).split())
+        if error.sqlstate == MOVED:
+            raise PartitionsMovedError(text) from error
+        if error.diag.table_name in OUR_TABLES:
+            raise PermanentError(text) from error
+        raise
+
+
+def encode(cursor: Cursor, rows: Iterable[Reading]) -> bytes:
+    """Readings as COPY takes them in binary form."""
+    encoded = BytesIO()
+    with Copy(cursor, binary=True, writer=FileWriter(encoded)) as formatter:
+        formatter.set_types(COLUMN_TYPES)
         for row in rows:
-            copy.write_row(astuple(row))
+            formatter.write_row(astuple(row))
+    return encoded.getvalue()
+
+
+def copy(cursor: Cursor, statement: sql.Composed, encoded: bytes) -> None:
+    """COPY readings that are encoded."""
+    with cursor.copy(statement) as stream:
+        stream.write(encoded)
 
 
 def last_values(rows: Iterable[Reading]) -> list[Reading]:
@@ -299,7 +381,7 @@ def minute_range(first: int, last: int) -> Range[datetime]:
 def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
     """Positions of the readings by time, in parts whose times do not jump; equal times keep their order.
 
-    At most MOST_TRANSACTIONS parts, split at the widest jumps.
+    At most MOST_TRANSACTIONS parts, split at the widest jumps; more only where a part has more than MOST_WEEKS weeks.
     """
     if not readings:
         return []
@@ -311,4 +393,18 @@ def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
     jumps = [at for at in range(1, len(times)) if times[at] - times[at - 1] > JUMP]
     widest = sorted(jumps, key=lambda at: times[at] - times[at - 1], reverse=True)[: MOST_TRANSACTIONS - 1]
     edges = [0, *sorted(widest), len(order)]
-    return [order[start:end] for start, end in pairwise(edges)]
+    return [order[start:end] for part in pairwise(edges) for start, end in pairwise(split_by_weeks(times, *part))]
+
+
+def split_by_weeks(times: Sequence[datetime], start: int, end: int) -> list[int]:
+    """Where to split the times (in order) from ``start`` to ``end``: no part has more than MOST_WEEKS weeks."""
+    edges = [start]
+    weeks, at = 0, start
+    while at < end:
+        if weeks == MOST_WEEKS:
+            edges.append(at)
+            weeks = 0
+        weeks += 1
+        week = (times[at] - EPOCH) // WEEK
+        at = bisect_left(times, EPOCH + (week + 1) * WEEK, lo=at, hi=end)
+    return [*edges, end]

@@ -1,4 +1,4 @@
-"""The writer thread: claims partitions and stores batches, one job at a time, and never touches the consumer.
+"""The writer thread: stores batches, one at a time, and never touches the consumer.
 
 librdkafka's consumer belongs to the thread that polls it (a commit from another thread waits while that thread
 polls), so the writer only reports; the worker commits the offsets.
@@ -9,95 +9,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 
-from confluent_kafka import Message
-
+from services.consumer.batch import Batch
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
-from services.consumer.sink import PartitionsLostError, Sink, WriteResult
-from services.core.backoff import Retries
+from services.consumer.patience import keep_trying
+from services.consumer.sink import PartitionsMovedError, Sink, WriteResult
 from services.core.config import Settings
-from services.core.errors import MalformedMessage, TransientError
-from services.core.kafka import place_of
 from services.core.logs import fields
-from services.core.monitoring import DATABASE, KAFKA, Server
-from services.core.reading import Decoder, Reading
+from services.core.monitoring import DATABASE, KAFKA
 
 log = logging.getLogger("consumer")
-
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Batch:
-    """Messages of one transaction: decoded, or dead letters, and where each partition goes on."""
-
-    term: int = 0  # in which assignment of partitions it was polled
-    readings: list[Reading] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)  # of the readings, same positions
-    dead_letters: list[DeadLetter] = field(default_factory=list)
-    first_offsets: dict[int, int] = field(default_factory=dict)
-    next_offsets: dict[int, int] = field(default_factory=dict)
-    size_bytes: int = 0
-    opened_at: float = field(default_factory=time.monotonic)
-
-    def __len__(self) -> int:
-        return len(self.readings) + len(self.dead_letters)
-
-    def add(self, messages: Sequence[Message], decoder: Decoder) -> None:
-        """Decode messages, in the order they came.
-
-        Runs for each message, so it asks for an offset only where the messages change from one partition to another.
-        """
-        decode, readings, kept = decoder.decode, self.readings, self.messages
-        before = messages[0]
-        partition = self._begin(before)
-        for message in messages:
-            value = message.value()
-            try:
-                readings.append(decode(value))
-            except MalformedMessage as error:
-                self.dead_letters.append(DeadLetter(message, error.reason, str(error)))
-            else:
-                kept.append(message)
-            if value:
-                self.size_bytes += len(value)
-            if message.partition() != partition:
-                self._end(before)
-                partition = self._begin(message)
-            before = message
-        self._end(before)
-
-    def _begin(self, message: Message) -> int:
-        """Note where the batch begins in the message's partition, which is returned."""
-        partition, offset = place_of(message)
-        self.first_offsets.setdefault(partition, offset)
-        return partition
-
-    def _end(self, message: Message) -> None:
-        """Note where the message's partition goes on after this batch."""
-        partition, offset = place_of(message)
-        self.next_offsets[partition] = offset + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Become the only consumer that may write readings of these partitions."""
-
-    partitions: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """The claim is in the database."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The batch is committed in PostgreSQL and its dead letters are with Kafka: its offsets may be committed."""
+    """All of the batch is in PostgreSQL, or with the dead letters, and its partitions have advanced."""
 
     batch: Batch
     result: WriteResult
@@ -105,28 +35,26 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """The batch was not written: another consumer has claimed a partition of it since we did."""
+class NotStored:
+    """The batch was given up: its partitions are not where it began, or giving up was asked for.
+
+    What of it is stored all the same is harmless to repeat. The database knows where to go on.
+    """
 
     batch: Batch
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """The job was given up on request; what it had done so far is harmless to repeat."""
-
-
-Outcome = Claimed | Stored | Lost | Abandoned
+Outcome = Stored | NotStored
 
 
 class Writer:
-    """Runs one job at a time in a thread of its own; back-pressure is that it takes no second one."""
+    """Stores one batch at a time in a thread of its own; back-pressure is that it takes no second one."""
 
     def __init__(self, settings: Settings) -> None:
         self._sink = Sink(settings)
         self._dead_letters = DeadLetterTopic(settings)
         self._condition = threading.Condition()
-        self._job: Claim | Batch | None = None
+        self._job: Batch | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
         self._stopping = False
@@ -134,25 +62,30 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Claim | Batch) -> None:
-        """Start a job; only when idle."""
+    def submit(self, batch: Batch) -> None:
+        """Start to store a batch; only when idle."""
         with self._condition:
             if self._job is not None:
                 raise AssertionError("the writer is busy")
             self._abandon.clear()
-            self._job = job
+            self._job = batch
             self._condition.notify_all()
 
     @property
+    def clock_lead(self) -> timedelta:
+        """How far this machine's clock is ahead of the database's."""
+        return self._sink.clock_lead
+
+    @property
     def busy(self) -> bool:
-        """Whether a job is running. Raises what ended the writer."""
+        """Whether a batch is being stored. Raises what ended the writer."""
         with self._condition:
             if self._failure is not None:
                 raise self._failure
             return self._job is not None
 
     def wait(self, timeout_s: float) -> Outcome | None:
-        """The outcome of the job, once; None if it still runs after ``timeout_s``. Raises what ended the writer."""
+        """The outcome of the batch, once; None if it is not there in time. Raises what ended the writer."""
         with self._condition:
             self._condition.wait_for(lambda: self._outcome or self._failure or self._job is None, timeout_s)
             if self._failure is not None:
@@ -161,11 +94,11 @@ class Writer:
             return outcome
 
     def abandon(self) -> None:
-        """Give the job up at the next pause between two tries."""
+        """Give the batch up at the next pause between two tries."""
         self._abandon.set()
 
     def stop(self) -> None:
-        """End the thread; a job that still runs is given up."""
+        """End the thread; a batch that is not stored yet is given up."""
         self._abandon.set()
         with self._condition:
             self._stopping = True
@@ -174,12 +107,12 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            while (job := self._next_job()) is not None:
-                outcome = self._claim(job) if isinstance(job, Claim) else self._store(job)
+            while (batch := self._next_job()) is not None:
+                outcome = self._store(batch)
                 with self._condition:
                     self._outcome, self._job = outcome, None
                     self._condition.notify_all()
-                del job, outcome  # a batch that is done shall not stay in memory during the next one
+                del batch, outcome  # a batch that is done must not stay in memory during the next one
         except BaseException as error:  # noqa: BLE001 - raised again by wait and busy, in the worker's thread
             with self._condition:
                 self._failure = error
@@ -187,35 +120,50 @@ class Writer:
         finally:
             self._sink.close()
 
-    def _next_job(self) -> Claim | Batch | None:
+    def _next_job(self) -> Batch | None:
         with self._condition:
             self._condition.wait_for(lambda: self._job is not None or self._stopping)
             return None if self._stopping else self._job
 
-    def _claim(self, claim: Claim) -> Outcome:
-        done = self._retry(DATABASE, lambda: self._sink.claim(claim.partitions))
-        return Abandoned() if done is None else Claimed()
-
     def _store(self, batch: Batch) -> Outcome:
-        """Commit the readings and the ranges they touch, then send the dead letters and wait for the broker."""
+        """Commit the readings; what was refused goes to the dead letters before the commit that steps over it."""
         started = time.monotonic()
+        overwriting, filling = batch.split_repeated()
+        readings, repeated = ([batch.readings[at] for at in places] for places in (overwriting, filling))
+        move, advance = batch.positions, not batch.dead_letters
         try:
-            result = self._retry(DATABASE, lambda: self._sink.write(batch.readings, batch.next_offsets))
-        except PartitionsLostError as error:
-            log.warning("partitions_lost", extra=fields(detail=error))
-            return Lost(batch)
-        if result is None:
-            MESSAGES_LEFT.inc(len(batch))
-            return Abandoned()
-        letters = batch.dead_letters + [
-            DeadLetter(batch.messages[row.index], row.reason, row.detail) for row in result.refused
-        ]
+            result = keep_trying(
+                DATABASE,
+                lambda: self._sink.write(readings, move, repeated=repeated, advance=advance),
+                self._abandon.wait,
+            )
+            if result is None:
+                return self._left(batch)
+            places = [*overwriting, *filling]
+            letters = batch.dead_letters + [
+                DeadLetter(batch.messages[places[row.index]], row.reason, row.detail) for row in result.refused
+            ]
+            if letters and keep_trying(KAFKA, lambda: self._dead_letters.send(letters), self._abandon.wait) is None:
+                return self._left(batch)
+            if (
+                not result.advanced
+                and keep_trying(DATABASE, lambda: self._sink.advance(move), self._abandon.wait) is None
+            ):
+                return self._left(batch)
+        except PartitionsMovedError as error:
+            log.warning("partitions_moved", extra=fields(detail=error))
+            return self._left(batch)
+        self._count(batch, result, letters, time.monotonic() - started)
+        return Stored(batch, result, letters)
+
+    def _left(self, batch: Batch) -> NotStored:
+        MESSAGES_LEFT.inc(len(batch))
+        return NotStored(batch)
+
+    def _count(self, batch: Batch, result: WriteResult, letters: Sequence[DeadLetter], seconds: float) -> None:
         path = "merge" if result.merged else "copy"
         BATCH_READINGS.observe(len(batch.readings))
-        BATCH_WRITE_SECONDS.labels(path).observe(time.monotonic() - started)
-        if self._retry(KAFKA, lambda: self._dead_letters.send(letters)) is None:
-            MESSAGES_LEFT.inc(len(letters))
-            return Abandoned()
+        BATCH_WRITE_SECONDS.labels(path).observe(seconds)
         for letter in letters:
             DEAD_LETTERS.labels(letter.reason).inc()
         log.info(
@@ -227,25 +175,6 @@ class Writer:
                 unchanged=result.unchanged,
                 dead_letters=len(letters),
                 path=path,
-                seconds=round(time.monotonic() - started, 4),
+                seconds=round(seconds, 4),
             ),
         )
-        return Stored(batch, result, letters)
-
-    def _retry(self, server: Server, step: Callable[[], T]) -> T | None:
-        """Run a step until the server is back; None if the job was abandoned in between."""
-        event = f"{server.name}_unavailable"
-        retries = Retries()
-        while True:
-            try:
-                done = step()
-            except TransientError as error:
-                server.note_failure()
-                pause = retries.pause_after(error)
-                log.warning(event, extra=fields(detail=error, retry_s=round(pause, 1)))
-            else:
-                server.note_success()
-                return done
-            if self._abandon.wait(pause):
-                server.note_given_up()
-                return None

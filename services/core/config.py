@@ -87,11 +87,16 @@ class Settings(BaseSettings):
         description="copies a message must have to count as sent: 0 (as the brokers say) to KAFKA_REPLICATION_FACTOR",
     )
     kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
+    kafka_group_protocol: Literal["auto", "consumer", "classic"] = Field(
+        "auto",
+        description="how consumers share partitions: consumer (Kafka 4), classic, or auto: the first where offered",
+    )
     kafka_session_timeout_ms: int = Field(
         45_000,
         ge=6000,
         le=1_800_000,
-        description="silence after which a consumer counts as dead and others get its partitions: 6000 to 1800000",
+        description="silence in ms after which a classic consumer counts as dead (else the broker decides): "
+        "6000 to 1800000",
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="how to talk to Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
@@ -159,6 +164,21 @@ class Settings(BaseSettings):
         ge=0,
         le=10**9,
         description="readings further than this ahead of the clock are dead letters: 0 or more seconds",
+    )
+    max_past_days: int = Field(
+        7305,
+        ge=1,
+        le=50_000,
+        description="older readings are dead letters: 1 to 50000 days; each week with readings is a chunk",
+    )
+    dead_letter_retention_days: int = Field(
+        90,
+        ge=0,
+        le=36_500,
+        description="days that dead letters are kept: 0 (for ever) or more, when the topic is created",
+    )
+    dead_letter_retention_mb: int = Field(
+        1024, ge=0, le=10**9, description="MB of dead letters that are kept: 0 (all) or more, when the topic is created"
     )
     raw_retention_days: int = Field(
         0,

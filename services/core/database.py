@@ -33,7 +33,7 @@ TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04"})
 # A bug of the server, a state it may never leave, a time limit that may always be too short, a limit of its
 # configuration: often gone with the next try, but they may also come back each time.
 DOUBTFUL_CLASSES = frozenset({"XX"})
-DOUBTFUL_STATES = frozenset({"55000", "57014", "53400"})
+DOUBTFUL_STATES = frozenset({"53200", "53400", "55000", "57014"})
 # Data exception, integrity violation, program limit (an index row too large).
 DATA_CLASSES = frozenset({"22", "23", "54"})
 # What the migrations create is missing (a role has a state of its own), or not ours.
@@ -77,7 +77,6 @@ def connection_arguments(settings: Settings) -> dict[str, Any]:
         "dbname": settings.postgre_dbname,
         "sslmode": settings.postgre_sslmode,
         "connect_timeout": CONNECT_TIMEOUT_S,
-        "application_name": "sensor-pipeline",
         # A dead network must not hold a service for the kernel's two hours (or 15 minutes, with data under way).
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -95,8 +94,8 @@ def address(settings: Settings) -> str:
     return f"{settings.postgre_host}:{settings.postgre_port}/{settings.postgre_dbname}"
 
 
-def connect(settings: Settings) -> Connection:
-    """Open a connection in autocommit mode, with SESSION_OPTIONS in force.
+def connect(settings: Settings, name: str = "sensor-pipeline") -> Connection:
+    """Open a connection in autocommit mode, with SESSION_OPTIONS in force; ``name`` is what pg_stat_activity shows.
 
     Raises TransientError when the server does not answer, ConfigurationError when it refuses us, or when a pooler
     stands before it that keeps the options to itself.
@@ -105,7 +104,11 @@ def connect(settings: Settings) -> Connection:
     connection = None
     try:
         connection = psycopg.connect(
-            **connection_arguments(settings), autocommit=True, prepare_threshold=None, options=options
+            **connection_arguments(settings),
+            autocommit=True,
+            prepare_threshold=None,
+            application_name=name,
+            options=options,
         )
         row = connection.execute(BEGIN_SESSION).fetchone()
     except psycopg.OperationalError as error:

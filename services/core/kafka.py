@@ -6,12 +6,12 @@ import logging
 import time
 from typing import Any, cast
 
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException, Message, TopicCollection
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.core.backoff import pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.handshake import find_problem
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
@@ -24,6 +24,25 @@ DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
 # The header of a dead letter with a stable word for why; the others are Kafka Connect's.
 REASON_HEADER = "sensor_pipeline.reason"
 
+# The header of a message that may have been stored before: it fills gaps and overwrites nothing.
+REPEAT_HEADER = "sensor_pipeline.repeat"
+REPEATED = b"yes"
+REPEATED_IF_MOVED = b"maybe"  # if the database has stored readings of another topic before
+
+# Sensors go to the partitions that Java's clients choose, so that one sensor has one partition whoever sends.
+PARTITIONER = "murmur2_random"
+
+NOT_ALLOWED = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError._AUTHENTICATION,
+    }
+)
+
+DAY_MS = 24 * 60 * 60 * 1000
 REPEAT_AFTER_S = 30.0
 CREATE_WITHIN_S = 5.0
 
@@ -161,7 +180,8 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
             settings.dead_letter_topic,
             1,
             max_message_bytes=str(DEAD_LETTER_MAX_BYTES),
-            retention_ms="-1",
+            retention_ms=str(settings.dead_letter_retention_days * DAY_MS or -1),
+            retention_bytes=str(settings.dead_letter_retention_mb * 1024 * 1024 or -1),
         ),
         *topics,
     ]
@@ -191,6 +211,23 @@ def _create(admin: AdminClient, topics: list[NewTopic]) -> list[NewTopic]:
         else:
             log.info("topic_created", extra=fields(topic=topic.topic))
     return unanswered
+
+
+def topic_id(admin: AdminClient, settings: Settings) -> str:
+    """The id that Kafka gave the topic of readings: once deleted and created again, it has another one.
+
+    Raises TransientError when there is no answer or no such topic (now), PermanentError when we may not ask.
+    """
+    topic = settings.kafka_topic
+    try:
+        futures = admin.describe_topics(TopicCollection([topic]), request_timeout=CREATE_WITHIN_S)
+        return str(futures[topic].result().topic_id)
+    except KafkaException as error:
+        cause: KafkaError = error.args[0]
+        text = f"Kafka topic {topic} cannot be described: {cause.str()}"
+        if cause.code() in NOT_ALLOWED:
+            raise PermanentError(text) from error
+        raise TransientError(text) from error
 
 
 def place_of(message: Message) -> tuple[int, int]:

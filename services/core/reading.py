@@ -16,7 +16,7 @@ import msgspec
 from services.core.errors import MalformedMessage
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-EARLIEST = datetime(1, 1, 3, tzinfo=UTC)  # whatever the offset, a later time has a UTC form
+EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # the interval of a much earlier time would begin before the year 1
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 LONGEST_SENSOR_ID = 255
 LARGEST_VALUE = 1e100  # PostgreSQL ends an average whose sum of squares overflows with an error
@@ -46,24 +46,38 @@ def encode(reading: Reading) -> bytes:
     return _encoder.encode(reading)
 
 
+def _ago(now: datetime, age: timedelta | None) -> datetime:
+    return EARLIEST if age is None or now - EARLIEST < age else now - age
+
+
 class Decoder:
     """Turns message values into readings, or says why a value is not one.
 
     ``max_bytes`` bounds a message, ``max_future`` bounds how far ahead of ``now`` (aware) a reading may be:
-    one device with a wrong clock must not create chunks in the year 2999. ``max_age`` (None: any) bounds how
-    far back it may be: raw readings older than that are not kept.
+    one device with a wrong clock must not create chunks in the year 2999, nor one for each week since the year 1,
+    so ``max_past`` (None: any) bounds how far back it may be. ``max_age`` does so, too: raw readings older than that
+    are not kept.
     """
 
-    def __init__(self, *, max_bytes: int, max_future: timedelta, max_age: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        max_future: timedelta,
+        max_past: timedelta | None = None,
+        max_age: timedelta | None = None,
+    ) -> None:
         self._max_bytes = max_bytes
         self._max_future = max_future
+        self._max_past = max_past
         self._max_age = max_age
         self.set_clock(datetime.now(UTC))
 
     def set_clock(self, now: datetime) -> None:
         """Set the time that "future" and "too late" are measured from; called once a batch."""
         self._latest = min(now, LATEST - self._max_future) + self._max_future
-        self._earliest = EARLIEST if self._max_age is None else max(now, EARLIEST + self._max_age) - self._max_age
+        self._past = _ago(now, self._max_past)
+        self._earliest = max(self._past, _ago(now, self._max_age))
 
     def decode(self, value: bytes | None) -> Reading:
         """The reading in ``value``. Raises MalformedMessage, nothing else, whatever the bytes."""
@@ -77,12 +91,14 @@ class Decoder:
             raise MalformedMessage("invalid_reading", str(error)) from error
         except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
             raise MalformedMessage("invalid_json", str(error)) from error
+        if not reading.sensor_id.isprintable():
+            raise MalformedMessage("invalid_reading", "sensor_id has characters that cannot be printed")
         if reading.temperature is None and reading.humidity is None:
             raise MalformedMessage("no_measurement", f"{' and '.join(METRICS)} are missing or null")
         if reading.time > self._latest:
             raise MalformedMessage("future_time", f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:
-            if reading.time < EARLIEST:
-                raise MalformedMessage("time_out_of_range", f"{reading.time} is before the year 1")
+            if reading.time < self._past:
+                raise MalformedMessage("time_out_of_range", f"{reading.time} is older than MAX_PAST_DAYS allows")
             raise MalformedMessage("too_late", f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading

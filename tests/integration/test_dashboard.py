@@ -34,7 +34,7 @@ from services.etl.worker import Leader
 from tests.expected import Expected, samples
 from tests.fix_browser import console, hosts, save
 from tests.fix_proxy import Proxy
-from tests.fix_services import Service, StartService, minutes, publish, run_cli
+from tests.fix_services import NOWHERE, Service, StartService, minutes, publish, run_cli
 from tests.fix_services import wait_until as wait_at_most
 from tests.fix_stack import free_port
 
@@ -54,8 +54,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def fill(settings: Settings, *readings: Reading) -> None:
     """Store readings as the consumer does, and summarise them as etl does."""
     sink = Sink(settings)
-    sink.claim([0])
-    assert not sink.write(readings, [0]).refused
+    assert not sink.write(readings, NOWHERE).refused
     sink.close()
     with connect(settings) as connection:
         Leader(connection, settings).run_once()

@@ -23,7 +23,7 @@ from services.etl.metrics import BASE, configured_metrics
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
-from tests.fix_services import START, StartService, minutes, run_cli, wait_until
+from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, wait_until
 
 Summary = list[tuple[object, ...]]
 
@@ -32,7 +32,6 @@ Summary = list[tuple[object, ...]]
 def sink(settings: Settings) -> Iterator[Sink]:
     """Stores readings as a consumer does."""
     sink = Sink(settings)
-    sink.claim([0])
     yield sink
     sink.close()
 
@@ -44,7 +43,7 @@ def leader(settings: Settings, connection: psycopg.Connection) -> Leader:
 
 
 def store(sink: Sink, *readings: Reading) -> None:
-    assert not sink.write(readings, [0]).refused
+    assert not sink.write(readings, NOWHERE).refused
 
 
 def at(minute: float, temperature: float | None = None, humidity: float | None = None, sensor: str = "s1") -> Reading:

@@ -11,7 +11,7 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.reading import Reading
 from services.etl.worker import Leader
-from tests.fix_services import START, minutes
+from tests.fix_services import NOWHERE, START, minutes
 from tests.grafana import fill_sql, queries
 
 SENSORS = ["attic", "o'hare"]
@@ -27,9 +27,8 @@ def ask(connection: psycopg.Connection, text: str, sensors: list[str]) -> list[d
 
 def test_every_query_finds_what_is_there(settings: Settings, connection: psycopg.Connection) -> None:
     sink = Sink(settings)
-    sink.claim([0])
     readings = [Reading(sensor, minutes(at), float(at), 50.0) for sensor in SENSORS for at in range(0, 720, 5)]
-    sink.write(readings, [0])
+    sink.write(readings, NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()
     connection.execute("SET ROLE sensor_reader")

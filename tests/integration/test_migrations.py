@@ -21,7 +21,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import METRICS, Reading
 from services.etl.worker import Leader
-from tests.fix_services import START, wait_until
+from tests.fix_services import NOWHERE, START, wait_until
 from tests.fix_stack import ROOT, as_environment, downgrade, free_port, upgrade
 
 OURS_AT_FIRST = {"sensor_data", "summary_refresh_queue", "partition_owner"}
@@ -64,8 +64,7 @@ def alembic(settings: Settings, *arguments: str, **environment: str) -> subproce
 def store_and_summarise(settings: Settings, connection: psycopg.Connection) -> None:
     """One reading through consumer and etl."""
     sink = Sink(settings)
-    sink.claim([0])
-    sink.write([Reading("s1", START, *(20.0 for _ in METRICS))], [0])
+    sink.write([Reading("s1", START, *(20.0 for _ in METRICS))], NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()
     for name in SUMMARIES:

@@ -50,7 +50,7 @@ from services.core.shutdown import Shutdown
 from services.etl.metrics import BASE
 from services.etl.reconcile import reconcile
 from services.etl.worker import Leader, try_lead
-from tests.fix_services import publish, read_topic, wait_until
+from tests.fix_services import NOWHERE, publish, read_topic, wait_until
 from tests.fix_stack import empty
 from tests.model import (
     CHUNK,
@@ -453,7 +453,6 @@ class Pipeline(RuleBasedStateMachine):
     def new_sink(self) -> Sink:
         self.consumes_with = self.settings
         sink = Sink(self.settings)
-        sink.claim(PARTITIONS)
         return sink
 
     def configure(self, update: dict[str, int]) -> None:
@@ -472,7 +471,7 @@ class Pipeline(RuleBasedStateMachine):
             except MalformedMessage as error:
                 dead[error.reason] += 1
         closed = self.closed()
-        result = self.sink.write(found, PARTITIONS)
+        result = self.sink.write(found, NOWHERE)
         dead.update(refused.reason for refused in result.refused)
         expected = self.expect(batch, closed)
         assert result.inserted + result.updated + result.unchanged + len(result.refused) == len(found)
@@ -505,7 +504,7 @@ class Pipeline(RuleBasedStateMachine):
                 if time < max(oldest, closed):
                     reason = "too_late"
                 elif fields["sensor_id"] == UNSTORABLE:
-                    reason = "refused_by_database"
+                    reason = "invalid_reading"
             if reason is not None:
                 dead[reason] += 1
                 continue
@@ -745,7 +744,6 @@ def test_at_any_statement_of_a_change_of_interval_and_retention(settings: Settin
 @pytest.fixture
 def sink(settings: Settings) -> Iterator[Sink]:
     sink = Sink(settings)
-    sink.claim([0])
     yield sink
     sink.close()
 
@@ -774,9 +772,9 @@ def test_an_interval_changes_before_the_first_reading(settings: Settings, connec
 
 
 def test_the_smallest_numbers_are_mirrored(settings: Settings, connection: psycopg.Connection, sink: Sink) -> None:
-    sink.write([Reading("a", NEW, 5e-324)], [0])
+    sink.write([Reading("a", NEW, 5e-324)], NOWHERE)
     run_once(connection, settings)
-    sink.write([Reading("b", NEW, 5e-324)], [0])
+    sink.write([Reading("b", NEW, 5e-324)], NOWHERE)
     run_once(connection, settings)
     assert rows_of(connection) == [(NEW, 10, 5e-324)] * 2
 
@@ -784,7 +782,7 @@ def test_the_smallest_numbers_are_mirrored(settings: Settings, connection: psyco
 def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], [0])
+    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
     run_once(connection, settings, temperature_interval=15)
@@ -794,10 +792,10 @@ def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped
 def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], [0])
+    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
-    sink.write([Reading("a", OLD + MINUTE, 99.0)], [0])
+    sink.write([Reading("a", OLD + MINUTE, 99.0)], NOWHERE)
     run_once(connection, settings)
     assert rows_of(connection) == [(OLD, 10, 1.0), (NEW, 10, 2.0)]
 
@@ -805,7 +803,7 @@ def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing
 def test_a_width_that_was_given_up_leaves_no_edge_inside_an_interval(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], [0])
+    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (OLD + CHUNK,))
     run_once(connection, settings)
@@ -822,7 +820,7 @@ def test_a_width_that_was_given_up_leaves_no_edge_inside_an_interval(
 def test_rows_that_differ_in_both_metrics_are_counted_for_both(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", NEW, 1.0, 1.0)], [0])
+    sink.write([Reading("a", NEW, 1.0, 1.0)], NOWHERE)
     leader = run_once(connection, settings)
     connection.execute("UPDATE sensor_data SET temperature = 3, humidity = 3")
     assert reconcile(connection, leader.summaries, Shutdown()) == {"temperature": 1, "humidity": 1}
@@ -832,7 +830,7 @@ def test_rows_that_differ_in_both_metrics_are_counted_for_both(
 def test_a_row_that_begins_inside_an_interval_is_the_only_one_that_differs(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], [0])
+    sink.write([Reading("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], NOWHERE)
     leader = run_once(connection, settings)
     connection.execute(
         "INSERT INTO temperature_summary VALUES ('a', %s, %s, 1, 1, 1, 1)", (NEW - 3 * MINUTE, NEW + 7 * MINUTE)

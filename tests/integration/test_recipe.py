@@ -21,7 +21,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import METRICS, Reading
 from services.etl.worker import Leader
-from tests.fix_services import START, publish
+from tests.fix_services import NOWHERE, START, publish
 from tests.fix_stack import ROOT, as_environment, is_native, make_stack, upgrade
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -48,8 +48,7 @@ def database(servers: Settings, tmp_path_factory: pytest.TempPathFactory) -> Ite
         )
         upgrade(settings)
         sink = Sink(settings)
-        sink.claim([0])
-        sink.write([Reading("s1", START, 20.0, 50.0), Reading("s1", START.replace(hour=5), 21.0, None)], [0])
+        sink.write([Reading("s1", START, 20.0, 50.0), Reading("s1", START.replace(hour=5), 21.0, None)], NOWHERE)
         sink.close()
         with connect(settings) as connection:
             Leader(connection, settings).run_once()

@@ -19,7 +19,7 @@ from services.core.shutdown import Shutdown
 from services.etl.reconcile import reconcile
 from services.etl.worker import Leader, run_reconcile
 from services.status.database import read_database
-from tests.fix_services import StartService, message, publish, wait_until
+from tests.fix_services import NOWHERE, StartService, message, publish, wait_until
 from tests.fix_stack import downgrade, upgrade
 from tests.integration.test_migrations import alembic
 
@@ -63,8 +63,7 @@ def logins(settings: Settings, connection: psycopg.Connection) -> Iterator[None]
 def store(settings: Settings, *readings: Reading) -> None:
     """Store readings as the consumer does."""
     sink = Sink(settings)
-    sink.claim([0])
-    result = sink.write(readings, [0])
+    result = sink.write(readings, NOWHERE)
     sink.close()
     assert not result.refused
 

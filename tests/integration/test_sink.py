@@ -9,20 +9,20 @@ from datetime import datetime, timedelta
 import psycopg
 import pytest
 
-from services.consumer.sink import MOST_TRANSACTIONS, PartitionsLostError, Sink
+from services.consumer.batch import Move
+from services.consumer.sink import MOST_TRANSACTIONS, PartitionsMovedError, Sink
 from services.core.config import Settings
 from services.core.errors import PermanentError
 from services.core.reading import Reading
-from tests.fix_services import minutes
+from tests.fix_services import NOWHERE, minutes
 
 Row = tuple[str, datetime, float | None, float | None]
 
 
 @pytest.fixture
 def sink(settings: Settings) -> Iterator[Sink]:
-    """A sink that owns partition 0."""
+    """A sink whose writes are of no partition, unless a test names one."""
     sink = Sink(settings)
-    sink.claim([0])
     yield sink
     sink.close()
 
@@ -50,7 +50,7 @@ def take_queue(connection: psycopg.Connection) -> set[datetime]:
 
 
 def counts(sink: Sink, *readings: Reading) -> tuple[int, int, int]:
-    result = sink.write(readings, [0])
+    result = sink.write(readings, NOWHERE)
     assert not result.refused
     return result.inserted, result.updated, result.unchanged
 
@@ -138,7 +138,7 @@ def test_one_bad_row_does_not_poison_its_batch(sink: Sink, connection: psycopg.C
     batch = [
         Reading(bad.get(at, "s1"), minutes(at), None, 101.0 if bad.get(at) == "s1" else 50.0) for at in range(1000)
     ]
-    result = sink.write(batch, [0])
+    result = sink.write(batch, NOWHERE)
     assert (result.inserted, result.updated) == ((995, 0) if path == "copy" else (994, 1))
     assert {refused.index for refused in result.refused} == set(bad)
     assert {refused.reason for refused in result.refused} == {"refused_by_database"}
@@ -156,27 +156,130 @@ def test_readings_and_their_queue_row_are_stored_together_or_not_at_all(
     connection.execute("ALTER TABLE summary_refresh_queue RENAME TO away")
     try:
         with pytest.raises(PermanentError, match="summary_refresh_queue"):
-            sink.write([Reading("s1", minutes(0), 1.0)], [0])
+            sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
     finally:
         connection.execute("ALTER TABLE away RENAME TO summary_refresh_queue")
     assert stored(connection) == []
     assert counts(sink, Reading("s1", minutes(0), 1.0)) == (1, 0, 0)
 
 
-def test_a_consumer_whose_partition_was_claimed_by_another_stores_nothing(
-    sink: Sink, settings: Settings, connection: psycopg.Connection
+def positions(connection: psycopg.Connection, **places: int) -> None:
+    """Put partitions of a topic "t" somewhere: ``p0=5``."""
+    for name, offset in places.items():
+        connection.execute(
+            "INSERT INTO partition_progress VALUES (%s, %s, %s)"
+            " ON CONFLICT (topic_id, partition) DO UPDATE SET next_offset = excluded.next_offset",
+            ["t", int(name[1:]), offset],
+        )
+
+
+def where(connection: psycopg.Connection) -> dict[int, int]:
+    return dict(connection.execute("SELECT partition, next_offset FROM partition_progress").fetchall())
+
+
+def test_the_partitions_advance_in_the_transaction_of_the_readings(sink: Sink, connection: psycopg.Connection) -> None:
+    positions(connection, p0=5, p1=7)
+    result = sink.write([Reading("s1", minutes(0), 1.0)], Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}))
+    assert result.advanced
+    assert where(connection) == {0: 9, 1: 8}
+    (row,) = connection.execute(
+        "SELECT count(DISTINCT xmin::text) FROM (SELECT xmin FROM sensor_data UNION ALL SELECT xmin"
+        " FROM partition_progress UNION ALL SELECT xmin FROM summary_refresh_queue) AS all_rows"
+    ).fetchall()
+    assert row == (1,)
+
+
+@pytest.mark.parametrize("path", ["copy", "merge", "fill", "several parts"])
+def test_a_consumer_whose_partition_is_elsewhere_stores_nothing(
+    sink: Sink, connection: psycopg.Connection, path: str
 ) -> None:
-    other = Sink(settings)
-    other.claim([0, 1])
-    with pytest.raises(PartitionsLostError):
-        sink.write([Reading("s1", minutes(0), 1.0)], [0])
+    positions(connection, p0=6, p1=7)
+    if path == "merge":
+        counts(sink, Reading("s1", minutes(0), 0.0))
+    before, queued = stored(connection), take_queue(connection)
+    batch = [Reading("s1", minutes(0), 1.0)]
+    if path == "several parts":
+        batch.append(Reading("s1", minutes(1000), 1.0))
+    first_time, repeated = ([], batch) if path == "fill" else (batch, [])
+    with pytest.raises(PartitionsMovedError):
+        sink.write(first_time, Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}), repeated=repeated)
+    assert stored(connection) == before
+    assert queued is not None
+    assert take_queue(connection) == set()
+    assert where(connection) == {0: 6, 1: 7}
+    with pytest.raises(PartitionsMovedError):
+        sink.advance(Move("t", {0: 5}, {0: 9}))
+    with pytest.raises(PartitionsMovedError):  # a topic that the database has never heard of
+        sink.advance(Move("another", {0: 6}, {0: 9}))
+    assert where(connection) == {0: 6, 1: 7}
+
+
+def test_a_batch_of_several_transactions_checks_in_each_and_advances_at_the_end(
+    sink: Sink, connection: psycopg.Connection
+) -> None:
+    positions(connection, p0=5)
+    move = Move("t", {0: 5}, {0: 9})
+    result = sink.write([Reading("s1", minutes(0), 1.0), Reading("s1", minutes(1000), 1.0)], move)
+    assert (result.inserted, result.advanced) == (2, False)
+    assert where(connection) == {0: 5}
+    sink.advance(move)
+    assert where(connection) == {0: 9}
+
+
+def test_with_dead_letters_to_send_nothing_advances_before(sink: Sink, connection: psycopg.Connection) -> None:
+    positions(connection, p0=5)
+    assert not sink.write([Reading("s1", minutes(0), 1.0)], Move("t", {0: 5}, {0: 9}), advance=False).advanced
+    assert where(connection) == {0: 5}
+
+
+@pytest.mark.usefixtures("humidity_check")
+def test_with_a_refused_row_nothing_advances(sink: Sink, connection: psycopg.Connection) -> None:
+    positions(connection, p0=5)
+    batch = [Reading("s1", minutes(at), None, 101.0 if at == 3 else 1.0) for at in range(20)]
+    result = sink.write(batch, Move("t", {0: 5}, {0: 9}))
+    assert (result.inserted, len(result.refused), result.advanced) == (19, 1, False)
+    assert where(connection) == {0: 5}
+
+
+@pytest.mark.usefixtures("humidity_check")
+def test_when_every_row_is_refused_for_one_reason_the_rows_are_not_to_blame(
+    sink: Sink, connection: psycopg.Connection
+) -> None:
+    batch = [Reading("s1", minutes(at), None, 101.0) for at in range(50)]
+    with pytest.raises(PermanentError, match=r"refuses every one of 50 readings .* \"plausible\""):
+        sink.write(batch, NOWHERE)
     assert stored(connection) == []
-    assert counts(other, Reading("s1", minutes(0), 2.0)) == (1, 0, 0)
-    sink.claim([0])
-    with pytest.raises(PartitionsLostError):
-        other.write([Reading("s1", minutes(0), 3.0)], [0, 1])
-    assert other.write([Reading("s1", minutes(1), 3.0)], [1]).inserted == 1
-    other.close()
+    assert len(sink.write(batch[:5], NOWHERE).refused) == 5  # too few to tell
+    assert sink.write([*batch, Reading("s1", minutes(99), None, 1.0)], NOWHERE).inserted == 1
+
+
+def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, connection: psycopg.Connection) -> None:
+    """After a move by logical replication, which does not carry sequences, ids of the queue are taken already."""
+    connection.execute("INSERT INTO summary_refresh_queue (touched) VALUES ('{[2024-01-01, 2024-01-02)}')")
+    connection.execute("UPDATE summary_refresh_queue SET id = DEFAULT")
+    connection.execute(
+        "SELECT setval(pg_get_serial_sequence('summary_refresh_queue', 'id'), (SELECT max(id) FROM summary_refresh_queue), false)"
+    )
+    with pytest.raises(PermanentError, match="summary_refresh_queue_pkey"):
+        sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
+    assert stored(connection) == []
+
+
+def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connection: psycopg.Connection) -> None:
+    counts(sink, Reading("s1", minutes(0), 7.0, None))
+    again = [Reading("s1", minutes(0), 5.0, 50.0), Reading("s1", minutes(1), 5.0, None)]
+    result = sink.write([Reading("s1", minutes(1), 8.0, None)], NOWHERE, repeated=again)
+    assert (result.inserted, result.updated, result.unchanged) == (1, 1, 1)
+    assert stored(connection) == [("s1", minutes(0), 7.0, 50.0), ("s1", minutes(1), 8.0, None)]
+    assert sink.write([], NOWHERE, repeated=again).unchanged == 2
+
+
+def test_thousands_of_weeks_are_stored_a_hundred_at_a_time(sink: Sink, connection: psycopg.Connection) -> None:
+    """Each is a chunk to create, and all locks of a transaction have to fit into the server's table of locks."""
+    weeks = [Reading("s1", minutes(0) - at * timedelta(days=7), 1.0) for at in range(300)]
+    assert counts(sink, *weeks) == (300, 0, 0)
+    largest = "SELECT max(count) FROM (SELECT count(*) FROM sensor_data GROUP BY xmin::text) AS transactions"
+    assert connection.execute(largest).fetchone() == (100,)
 
 
 @pytest.mark.parametrize("seed", range(3))
