@@ -71,6 +71,19 @@ def parser() -> argparse.ArgumentParser:
     consume.add_argument("--until-caught-up", action="store_true", help="end at the topic's end")
     consume.set_defaults(run=run_consume)
 
+    rewind = commands.add_parser("rewind", help="let consumers read the topic again from an earlier place")
+    place = rewind.add_mutually_exclusive_group(required=True)
+    place.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
+    place.add_argument("--to-time", metavar="TIME", help="what was sent at or after this time, like 2024-01-01T00:00Z")
+    place.add_argument(
+        "--to-offset",
+        metavar="OFFSET",
+        type=_between("--to-offset", 0, 2**63 - 1),
+        help="from this offset of --partition on; a later one than now skips messages",
+    )
+    rewind.add_argument("--partition", type=_between("--partition", 0, 2**31 - 1), help="only this one")
+    rewind.set_defaults(run=run_rewind)
+
     etl = commands.add_parser("etl", help="keep the summaries equal to the readings")
     etl.add_argument("--once", action="store_true", help="refresh what is queued, then end")
     etl.add_argument(
@@ -131,10 +144,14 @@ def _between(option: str, least: float, most: float, kind: type[int | float] = i
 
 
 def _start(text: str) -> datetime:
+    return _time("--start", text)
+
+
+def _time(option: str, text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigurationError(f"--start={text} is not allowed (a day or time like 2024-01-01, in UTC)") from error
+        raise ConfigurationError(f"{option}={text} is not allowed (a day or time like 2024-01-01, in UTC)") from error
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -174,6 +191,20 @@ def run_consume(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.worker import run
 
     return run(settings, Shutdown().listen(), until_caught_up=options.until_caught_up)
+
+
+def run_rewind(settings: Settings, options: argparse.Namespace) -> int:
+    """``rewind``."""
+    from services.consumer.positions import rewind
+
+    if options.to_offset is not None and options.partition is None:
+        raise ConfigurationError("--to-offset needs --partition: each has offsets of its own")
+    moment = None if options.to_time is None else _time("--to-time", options.to_time)
+    moved = rewind(settings, Shutdown().listen(), moment=moment, offset=options.to_offset, partition=options.partition)
+    for each in moved:
+        print(f"partition {each.partition}: from {each.before} to {each.after}")
+    print(f"{len(moved)} partitions moved" + ("" if moved else ": none was further on"))
+    return 0
 
 
 def run_etl(settings: Settings, options: argparse.Namespace) -> int:

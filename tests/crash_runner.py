@@ -112,8 +112,8 @@ def main() -> int:
         wrap(plan)
     real_settings = worker.consumer_settings
 
-    def consumer_settings(settings: Settings) -> dict[str, Any]:
-        return real_settings(settings) | plan.librdkafka
+    def consumer_settings(settings: Settings, protocol: str) -> dict[str, Any]:
+        return real_settings(settings, protocol) | plan.librdkafka
 
     worker.consumer_settings = consumer_settings
     worker.HAND_OVER_WITHIN_S = plan.hand_over_within_s

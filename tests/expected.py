@@ -31,8 +31,12 @@ class Expected:
 
     def send(self, samples: Iterable[Sample], partition: int = 0) -> None:
         """Send readings of one partition's sensor, in their order."""
+        publish(self.settings, self.values(samples, partition), key=f"{self.sensors}{partition}", partition=partition)
+
+    def values(self, samples: Iterable[Sample], partition: int) -> list[bytes | None]:
+        """The messages of readings that somebody sends now."""
         sensor = f"{self.sensors}{partition}"
-        values = []
+        values: list[bytes | None] = []
         for minute, temperature, humidity in samples:
             key: tuple[str, datetime] = (sensor, minutes(minute))
             before = self.rows.get(key, (None, None))
@@ -41,7 +45,7 @@ class Expected:
                 before[1] if humidity is None else humidity,
             )
             values.append(message(sensor, minutes(minute), temperature, humidity))
-        publish(self.settings, values, key=sensor, partition=partition)
+        return values
 
     def wait_until_read(self, within_s: float = PATIENCE_S) -> None:
         """Wait for the group to have committed the topic's end."""

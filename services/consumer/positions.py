@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
 
 from confluent_kafka import TopicCollection
 from confluent_kafka.admin import TopicDescription
@@ -17,8 +19,10 @@ from psycopg import Connection
 from services.consumer.patience import keep_trying
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
+from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, topic_id
 from services.core.monitoring import DATABASE, KAFKA
+from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
 
 SQL = queries("services.consumer")
@@ -76,3 +80,45 @@ def knows_another_topic(connection: Connection, topic: str) -> bool:
     """Whether readings of another topic than the one with this id were stored."""
     row = connection.execute(SQL["knows_another_topic"], {"topic": topic}).fetchone()
     return row is not None and bool(row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """One partition: where it was, and where it goes on now."""
+
+    partition: int
+    before: int
+    after: int
+
+
+def rewind(
+    settings: Settings, shutdown: Shutdown, *, moment: datetime | None, offset: int | None, partition: int | None
+) -> list[Rewound]:
+    """Let the consumers go on from an earlier place; they follow within seconds, running or not.
+
+    That is the first message of ``moment`` or later (None: the beginning of the topic), of one partition or of all; or
+    exactly ``offset`` of one partition, which may also be a later one, to skip messages. What is read again in its
+    order ends with the same values.
+
+    Raises ConfigurationError for a place that the topic does not have.
+    """
+    topic = topic_id(connect_admin(settings, shutdown), settings)
+    with Offsets(settings) as offsets, translated(), connect(settings) as connection:
+        numbers = offsets.partitions()[settings.kafka_topic]
+        if partition is not None and partition not in numbers:
+            raise ConfigurationError(f"--partition={partition}: {settings.kafka_topic} has 0 to {numbers[-1]}")
+        chosen = numbers if partition is None else [partition]
+        found = {each.partition: each for each in offsets.of(settings.kafka_topic, chosen)}
+        starts = offsets.since(settings.kafka_topic, chosen, moment) if moment is not None else {}
+        arguments = {"topic": topic, "partitions": chosen}
+        connection.execute(SQL["add_partitions"], arguments)
+        moved = []
+        for number, before in connection.execute(SQL["read_positions"], arguments).fetchall():
+            place = found[number]
+            if offset is not None and not place.first <= offset <= place.end:
+                raise ConfigurationError(f"--to-offset={offset}: partition {number} has {place.first} to {place.end}")
+            after = offset if offset is not None else min(before, starts.get(number, place.first))
+            if after != before:
+                connection.execute(SQL["set_position"], {"topic": topic, "partition": number, "offset": after})
+                moved.append(Rewound(number, before, after))
+        return moved

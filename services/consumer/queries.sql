@@ -57,7 +57,8 @@ COMMIT
 -- Consumers encode before they begin and never pause inside a transaction, so one that is waited for is gone.
 SELECT pid FROM pg_stat_activity
 WHERE application_name = %(name)s AND usename = current_user AND pid <> pg_backend_pid()
-  AND wait_event_type = 'Client' AND state <> 'idle' AND xact_start < now() - interval '2 seconds'
+  AND wait_event_type = 'Client' AND state IN ('active', 'idle in transaction')
+  AND xact_start < now() - interval '2 seconds'
   AND pg_terminate_backend(pid)
 
 -- name: add_partitions

@@ -62,6 +62,7 @@ WRITER_LOOK_S = 0.01  # between two looks at the writer while a batch waits for 
 MOST_BATCH_BYTES = 8 * 1024 * 1024  # three batches, and what is fetched ahead, have to fit into a small container
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
 WATERMARKS_WITHIN_S = 5.0
+CHECK_EVERY_S = 5.0
 FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
 HUNG_AFTER_S = 60.0
@@ -129,6 +130,7 @@ class Worker:
         self._ready: Batch | None = None  # waits for the writer
         self._poll_at_once = 10  # until we know how large messages are
         self._rebalances = 0
+        self._next_check = time.monotonic() + CHECK_EVERY_S
         self._unanswered_commits = 0
         self._ends: dict[int, int] = {}  # where a partition ended, until more comes
         self._ends_committed: dict[int, int] = {}
@@ -231,14 +233,12 @@ class Worker:
 
     def _go_back(self) -> None:
         """Forget what is not stored, and go on where the database is."""
-        self._leave()
+        MESSAGES_LEFT.inc(len(self._filling) + len(self._ready or ()))
+        self._unblock()
         self._ends.clear()
         self._next = self._positions.read(self._next)
         self._ready, self._filling = None, self._new_batch()
         self._fetch_from(self._next)
-
-    def _leave(self) -> None:
-        MESSAGES_LEFT.inc(len(self._filling) + len(self._ready or ()))
 
     def _leave_missing(self, partition: int | None) -> None:
         """Kafka has nothing at our position: what was there has expired, or a broker has lost the end of its log."""
@@ -289,12 +289,23 @@ class Worker:
         if self._ready is None:
             self._blocked_since = None
             self._commit_ends()
+            self._check_positions()
         elif self._writer.busy:
             self._note_blocked()
         else:
             batch, self._ready = self._ready, None
             self._writer.submit(batch)
             self._unblock()
+
+    def _check_positions(self) -> None:
+        """While nothing comes, look whether the database has been emptied or restored, or told to go back."""
+        now = time.monotonic()
+        if now < self._next_check or not self._next or not self._filling.is_empty or self._writer.busy:
+            return
+        self._next_check = now + CHECK_EVERY_S
+        check = self._new_batch()
+        check.start = check.end = dict(self._next)
+        self._writer.submit(check)
 
     def _is_due(self) -> bool:
         batch = self._filling
@@ -308,7 +319,7 @@ class Worker:
 
     def _settle(self, outcome: Outcome | None) -> None:
         match outcome:
-            case Stored(batch, result, letters):
+            case Stored(batch, result, letters) if len(batch):
                 self.totals.add(result, letters)
                 self._commit({each: end for each, end in batch.end.items() if each in self._next})
             case NotStored():

@@ -153,7 +153,8 @@ class Writer:
         except PartitionsMovedError as error:
             log.warning("partitions_moved", extra=fields(detail=error))
             return self._left(batch)
-        self._count(batch, result, letters, time.monotonic() - started)
+        if len(batch):
+            self._count(batch, result, letters, time.monotonic() - started)
         return Stored(batch, result, letters)
 
     def _left(self, batch: Batch) -> NotStored:

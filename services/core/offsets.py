@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -84,6 +85,15 @@ class Offsets:
                 first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)
                 found.append(PartitionOffsets(place.partition, first, end, place.offset if place.offset >= 0 else None))
         return found
+
+    def since(self, topic: str, partitions: list[int], moment: datetime) -> dict[int, int]:
+        """The offset of the first message of ``moment`` or later; without any, the end."""
+        milliseconds = int(moment.timestamp() * 1000)
+        with self._answered():
+            places = [TopicPartition(topic, partition, milliseconds) for partition in partitions]
+            found = self._consumer.offsets_for_times(places, timeout=ANSWER_WITHIN_S)
+        ends = {each.partition: each.end for each in self.of(topic, partitions)}
+        return {place.partition: place.offset if place.offset >= 0 else ends[place.partition] for place in found}
 
     def _committed(self, places: list[TopicPartition]) -> list[TopicPartition]:
         """The group's offsets. Asks again while its coordinator is on the move: a cluster has just started."""

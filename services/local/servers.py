@@ -246,8 +246,12 @@ class Kafka(Server):
             # A broker that was killed may come back only after its old session has ended (9 s by default).
             "broker.session.timeout.ms": 2000,
             "broker.heartbeat.interval.ms": 300,
-            # A single broker, and consumers that join at once.
+            # A single broker, and consumers that join at once, whatever the group's protocol.
             "group.initial.rebalance.delay.ms": 0,
+            "group.consumer.min.heartbeat.interval.ms": 200,
+            "group.consumer.heartbeat.interval.ms": 500,
+            "group.consumer.min.session.timeout.ms": 6000,
+            "group.consumer.session.timeout.ms": 10000,
             "offsets.topic.num.partitions": 4,
             "offsets.topic.replication.factor": 1,
             "transaction.state.log.num.partitions": 4,

@@ -5,19 +5,24 @@ All processes are real, and so are the signals; tests/crash_runner.py says where
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
+import threading
+import time
 from pathlib import Path
 
+import psycopg
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, create_topics, headers_of
 from services.local.check import Key, Values
 from tests.expected import Expected, Sample, committed_offsets, member_ids
-from tests.fix_services import Service, StartService, publish, read_topic, run_cli, wait_until
+from tests.fix_services import PATIENCE_S, Service, StartService, publish, read_topic, wait_until
 
 RUNNER = "tests.crash_runner"
 SESSION_MS = 6000  # the least that a broker allows by default
@@ -26,7 +31,13 @@ SESSION_MS = 6000  # the least that a broker allows by default
 @pytest.fixture
 def own(settings: Settings) -> Settings:
     """Small batches, and a group that soon notices a frozen member."""
-    return settings.model_copy(update={"consumer_batch_rows": 20, "kafka_session_timeout_ms": SESSION_MS})
+    return settings.model_copy(
+        update={
+            "consumer_batch_rows": 20,
+            "kafka_group_protocol": "classic",  # in the other one the broker sets the session's timeout
+            "kafka_session_timeout_ms": SESSION_MS,
+        }
+    )
 
 
 @pytest.fixture
@@ -66,11 +77,11 @@ def plan(step: str, when: str = "before", **more: object) -> str:
 # Death at each step of the commit order ------------------------------------------------------------------------
 
 DEATHS = [
-    ("claim", "before", 1),
-    ("claim", "after", 1),
-    ("confirm", "after", 1),
-    ("transaction", "before", 2),
-    ("transaction", "after", 2),
+    ("positions", "before", 1),
+    ("positions", "after", 1),
+    ("commit", "before", 2),
+    ("commit", "after", 2),
+    ("copy", "after", 2),
     ("letters", "before", 1),
     ("letters", "after", 1),
     ("offsets", "before", 2),
@@ -129,17 +140,20 @@ def test_consumers_joining_and_leaving_under_load_store_every_reading_in_order(
 
 
 FREEZES = [
-    ("claim", "before", 1),  # claims after the new owner has
-    ("confirm", "before", 1),  # has claimed before the new owner
-    ("write", "before", 2),  # has a batch in hand, owned and confirmed
+    ("positions", "after", 1),  # knows where to begin
+    ("write", "before", 2),  # has a batch in hand
     ("offsets", "before", 2),  # has written, and not told Kafka
+]
+NATIVE_FREEZES = [
+    ("copy", "after", 2),  # in the middle of COPY: no time limit of PostgreSQL ends that
+    ("commit", "before", 2),  # all is written, and nothing committed
 ]
 
 
-def test_a_frozen_consumer_that_wakes_up_overwrites_nothing_and_joins_again(own: Settings, start: StartService) -> None:
+def freeze_and_wake(own: Settings, start: StartService, freezes: list[tuple[str, str, int]]) -> None:
     """All moments at the same time, each in a topic of its own, since each waits for a frozen session's end."""
     rows: dict[Key, Values] = {}
-    cases = {freeze: a_case(own, "-".join(map(str, freeze)), rows) for freeze in FREEZES}
+    cases = {freeze: a_case(own, "-".join(map(str, freeze)), rows) for freeze in freezes}
     zombies, owners = [], []
     for (step, when, call), case in cases.items():
         send_to_all(case, corrections(60, 100))
@@ -167,41 +181,122 @@ def test_a_frozen_consumer_that_wakes_up_overwrites_nothing_and_joins_again(own:
     case.wait_until_stored()
 
 
-@pytest.mark.parametrize("outcome", ["stored", "lost"])
-def test_what_ends_after_its_partitions_moved_neither_commits_offsets_nor_is_written(
-    own: Settings, expected: Expected, start: StartService, tmp_path: Path, outcome: str
+def test_a_frozen_consumer_that_wakes_up_overwrites_nothing_and_joins_again(own: Settings, start: StartService) -> None:
+    freeze_and_wake(own, start, FREEZES)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_consumer_frozen_inside_its_transaction_is_ended_by_its_heir(own: Settings, start: StartService) -> None:
+    freeze_and_wake(own, start, NATIVE_FREEZES)
+
+
+def test_a_batch_in_hand_when_its_partitions_move_is_not_written(
+    own: Settings, expected: Expected, start: StartService, tmp_path: Path
 ) -> None:
-    """The one that hangs stays a member, so the broker takes its offsets: only we know that they are stale."""
+    """The one that hangs stays a member, and what it has in hand is older than what the new owner stores."""
     may_go_on = tmp_path / "go-on"
-    slow = own.model_copy(update={"consumer_batch_rows": 5})
-    fast = own.model_copy(update={"consumer_batch_rows": 500})
     send_to_all(expected, corrections(60, 100))
-    step, when = ("write", "after") if outcome == "stored" else ("write", "before")
+    fast = own.model_copy(update={"consumer_batch_rows": 500})
     hanging = start(
-        plan(step, when, call=1, until=str(may_go_on), hand_over_within_s=0.2),
+        plan("write", "before", call=1, until=str(may_go_on), hand_over_within_s=0.2),
         "consume",
         settings=fast,
         module=RUNNER,
     )
-    # Not earlier: a claim on its way would take the partitions from the new owner, for one more write.
     wait_until((tmp_path / "go-on.awaited").exists, "it hangs")
-    assert (Expected.count(own) > 0) == (outcome == "stored")
-    owner = start(
-        plan("write", "before", call=2, until=str(tmp_path / "never")), "consume", settings=slow, module=RUNNER
-    )
-    taken = owner.wait_for("partitions_assigned")["partitions"]
-    # The new owner has stored five older values and waits with the next batch.
-    wait_until(lambda: sum(committed_offsets(own)[partition] for partition in taken) >= 5, "it has begun")
-    before = {partition: committed_offsets(own)[partition] for partition in taken}
+    owner = start("consume", settings=own)
+    send_to_all(expected, corrections(60, 5000))
+    wait_until(lambda: any(event["partitions"] for event in owner.events("partitions_assigned")), "a partition moves")
+    taken = {each for event in owner.events("partitions_assigned") for each in event["partitions"]}
+    wait_until(lambda: all(committed_offsets(own)[partition] == 120 for partition in taken), "they are stored")
     may_go_on.touch()
-    if outcome == "stored":
-        hanging.wait_for("offsets_left_to_the_next_owner")
-    else:
-        hanging.wait_for("partitions_lost")
-    kept = set(range(own.kafka_partitions)) - set(taken)
-    wait_until(lambda: all(committed_offsets(own)[partition] == 60 for partition in kept), "it stored what it kept")
-    assert {partition: committed_offsets(own)[partition] for partition in taken} == before
-    for service in (hanging, owner):
-        service.kill()
-    assert run_cli(own, "consume", "--until-caught-up").returncode == 0
+    hanging.wait_for("partitions_moved")
     expected.wait_until_stored()
+
+
+# Survivors -------------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """Sends fifty readings per second to each partition, and knows how long each stood still in the database."""
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._send)
+        self._positions: dict[int, int] = {}
+        self._changed: dict[int, float] = {}
+        self.gaps: dict[int, float] = {}
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _send(self) -> None:
+        producer = Producer(client_settings(self._expected.settings, "test") | {"linger.ms": 0})
+        for turn in itertools.count():
+            for partition in range(self._expected.settings.kafka_partitions):
+                (value,) = self._expected.values([(turn % 15, float(turn), None)], partition)
+                producer.produce(self._expected.settings.kafka_topic, value, partition=partition)
+            producer.poll(0)
+            if self._end.wait(0.02):
+                break
+        assert producer.flush(PATIENCE_S) == 0
+
+    def forget(self) -> None:
+        """Measure from now on."""
+        self._changed, self.gaps = {}, {}
+
+    def look(self, connection: psycopg.Connection) -> dict[int, float]:
+        """The longest pause of each partition, in seconds, the present one included."""
+        now = time.monotonic()
+        for partition, position in connection.execute("SELECT partition, next_offset FROM partition_progress"):
+            before = self._changed.setdefault(partition, now)
+            self.gaps[partition] = max(self.gaps.get(partition, 0.0), now - before)
+            if self._positions.get(partition) != position:
+                self._positions[partition], self._changed[partition] = position, now
+        return self.gaps
+
+
+@pytest.mark.parametrize("protocol", ["consumer", "classic"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_go_on_without_a_pause(
+    own: Settings, start: StartService, connection: psycopg.Connection, protocol: str, how: signal.Signals
+) -> None:
+    """One of three is killed, or frozen, and started again: its own partition waits for a session's end, no other."""
+    expected = Expected(own.model_copy(update={"kafka_group_protocol": protocol, "consumer_batch_rows": 1000}))
+    consumers = [start("consume", settings=expected.settings) for _ in range(3)]
+    with Load(expected) as load:
+        wait_until(lambda: sorted(map(len, member_ids(own).values())) == [1, 1, 1], "a partition each")
+        lost = owned(consumers[0])
+        wait_until(lambda: len(load.look(connection)) == 3, "all begin")
+        load.forget()
+        consumers[0].signal(how)
+        consumers.append(start("consume", settings=expected.settings))
+        wait_until(lambda: has_heir(load, connection, consumers[1:], lost), "its partition has an heir")
+        longest = {partition: round(gap, 2) for partition, gap in load.look(connection).items()}
+    kept = {partition: gap for partition, gap in longest.items() if partition not in lost}
+    assert len(kept) == 2
+    assert max(kept.values()) < 2.0, longest
+    consumers[0].signal(signal.SIGKILL)
+    expected.wait_until_stored()
+
+
+def owned(service: Service) -> set[int]:
+    """The partitions of a consumer, by its log."""
+    events = [*service.events("partitions_assigned"), *service.events("partitions_revoked")]
+    found: set[int] = set()
+    for event in sorted(events, key=lambda event: str(event["time"])):
+        change = set(event["partitions"])
+        found = found | change if event["event"] == "partitions_assigned" else found - change
+    return found
+
+
+def has_heir(load: Load, connection: psycopg.Connection, others: list[Service], lost: set[int]) -> bool:
+    """Look at the load until ``lost`` are the others'."""
+    load.look(connection)
+    return lost <= set().union(*(owned(service) for service in others))

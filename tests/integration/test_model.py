@@ -452,8 +452,7 @@ class Pipeline(RuleBasedStateMachine):
 
     def new_sink(self) -> Sink:
         self.consumes_with = self.settings
-        sink = Sink(self.settings)
-        return sink
+        return Sink(self.settings)
 
     def configure(self, update: dict[str, int]) -> None:
         """New settings; etl is started again with them."""

@@ -258,7 +258,8 @@ def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, conne
     connection.execute("INSERT INTO summary_refresh_queue (touched) VALUES ('{[2024-01-01, 2024-01-02)}')")
     connection.execute("UPDATE summary_refresh_queue SET id = DEFAULT")
     connection.execute(
-        "SELECT setval(pg_get_serial_sequence('summary_refresh_queue', 'id'), (SELECT max(id) FROM summary_refresh_queue), false)"
+        "SELECT setval(pg_get_serial_sequence('summary_refresh_queue', 'id'), max(id), false)"
+        " FROM summary_refresh_queue"
     )
     with pytest.raises(PermanentError, match="summary_refresh_queue_pkey"):
         sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
