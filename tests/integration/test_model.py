@@ -39,8 +39,9 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.types.multirange import Multirange
 
-from services.consumer.sink import PartitionsLostError, Sink
-from services.consumer.worker import Worker
+from services.consumer.batch import Move
+from services.consumer.sink import PartitionsMovedError, Sink
+from services.consumer.worker import consume
 from services.core.config import Settings
 from services.core.database import connect, connection_arguments
 from services.core.errors import MalformedMessage
@@ -73,7 +74,6 @@ EVERY = 1 if EXAMPLES else 3  # of the statements of a run
 SHRINK = "MODEL_SHRINK" in os.environ
 STEPS = int(os.environ.get("MODEL_STEPS", "20"))
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
-PARTITIONS = (0, 1, 2)
 MINUTES = (10, 15, 7, 60)
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
@@ -100,6 +100,7 @@ MALFORMED = {
     b'{"sensor_id":"a","time":"2999-01-01T00:00:00Z","humidity":1}': "future_time",
     b'{"sensor_id":"a","time":"2024-03-01T00:00:00Z","temperature":1e300}': "invalid_reading",
 }
+TOPIC_ID = "of the model"
 UNSTORABLE = "a\0b"
 
 numbers = st.sampled_from([0.0, -40.0, 20.25, 20.3, 21.0, 1e90, 5e-324])
@@ -209,6 +210,10 @@ class Pipeline(RuleBasedStateMachine):
         self.last: list[bytes] = []
         self.letters: Counter[str] = Counter()
         self.dead_before: int | None = None
+        self.position = 0  # of the one partition, which the database knows too
+        self.stale = self.move()
+        with connect(servers) as connection:
+            connection.execute("INSERT INTO partition_progress VALUES (%s, 1, 0)", [TOPIC_ID])
         self.sink = self.new_sink()
 
     def teardown(self) -> None:
@@ -242,14 +247,15 @@ class Pipeline(RuleBasedStateMachine):
     def restart_consumer(self) -> None:
         if self.zombie is not None:
             self.zombie.close()
-        self.zombie, self.sink = self.sink, self.new_sink()
+        self.zombie, self.stale, self.sink = self.sink, self.move(), self.new_sink()
+        self.advance()
 
     @precondition(lambda self: self.zombie is not None)
     @rule(reading=readings)
     def wake_zombie(self, reading: Reading) -> None:
         assert self.zombie is not None
-        with pytest.raises(PartitionsLostError):
-            self.zombie.write([reading], [1])
+        with pytest.raises(PartitionsMovedError):
+            self.zombie.write([reading], self.stale)
 
     @precondition(lambda self: self.dead_before is None)
     @rule(batch=batches, is_rare=st.sampled_from([False] * 7 + [True]))
@@ -260,7 +266,7 @@ class Pipeline(RuleBasedStateMachine):
         self.consumes_with = self.settings
         self.dead_before = len(read_topic(self.settings, self.settings.dead_letter_topic))
         publish(self.settings, batch, partition=1)
-        totals = Worker(self.settings, Shutdown(), until_caught_up=True).run()
+        totals = consume(self.settings, Shutdown(), until_caught_up=True)
         expected = self.expect(batch)
         assert totals.inserted + totals.updated + totals.unchanged + totals.dead_letters.total() == len(batch)
         assert totals.inserted == expected["inserted"]
@@ -270,8 +276,8 @@ class Pipeline(RuleBasedStateMachine):
         assert found == totals.dead_letters
         self.restart_consumer()
         assert self.zombie is not None
-        with pytest.raises(PartitionsLostError):
-            self.zombie.write([Reading("a", NOW, 1.0)], [1])
+        with pytest.raises(PartitionsMovedError):
+            self.zombie.write([Reading("a", NOW, 1.0)], self.stale)
 
     # What can happen: etl --------------------------------------------------------------------------------
 
@@ -454,6 +460,15 @@ class Pipeline(RuleBasedStateMachine):
         self.consumes_with = self.settings
         return Sink(self.settings)
 
+    def move(self) -> Move:
+        """One message further."""
+        return Move(TOPIC_ID, {1: self.position}, {1: self.position + 1})
+
+    def advance(self, *, done: bool = False) -> None:
+        if not done:
+            self.sink.advance(self.move())
+        self.position += 1
+
     def configure(self, update: dict[str, int]) -> None:
         """New settings; etl is started again with them."""
         self.stop_etl()
@@ -470,7 +485,8 @@ class Pipeline(RuleBasedStateMachine):
             except MalformedMessage as error:
                 dead[error.reason] += 1
         closed = self.closed()
-        result = self.sink.write(found, NOWHERE)
+        result = self.sink.write(found, self.move())
+        self.advance(done=result.advanced)
         dead.update(refused.reason for refused in result.refused)
         expected = self.expect(batch, closed)
         assert result.inserted + result.updated + result.unchanged + len(result.refused) == len(found)

@@ -34,13 +34,20 @@ def changed(admin: AdminClient, topic: str) -> dict[str, str]:
 
 def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     admin = AdminClient(client_settings(settings, "test"))
-    own = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.own", "kafka_min_insync_replicas": 1})
+    own = settings.model_copy(
+        update={
+            "kafka_topic": f"{settings.kafka_topic}.own",
+            "kafka_min_insync_replicas": 1,
+            "dead_letter_retention_days": 7,
+            "dead_letter_retention_mb": 0,
+        }
+    )
     topics = (own.kafka_topic, own.dead_letter_topic, progress_topic(own).topic)
     create_topics(admin, own, progress_topic(own))
     in_step = {"min.insync.replicas": "1"}
     assert [changed(admin, topic) for topic in topics] == [
         in_step,
-        in_step | {"max.message.bytes": "2097152", "retention.ms": "-1"},
+        in_step | {"max.message.bytes": "2097152", "retention.ms": "604800000", "retention.bytes": "-1"},
         in_step | {"cleanup.policy": "compact"},
     ]
     partitions = admin.list_topics(timeout=10).topics
