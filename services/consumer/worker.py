@@ -67,12 +67,11 @@ FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a se
 HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
 HUNG_AFTER_S = 60.0
 
-NOT_OFFERED = frozenset({KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE})
 PROTOCOLS = {"auto": ("consumer", "classic"), "consumer": ("consumer",), "classic": ("classic",)}
 
 
 class ProtocolNotOfferedError(Exception):
-    """The brokers do not offer the group protocol of Kafka 4."""
+    """The brokers did not let us into the group by the protocol of Kafka 4."""
 
 
 @dataclass(slots=True)
@@ -122,6 +121,7 @@ class Worker:
             max_age=timedelta(days=days) if days else None,
         )
         self._positions = Positions(settings, shutdown)
+        self._protocol = protocol
         self._consumer = Consumer(consumer_settings(settings, protocol) | {"on_commit": self._on_commit})
         self._writer = Writer(settings)
         self._lag = Lag(self._consumer, settings.kafka_topic)
@@ -209,9 +209,9 @@ class Worker:
             self._leave_missing(message.partition())
         elif code in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
-        elif code in NOT_OFFERED:
-            raise ProtocolNotOfferedError(error.str())
-        elif error.fatal():
+        elif code == KafkaError._FATAL and self._protocol == "consumer" and not self._rebalances:
+            raise ProtocolNotOfferedError(error.str())  # librdkafka does not tell the code behind it
+        elif code == KafkaError._FATAL:
             raise PermanentError(f"Kafka ends our membership of group {self._settings.kafka_group}: {error.str()}")
         else:
             RETRIES.labels("kafka").inc()
@@ -503,11 +503,14 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
 
 def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) -> Totals:
     """Work with the newest group protocol that the settings allow and the brokers offer."""
+    reason: Exception | None = None
     for protocol in PROTOCOLS[settings.kafka_group_protocol]:
         try:
             return Worker(settings, shutdown, until_caught_up=until_caught_up, protocol=protocol).run()
-        except ProtocolNotOfferedError:
+        except ProtocolNotOfferedError as error:
             log.info("group_protocol_not_offered", extra=fields(protocol=protocol))
+            reason = error
     raise ConfigurationError(
-        f"KAFKA_GROUP_PROTOCOL={settings.kafka_group_protocol}: the brokers do not offer it (Kafka 4 does); use auto"
+        f"KAFKA_GROUP_PROTOCOL={settings.kafka_group_protocol}: the brokers refuse it, older ones than Kafka 4 do; "
+        f"use auto ({reason})"
     )
