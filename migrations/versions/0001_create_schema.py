@@ -185,6 +185,7 @@ def create_progress() -> None:
     op.execute("REVOKE EXECUTE ON FUNCTION advance_partitions FROM PUBLIC")
     op.execute("GRANT EXECUTE ON FUNCTION advance_partitions TO sensor_consumer")
     op.execute("GRANT SELECT, INSERT, UPDATE ON partition_progress TO sensor_consumer")
+    op.execute("GRANT SELECT ON partition_progress TO sensor_etl")  # for the command status
 
 
 def create_summaries() -> None:

@@ -88,7 +88,7 @@ class DeadLetterTopic:
                 "acks": "all",
                 "message.max.bytes": DEAD_LETTER_MAX_BYTES,
                 "compression.type": "zstd",
-                "topic.metadata.propagation.max.ms": 5000,  # then a topic that is gone is an error, before FLUSH_TIMEOUT_S
+                "topic.metadata.propagation.max.ms": 5000,  # then a topic that is gone is an error
                 "linger.ms": 5,
                 "partitioner": PARTITIONER,
             }

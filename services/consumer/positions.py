@@ -7,21 +7,18 @@ database that was emptied, restored or moved to another group goes on exactly wh
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from confluent_kafka import TopicCollection
 from confluent_kafka.admin import TopicDescription
-from psycopg import Connection
 
-from services.consumer.patience import keep_trying
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
 from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, topic_id
-from services.core.monitoring import DATABASE, KAFKA
 from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
 
@@ -29,57 +26,51 @@ SQL = queries("services.consumer")
 LOOK_EVERY_S, LOOK_WITHIN_S = 10.0, 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where partitions of a topic go on; ``fills_gaps``: old files may have been stored from another topic."""
+
+    topic_id: str = ""
+    fills_gaps: bool = False
+    positions: Mapping[int, int] = field(default_factory=dict)
+
+
 class Positions:
-    """Reads the positions of the topic's partitions, waiting for the servers as long as it takes."""
+    """Asks both servers, each once: whoever calls tries again."""
 
     def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
         self._settings = settings
-        self._shutdown = shutdown
         self._admin = connect_admin(settings, shutdown)
         self._look: Future[TopicDescription] | None = None
         self._next_look = time.monotonic() + LOOK_EVERY_S
-        self.topic_id = ""
-        self.fills_gaps = False  # whether old files may have been stored from another topic
 
-    def read(self, partitions: Iterable[int]) -> dict[int, int]:
-        """The position of each partition; empty if the service shall end before the servers answer.
+    def topic_id(self) -> str:
+        """The topic's id now: it is another topic once it was deleted and created again. Raises as core.kafka does."""
+        return topic_id(self._admin, self._settings)
 
-        The topic's id is asked for each time: it is another topic once it was deleted and created again.
-        """
-        numbers = sorted(partitions)
-        found = keep_trying(KAFKA, lambda: topic_id(self._admin, self._settings), self._shutdown.wait)
-        if found is None:
-            return {}
-        self.topic_id = found
-        return keep_trying(DATABASE, lambda: self._read(numbers), self._shutdown.wait) or {}
+    def read(self, topic: str, partitions: Iterable[int]) -> Places:
+        """The positions of the partitions of the topic with this id. Raises TransientError or PermanentError."""
+        arguments = {"topic": topic, "partitions": sorted(partitions)}
+        with translated(), connect(self._settings) as connection:
+            row = connection.execute(SQL["knows_another_topic"], {"topic": topic}).fetchone()
+            connection.execute(SQL["add_partitions"], arguments)
+            positions: dict[int, int] = dict(connection.execute(SQL["read_positions"], arguments).fetchall())
+        return Places(topic, row is not None and row[0], positions)
 
-    def topic_was_replaced(self) -> bool:
-        """Whether the topic is another one by now. Looks now and then, and never waits for the answer."""
+    def topic_was_replaced(self, topic: str) -> bool:
+        """Whether the topic has another id by now. Looks now and then, and never waits for the answer."""
         now = time.monotonic()
         if self._look is None:
-            if now >= self._next_look and self.topic_id:
-                self._look = self._admin.describe_topics(
-                    TopicCollection([self._settings.kafka_topic]), request_timeout=LOOK_WITHIN_S
-                )[self._settings.kafka_topic]
+            if now >= self._next_look:
+                name = self._settings.kafka_topic
+                looks = self._admin.describe_topics(TopicCollection([name]), request_timeout=LOOK_WITHIN_S)
+                self._look = looks[name]
             return False
         if not self._look.done():
             return False
         look, self._look = self._look, None
         self._next_look = now + LOOK_EVERY_S
-        return look.exception() is None and str(look.result().topic_id) != self.topic_id
-
-    def _read(self, partitions: list[int]) -> dict[int, int]:
-        with translated(), connect(self._settings) as connection:
-            arguments = {"topic": self.topic_id, "partitions": partitions}
-            self.fills_gaps = knows_another_topic(connection, self.topic_id)
-            connection.execute(SQL["add_partitions"], arguments)
-            return dict(connection.execute(SQL["read_positions"], arguments).fetchall())
-
-
-def knows_another_topic(connection: Connection, topic: str) -> bool:
-    """Whether readings of another topic than the one with this id were stored."""
-    row = connection.execute(SQL["knows_another_topic"], {"topic": topic}).fetchone()
-    return row is not None and bool(row[0])
+        return look.exception() is None and str(look.result().topic_id) != topic
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -34,9 +34,9 @@ from services.consumer.batch import Batch, OutOfPlaceError
 from services.consumer.dead_letter import DeadLetter
 from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_LEFT, MESSAGES_READ
 from services.consumer.lag import Lag
-from services.consumer.positions import Positions
+from services.consumer.positions import Places, Positions
 from services.consumer.sink import WriteResult
-from services.consumer.writer import NotStored, Outcome, Stored, Writer
+from services.consumer.writer import Locate, NotStored, Outcome, Stored, Writer
 from services.core.config import Settings
 from services.core.database import connect_at_start
 from services.core.errors import ConfigurationError, PermanentError
@@ -123,9 +123,11 @@ class Worker:
         self._positions = Positions(settings, shutdown)
         self._protocol = protocol
         self._consumer = Consumer(consumer_settings(settings, protocol) | {"on_commit": self._on_commit})
-        self._writer = Writer(settings)
+        self._writer = Writer(settings, self._positions)
         self._lag = Lag(self._consumer, settings.kafka_topic)
-        self._next: dict[int, int] = {}  # our partitions, and where each is once all batches are stored
+        self._assigned: set[int] = set()
+        self._places = Places()  # of the topic that we read
+        self._next: dict[int, int] = {}  # where each partition is once all batches are stored; some are not located yet
         self._filling = Batch()
         self._ready: Batch | None = None  # waits for the writer
         self._poll_at_once = 10  # until we know how large messages are
@@ -204,7 +206,8 @@ class Worker:
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
             partition, offset = place_of(message)
-            self._ends[partition] = offset
+            if partition in self._next:
+                self._ends[partition] = offset
         elif code == KafkaError._AUTO_OFFSET_RESET:
             self._leave_missing(message.partition())
         elif code in NOT_ALLOWED:
@@ -220,25 +223,42 @@ class Worker:
     # Where to go on --------------------------------------------------------------------------------------
 
     def _new_batch(self) -> Batch:
-        return Batch(self._positions.topic_id, self._positions.fills_gaps)
+        return Batch(self._places.topic_id, self._places.fills_gaps)
 
-    def _fetch_from(self, positions: Mapping[int, int]) -> None:
-        """Go on from these positions. A seek would be refused while a partition has none that is valid."""
-        places = [TopicPartition(self._settings.kafka_topic, *place) for place in positions.items()]
+    def _at(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        topic = self._settings.kafka_topic
+        return [TopicPartition(topic, partition, self._next.get(partition, OFFSET_END)) for partition in partitions]
+
+    def _fetch(self, partitions: Iterable[int]) -> None:
+        """Go on where these partitions are. A seek would be refused while one has no position that is valid."""
+        places = self._at(partitions)
         if places:
             self._consumer.incremental_unassign(places)
             self._consumer.incremental_assign(places)
-            if self._paused:
-                self._consumer.pause(places)
+            (self._consumer.pause if self._paused else self._consumer.resume)(places)
 
     def _go_back(self) -> None:
-        """Forget what is not stored, and go on where the database is."""
+        """Forget what is not stored; nothing is fetched until the database has said where to go on."""
         MESSAGES_LEFT.inc(len(self._filling) + len(self._ready or ()))
-        self._unblock()
+        self._blocked_since, self._paused = None, False
         self._ends.clear()
-        self._next = self._positions.read(self._next)
+        self._next.clear()
         self._ready, self._filling = None, self._new_batch()
-        self._fetch_from(self._next)
+        if self._assigned:
+            self._consumer.pause(self._at(self._assigned))
+
+    def _take_places(self, places: Places) -> None:
+        """The database's answer: fetch from there, unless a partition is another consumer's by now."""
+        if self._places.topic_id not in ("", places.topic_id):
+            log.warning("topic_replaced", extra=fields(topic=self._settings.kafka_topic))
+            self._go_back()
+        self._places = places
+        if self._filling.is_empty:
+            self._filling = self._new_batch()
+        found = {partition: at for partition, at in places.positions.items() if partition in self._assigned}
+        self._next |= found
+        self._lag.begin(found)
+        self._fetch(found)
 
     def _leave_missing(self, partition: int | None) -> None:
         """Kafka has nothing at our position: what was there has expired, or a broker has lost the end of its log."""
@@ -273,34 +293,46 @@ class Worker:
             )
         if not first <= position <= end:
             self._filling.move(partition, min(max(position, first), end), self._next)
-        self._fetch_from({partition: self._next[partition]})
+        self._fetch([partition])
 
     # Handing batches to the writer -----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Take the writer's outcome, then give it the batch that is ready."""
+        """Take the writer's outcome, then give it what comes next."""
         self._settle(self._writer.wait(0))
         self._lag.look(paused=self._paused)
-        if self._positions.topic_was_replaced() or self._filling.topic_id != self._positions.topic_id:
-            log.warning("topic_replaced", extra=fields(topic=self._settings.kafka_topic))
+        if self._next and self._positions.topic_was_replaced(self._places.topic_id):
             self._go_back()
         if self._ready is None and self._is_due():
             self._ready, self._filling = self._filling, self._new_batch()
-        if self._ready is None:
-            self._blocked_since = None
-            self._commit_ends()
-            self._check_positions()
-        elif self._writer.busy:
-            self._note_blocked()
-        else:
+        unknown = self._assigned - self._next.keys()
+        if self._writer.busy:
+            self._note_blocked(has_more=self._ready is not None)
+        elif unknown:
+            self._writer.submit(Locate(frozenset(unknown)))
+        elif self._ready is not None:
             batch, self._ready = self._ready, None
             self._writer.submit(batch)
             self._unblock()
+        else:
+            self._unblock()
+            self._commit_ends()
+            self._check_positions()
+
+    def _settle(self, outcome: Outcome | None) -> None:
+        match outcome:
+            case Places():
+                self._take_places(outcome)
+            case Stored(batch, result, letters) if len(batch):
+                self.totals.add(result, letters)
+                self._commit({each: end for each, end in batch.end.items() if each in self._next})
+            case NotStored():
+                self._go_back()
 
     def _check_positions(self) -> None:
         """While nothing comes, look whether the database has been emptied or restored, or told to go back."""
         now = time.monotonic()
-        if now < self._next_check or not self._next or not self._filling.is_empty or self._writer.busy:
+        if now < self._next_check or not self._next or not self._filling.is_empty:
             return
         self._next_check = now + CHECK_EVERY_S
         check = self._new_batch()
@@ -317,23 +349,19 @@ class Worker:
             or self._all_at_end()
         )
 
-    def _settle(self, outcome: Outcome | None) -> None:
-        match outcome:
-            case Stored(batch, result, letters) if len(batch):
-                self.totals.add(result, letters)
-                self._commit({each: end for each, end in batch.end.items() if each in self._next})
-            case NotStored():
-                self._go_back()
-
     def _commit_ends(self) -> None:
         """When all that was polled is stored, step over what is not a message (a transaction's end marker).
 
-        Otherwise the group would show a lag for ever, and nobody could tell it from a real one.
+        Otherwise there would be a lag for ever, and nobody could tell it from a real one.
         """
-        if not self._filling.is_empty or self._writer.busy or self._ends == self._ends_committed:
+        if not self._filling.is_empty or self._ends == self._ends_committed:
             return
-        self._ends_committed = dict(self._ends)
-        self._commit(self._ends)
+        behind = {partition: end for partition, end in self._ends.items() if end > self._next[partition]}
+        for partition, end in behind.items():
+            self._filling.move(partition, end, self._next)
+        if not behind:
+            self._ends_committed = dict(self._ends)
+            self._commit(self._ends)
 
     def _commit(self, offsets: Mapping[int, int]) -> None:
         """Tell Kafka how far we are."""
@@ -367,56 +395,48 @@ class Worker:
 
     # Back-pressure ---------------------------------------------------------------------------------------
 
-    def _note_blocked(self) -> None:
+    def _note_blocked(self, *, has_more: bool) -> None:
         now = time.monotonic()
-        self._blocked_since = self._blocked_since or now
-        if not self._paused and now - self._blocked_since > PAUSE_AFTER_S:
+        self._blocked_since = (self._blocked_since or now) if has_more else None
+        if self._blocked_since and not self._paused and now - self._blocked_since > PAUSE_AFTER_S:
             self._paused = True
-            self._consumer.pause(self._consumer.assignment())
+            self._consumer.pause(self._at(self._assigned))
             log.warning("paused", extra=fields(waiting=len(self._ready or ()) + len(self._filling)))
 
     def _unblock(self) -> None:
         self._blocked_since = None
         if self._paused:
             self._paused = False
-            self._consumer.resume(self._consumer.assignment())
+            self._consumer.resume(self._at(self._next))
             log.info("resumed")
 
     # Membership ------------------------------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """More partitions are ours from now on. Waits for the database, which knows where to begin."""
+        """More partitions are ours from now on. They wait until the database has said where to begin."""
         self._rebalances += 1
-        topic = self._positions.topic_id
-        added = [place.partition for place in partitions]
-        positions = self._positions.read(added) if added else {}
-        if not topic:
-            self._filling = self._new_batch()
-        self._next |= positions
-        self._lag.begin(positions)
-        places = [
-            TopicPartition(place.topic, place.partition, positions.get(place.partition, OFFSET_END))
-            for place in partitions
-        ]
-        consumer.incremental_assign(places)
-        if self._paused and places:
-            consumer.pause(places)
+        added = {place.partition for place in partitions}
+        self._assigned |= added
+        consumer.incremental_assign(self._at(added))
+        if added:
+            consumer.pause(self._at(added))
         log.info("partitions_assigned", extra=fields(partitions=sorted(added)))
 
-    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Partitions go to another consumer: let the batch in hand finish first, so that it need not be repeated."""
         if not self._closing and partitions:
-            self._drain_writer(HAND_OVER_WITHIN_S)
-        self._on_lost(_consumer, partitions)
+            self._drain_writer(HAND_OVER_WITHIN_S if self._writer.is_storing else 0.0)
+        self._on_lost(consumer, partitions)
 
-    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Partitions are another consumer's already: forget what we hold of them."""
         self._rebalances += 1
         gone = {place.partition for place in partitions}
         log.info("partitions_revoked", extra=fields(partitions=sorted(gone)))
-        if self._paused and partitions:
-            self._consumer.resume(partitions)  # librdkafka keeps a pause for the day the partition comes back
+        if gone:
+            consumer.resume(partitions)  # librdkafka keeps a pause for the day the partition comes back
         held = len(self._filling) + len(self._ready or ())
+        self._assigned -= gone
         for each in (self._next, self._ends, self._ends_committed):
             for partition in gone & each.keys():
                 del each[partition]
@@ -435,7 +455,7 @@ class Worker:
     # The end ---------------------------------------------------------------------------------------------
 
     def _all_at_end(self) -> bool:
-        return self._until_caught_up and bool(self._next) and self._ends.keys() >= self._next.keys()
+        return self._until_caught_up and bool(self._assigned) and self._ends.keys() >= self._assigned
 
     def _caught_up(self) -> bool:
         if not self._all_at_end() or not self._filling.is_empty or self._ready is not None:

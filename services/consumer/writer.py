@@ -1,7 +1,8 @@
-"""The writer thread: stores batches, one at a time, and never touches the consumer.
+"""The writer thread: asks where partitions go on, and stores batches; one job at a time.
 
-librdkafka's consumer belongs to the thread that polls it (a commit from another thread waits while that thread
-polls), so the writer only reports; the worker commits the offsets.
+It waits for the servers, so that the polling thread never does: a member that does not poll holds the group up.
+
+librdkafka's consumer belongs to the thread that polls it, so the writer only reports.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ from services.consumer.batch import Batch
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
 from services.consumer.patience import keep_trying
+from services.consumer.positions import Places, Positions
 from services.consumer.sink import PartitionsMovedError, Sink, WriteResult
 from services.core.config import Settings
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, KAFKA
 
 log = logging.getLogger("consumer")
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """Find out where these partitions go on. The outcome is Places."""
+
+    partitions: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +50,24 @@ class NotStored:
     What of it is stored all the same is harmless to repeat. The database knows where to go on.
     """
 
-    batch: Batch
+
+@dataclass(frozen=True, slots=True)
+class NotLocated:
+    """Giving up was asked for."""
 
 
-Outcome = Stored | NotStored
+Outcome = Places | Stored | NotStored | NotLocated
 
 
 class Writer:
-    """Stores one batch at a time in a thread of its own; back-pressure is that it takes no second one."""
+    """Does one job at a time in a thread of its own; back-pressure is that it takes no second one."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, positions: Positions) -> None:
+        self._positions = positions
         self._sink = Sink(settings)
         self._dead_letters = DeadLetterTopic(settings)
         self._condition = threading.Condition()
-        self._job: Batch | None = None
+        self._job: Batch | Locate | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
         self._stopping = False
@@ -62,13 +75,13 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def submit(self, batch: Batch) -> None:
-        """Start to store a batch; only when idle."""
+    def submit(self, job: Batch | Locate) -> None:
+        """Start a job; only when idle."""
         with self._condition:
             if self._job is not None:
                 raise AssertionError("the writer is busy")
             self._abandon.clear()
-            self._job = batch
+            self._job = job
             self._condition.notify_all()
 
     @property
@@ -78,14 +91,19 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is being stored. Raises what ended the writer."""
+        """Whether a job is running. Raises what ended the writer."""
         with self._condition:
             if self._failure is not None:
                 raise self._failure
             return self._job is not None
 
+    @property
+    def is_storing(self) -> bool:
+        """Whether that job is a batch, which others would have to repeat."""
+        return isinstance(self._job, Batch)
+
     def wait(self, timeout_s: float) -> Outcome | None:
-        """The outcome of the batch, once; None if it is not there in time. Raises what ended the writer."""
+        """The outcome of the job, once; None if it is not there in time. Raises what ended the writer."""
         with self._condition:
             self._condition.wait_for(lambda: self._outcome or self._failure or self._job is None, timeout_s)
             if self._failure is not None:
@@ -94,11 +112,11 @@ class Writer:
             return outcome
 
     def abandon(self) -> None:
-        """Give the batch up at the next pause between two tries."""
+        """Give the job up at the next pause between two tries."""
         self._abandon.set()
 
     def stop(self) -> None:
-        """End the thread; a batch that is not stored yet is given up."""
+        """End the thread; a job that still runs is given up."""
         self._abandon.set()
         with self._condition:
             self._stopping = True
@@ -107,12 +125,12 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            while (batch := self._next_job()) is not None:
-                outcome = self._store(batch)
+            while (job := self._next_job()) is not None:
+                outcome = self._locate(job) if isinstance(job, Locate) else self._store(job)
                 with self._condition:
                     self._outcome, self._job = outcome, None
                     self._condition.notify_all()
-                del batch, outcome  # a batch that is done must not stay in memory during the next one
+                del job, outcome  # a batch that is done must not stay in memory during the next one
         except BaseException as error:  # noqa: BLE001 - raised again by wait and busy, in the worker's thread
             with self._condition:
                 self._failure = error
@@ -120,10 +138,19 @@ class Writer:
         finally:
             self._sink.close()
 
-    def _next_job(self) -> Batch | None:
+    def _next_job(self) -> Batch | Locate | None:
         with self._condition:
             self._condition.wait_for(lambda: self._job is not None or self._stopping)
             return None if self._stopping else self._job
+
+    def _locate(self, locate: Locate) -> Outcome:
+        topic = keep_trying(KAFKA, self._positions.topic_id, self._abandon.wait)
+        if topic is None:
+            return NotLocated()
+        return (
+            keep_trying(DATABASE, lambda: self._positions.read(topic, locate.partitions), self._abandon.wait)
+            or NotLocated()
+        )
 
     def _store(self, batch: Batch) -> Outcome:
         """Commit the readings; what was refused goes to the dead letters before the commit that steps over it."""
@@ -159,7 +186,7 @@ class Writer:
 
     def _left(self, batch: Batch) -> NotStored:
         MESSAGES_LEFT.inc(len(batch))
-        return NotStored(batch)
+        return NotStored()
 
     def _count(self, batch: Batch, result: WriteResult, letters: Sequence[DeadLetter], seconds: float) -> None:
         path = "merge" if result.merged else "copy"

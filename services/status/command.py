@@ -29,6 +29,8 @@ def run(settings: Settings, *, as_json: bool) -> int:
         asked = pool.submit(_ask, lambda: read_kafka(settings))
         database = _ask(lambda: read_database(settings, address(settings)))
         kafka = asked.result()
+    if isinstance(kafka, Kafka) and isinstance(database, Database) and database.tables is not None:
+        kafka = kafka.compared_with(database.tables.positions)
     problems = find_problems(settings, kafka, database)
     versions = _versions(database)
     if as_json:

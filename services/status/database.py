@@ -64,6 +64,7 @@ class Tables:
     queue_rows: int
     freshness_seconds: float  # age of the oldest reading that is stored and not yet summarised; 0: none waits
     etl_leads: bool
+    positions: dict[str, dict[int, int]]  # by topic id and partition: where the consumers go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,15 @@ def _read_tables(connection: Connection) -> Tables:
         queue_rows,
         round(age_s, 3),
         _row(connection, SQL["is_led"], {"key": LEADER_LOCK})[0],
+        _read_positions(connection),
     )
+
+
+def _read_positions(connection: Connection) -> dict[str, dict[int, int]]:
+    positions: dict[str, dict[int, int]] = {}
+    for topic, partition, offset in connection.execute(SQL["positions"]):
+        positions.setdefault(topic, {})[partition] = offset
+    return positions
 
 
 def _count(connection: Connection, table: str, size_bytes: int) -> Rows:

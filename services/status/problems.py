@@ -36,6 +36,14 @@ def _of_kafka(settings: Settings, kafka: Kafka | str) -> Iterator[Problem]:
             f"there is no topic {kafka.topic}",
             "start sensor-pipeline consume or produce, which create it, or correct KAFKA_TOPIC",
         )
+    ahead = [each for each in kafka.partitions or () if (each.stored_offset or 0) < (each.committed_offset or 0)]
+    if ahead and all(each.stored_offset is not None for each in ahead) and kafka.lag:
+        yield Problem(
+            f"the database lacks {sum(each.lag for each in ahead):,} messages that group {settings.kafka_group} had "
+            f"stored: it was emptied or restored",
+            "keep sensor-pipeline consume running: it stores them again; what the topic no longer has, files can bring "
+            "back (sensor-pipeline produce --resend)",
+        )
     alone = [each for each in kafka.partitions or () if each.lag and each.consumer is None]
     if alone and not kafka.is_rebalancing:
         numbers = ", ".join(str(each.partition) for each in alone)

@@ -45,3 +45,6 @@ SELECT EXISTS (
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND (classid::bigint << 32) + objid::bigint = %(key)s
 )
+
+-- name: positions
+SELECT topic_id, partition, next_offset FROM partition_progress

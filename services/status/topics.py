@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import REASON_HEADER, client_settings, headers_of, raise_if_refused
+from services.core.kafka import REASON_HEADER, client_settings, headers_of, raise_if_refused, topic_id
 from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 
 MOST_LETTERS = 10_000
@@ -27,8 +27,9 @@ class Partition:
     first_offset: int
     end_offset: int
     committed_offset: int | None
-    lag: int
+    lag: int  # messages that are not stored; without an answer of the database, that the group has not committed
     consumer: str | None  # client id and host
+    stored_offset: int | None = None  # where the database goes on
 
     @staticmethod
     def of(offsets: PartitionOffsets, owners: dict[int, str]) -> Partition:
@@ -53,12 +54,26 @@ class Kafka:
     address: str
     brokers: int
     topic: str
+    topic_id: str | None
     partitions: list[Partition] | None
     lag: int
     group: str
     is_rebalancing: bool
     dead_letter_topic: str
     dead_letters: DeadLetters | None
+
+    def compared_with(self, positions: dict[str, dict[int, int]]) -> Kafka:
+        """With what the database has stored of each topic (by id): it knows, the offsets of the group do not."""
+        if self.partitions is None or self.topic_id is None:
+            return self
+        stored = positions.get(self.topic_id, {})
+        partitions = [
+            replace(each, stored_offset=at, lag=max(0, each.end_offset - max(each.first_offset, at)))
+            if (at := stored.get(each.partition, 0)) < (each.committed_offset or 0)
+            else replace(each, stored_offset=at)
+            for each in self.partitions
+        ]
+        return replace(self, partitions=partitions, lag=sum(each.lag for each in partitions))
 
 
 def read_kafka(settings: Settings) -> Kafka:
@@ -82,12 +97,14 @@ def _read(admin: AdminClient, settings: Settings) -> Kafka:
         brokers, owners, is_rebalancing = _ask_admin(admin, settings)
         readings = topics.get(settings.kafka_topic)
         partitions = None if readings is None else offsets.of(settings.kafka_topic, readings)
+        identity = None if readings is None else topic_id(admin, settings)
         dead = topics.get(settings.dead_letter_topic)
         letters = None if dead is None else _read_letters(settings, offsets.of(settings.dead_letter_topic, dead))
     return Kafka(
         address=settings.bootstrap_servers,
         brokers=brokers,
         topic=settings.kafka_topic,
+        topic_id=identity,
         partitions=None if partitions is None else [Partition.of(each, owners) for each in partitions],
         lag=sum(each.lag for each in partitions or ()),
         group=settings.kafka_group,

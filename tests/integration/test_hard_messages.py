@@ -26,6 +26,8 @@ from tests.expected import committed_offsets, member_ids
 from tests.fix_services import PATIENCE_S, StartService, message, minutes, publish, read_topic, wait_until
 from tests.fix_stack import free_port, is_native, make_stack
 
+Headers = list[tuple[str, str | bytes | None]]
+
 
 class OwnKafka(Kafka):
     """A broker with settings of its own."""
@@ -52,7 +54,7 @@ def with_topics(settings: Settings, name: str, limit: int, letters_limit: int | 
     return own
 
 
-def send(settings: Settings, value: bytes, headers: list[tuple[str, bytes]] | None = None) -> None:
+def send(settings: Settings, value: bytes, headers: Headers | None = None) -> None:
     producer = Producer(client_settings(settings, "test") | {"message.max.bytes": 8_000_000})
     producer.produce(settings.kafka_topic, value, b"s1", partition=0, headers=headers or [])
     assert producer.flush(PATIENCE_S) == 0
@@ -70,7 +72,7 @@ def count(connection: psycopg.Connection) -> int:
     return int(row[0])
 
 
-def surrounded(settings: Settings, value: bytes, headers: list[tuple[str, bytes]] | None = None) -> None:
+def surrounded(settings: Settings, value: bytes, headers: Headers | None = None) -> None:
     """Send a hard message between two readings of its partition."""
     publish(settings, [message(time=minutes(0), temperature=1.0)], partition=0)
     send(settings, value, headers)

@@ -10,11 +10,12 @@ import psycopg
 import pytest
 
 from services.consumer.batch import Move
-from services.consumer.sink import MOST_TRANSACTIONS, PartitionsMovedError, Sink
+from services.consumer.sink import COPY_READINGS, MOST_TRANSACTIONS, SESSION_NAME, PartitionsMovedError, Sink, encode
 from services.core.config import Settings
-from services.core.errors import PermanentError
+from services.core.database import connect
+from services.core.errors import PermanentError, TransientError
 from services.core.reading import Reading
-from tests.fix_services import NOWHERE, minutes
+from tests.fix_services import NOWHERE, minutes, wait_until
 
 Row = tuple[str, datetime, float | None, float | None]
 
@@ -275,12 +276,73 @@ def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connectio
     assert sink.write([], NOWHERE, repeated=again).unchanged == 2
 
 
+def test_corrections_for_many_sensors_into_compressed_history(sink: Sink, connection: psycopg.Connection) -> None:
+    """Each decompresses a thousand rows; the server's default limit is a hundred thousand in a transaction."""
+    sensors = [f"s{number:03d}" for number in range(150)]
+    counts(sink, *(Reading(sensor, minutes(at / 2), 1.0) for at in range(1000) for sensor in sensors))
+    connection.execute("SELECT compress_chunk(chunk) FROM show_chunks('sensor_data') AS chunk")
+    assert counts(sink, *(Reading(sensor, minutes(7), 2.0) for sensor in sensors)) == (0, 150, 0)
+    assert connection.execute("SELECT count(*), sum(temperature) FROM sensor_data").fetchone() == (150_000, 150_150)
+
+
 def test_thousands_of_weeks_are_stored_a_hundred_at_a_time(sink: Sink, connection: psycopg.Connection) -> None:
     """Each is a chunk to create, and all locks of a transaction have to fit into the server's table of locks."""
     weeks = [Reading("s1", minutes(0) - at * timedelta(days=7), 1.0) for at in range(300)]
     assert counts(sink, *weeks) == (300, 0, 0)
     largest = "SELECT max(count) FROM (SELECT count(*) FROM sensor_data GROUP BY xmin::text) AS transactions"
     assert connection.execute(largest).fetchone() == (100,)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
+    settings: Settings, connection: psycopg.Connection
+) -> None:
+    """No time limit of PostgreSQL ends a session that waits for COPY's data."""
+    batch = [Reading(f"s{number}", minutes(0), 1.0) for number in range(5000)]  # more than the server holds back
+    heir = Sink(settings)
+    with connect(settings, SESSION_NAME) as frozen, frozen.cursor() as cursor:
+        encoded = encode(cursor, batch)
+        cursor.execute("BEGIN")
+        stream = cursor.copy(COPY_READINGS).__enter__()  # which is never left
+        stream.write(encoded[:-2])
+        wait_until(lambda: is_written(connection, frozen.info.backend_pid), "rows are in the index")
+        wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
+        frozen.close()
+    assert len(stored(connection)) == len(batch)
+    heir.close()
+
+
+def writes(sink: Sink, batch: list[Reading]) -> bool:
+    try:
+        return sink.write(batch, NOWHERE).inserted == len(batch)
+    except TransientError:
+        return False
+
+
+def is_written(connection: psycopg.Connection, pid: int) -> bool:
+    """Whether the backend has begun to write."""
+    row = connection.execute("SELECT backend_xid IS NOT NULL FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone()
+    return row == (True,)
+
+
+@pytest.mark.usefixtures("native")
+def test_time_limits_of_the_server_do_not_hold_for_us(settings: Settings, connection: psycopg.Connection) -> None:
+    """As managed servers set them for a role."""
+    limits = ("statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout", "lock_timeout")
+    known = {
+        name for (name,) in connection.execute("SELECT name FROM pg_settings WHERE name = ANY(%s)", [list(limits)])
+    }
+    for name in known:
+        connection.execute(f"ALTER ROLE CURRENT_USER SET {name} = '5ms'")
+    try:
+        sink = Sink(settings)
+        batch = [Reading(f"s{number}", minutes(at), 1.0) for number in range(20) for at in range(1000)]
+        assert counts(sink, *batch) == (20_000, 0, 0)
+        assert counts(sink, *batch) == (0, 0, 20_000)
+        sink.close()
+    finally:
+        for name in known:
+            connection.execute(f"ALTER ROLE CURRENT_USER RESET {name}")
 
 
 @pytest.mark.parametrize("seed", range(3))

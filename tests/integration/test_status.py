@@ -63,7 +63,7 @@ def test_before_the_first_migration(settings: Settings, capsys: Capture) -> None
 
 def test_an_older_and_a_newer_schema(settings: Settings, connection: psycopg.Connection, capsys: Capture) -> None:
     newest = fetch(connection, "SELECT version_num FROM alembic_version")
-    for revision in ("0001", "9999"):
+    for revision in ("0000", "9999"):
         connection.execute("UPDATE alembic_version SET version_num = %s", [revision])
         try:
             found = problems(settings, capsys)
