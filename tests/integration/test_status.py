@@ -257,3 +257,16 @@ def test_a_database_that_is_busy_for_long(
         with pytest.raises(TransientError):
             database.read_database(settings, address(settings))
     assert time.monotonic() - started < 8
+
+
+def test_a_database_that_lacks_what_the_group_had_stored(
+    settings: Settings, connection: psycopg.Connection, capsys: Capture
+) -> None:
+    publish(settings, [message(time=minutes(at), temperature=1.0) for at in range(50)])
+    assert run_cli(settings, "consume", "--until-caught-up").returncode == 0
+    connection.execute("TRUNCATE sensor_data, partition_progress")
+    found = problems(settings, capsys)
+    assert f"the database lacks 50 messages that group {settings.kafka_group} had stored" in found[0]
+    assert ask(settings, capsys)[1]["kafka"]["lag"] == 50
+    assert run_cli(settings, "consume", "--until-caught-up").returncode == 0
+    assert ask(settings, capsys)[1]["kafka"]["lag"] == 0
