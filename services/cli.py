@@ -39,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     produce = commands.add_parser("produce", help="send the readings of PARQUET_URL to the Kafka topic")
-    produce.add_argument("--resend", action="store_true", help="send files that were sent before once more")
+    produce.add_argument(
+        "--resend", action="store_true", help="send files that were sent before once more; they fill gaps only"
+    )
+    produce.add_argument("--overwrite", action="store_true", help="resend: let them overwrite what is stored")
     produce.add_argument(
         "--speed",
         metavar="60x",
@@ -109,6 +112,9 @@ def parser() -> argparse.ArgumentParser:
     letters.add_argument("--reason", help="list or replay only those with this reason, for example too_late")
     letters.add_argument("--json", action="store_true", help="list as JSON, one object a line")
     letters.add_argument(
+        "--overwrite", action="store_true", help="replay: let them overwrite what is stored, instead of filling gaps"
+    )
+    letters.add_argument(
         "--up-to",
         metavar="OFFSET",
         type=_between("--up-to", 0, 2**63 - 1),
@@ -161,7 +167,7 @@ def run_produce(settings: Settings, options: argparse.Namespace) -> int:
     from services.producer.worker import run
 
     speed = None if options.speed is None else parse_speed(options.speed)
-    return run(settings, Shutdown().listen(), resend=options.resend, speed=speed)
+    return run(settings, Shutdown().listen(), resend=options.resend, overwrite=options.overwrite, speed=speed)
 
 
 def run_generate(settings: Settings, options: argparse.Namespace) -> int:
@@ -241,6 +247,8 @@ def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.replay import delete, list_letters, replay
 
     shutdown = Shutdown().listen()
+    if options.overwrite and options.action != "replay":
+        raise ConfigurationError("--overwrite goes with dead-letters replay")
     if options.action == "delete":
         if options.up_to is None or options.reason:
             raise ConfigurationError(
@@ -249,7 +257,8 @@ def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted")
         return 0
     if options.action == "replay":
-        print(f"{replay(settings, shutdown, reason=options.reason)} dead letters sent to {settings.kafka_topic}")
+        sent = replay(settings, shutdown, reason=options.reason, overwrite=options.overwrite)
+        print(f"{sent} dead letters sent to {settings.kafka_topic}")
         return 0
     for line in list_letters(settings, shutdown, reason=options.reason, as_json=options.json):
         print(line)

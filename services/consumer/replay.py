@@ -16,6 +16,8 @@ from services.core.errors import ConfigurationError, PermanentError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
     REASON_HEADER,
+    REPEAT_HEADER,
+    REPEATED,
     client_settings,
     connect_admin,
     headers_of,
@@ -28,6 +30,8 @@ POLL_S = 1.0
 SILENCE_S = 30.0
 FLUSH_TIMEOUT_S = 60.0
 SHOWN_VALUE_BYTES = 200
+
+Header = tuple[str, str | bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,14 @@ def list_letters(settings: Settings, shutdown: Shutdown, *, reason: str | None, 
             yield f"{entry.offset:>6}  {entry.time}  {entry.reason:20} {source}  {entry.detail}  {entry.value!r}"
 
 
-def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None) -> int:
+def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None, overwrite: bool = False) -> int:
     """Send the original key, value and headers of the dead letters there are now to the topic of readings.
 
-    Returns how many were sent; raises PermanentError with the count if some could not be. Sending one twice is
-    harmless: a reading that is stored already changes nothing, one that is still refused is a dead letter again.
+    Returns how many were sent; raises PermanentError with the count if some could not be. They are marked as repeated,
+    so sending one twice is harmless: it fills a gap, but overwrites nothing that has been stored since; one that is
+    still refused is a dead letter again. With ``overwrite`` they count as new.
     """
+    mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
     failed: list[KafkaError] = []
 
     def note_failure(error: KafkaError | None, _message: Message) -> None:
@@ -93,8 +99,8 @@ def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None) -> int
     )
     sent = 0
     for letter in read_letters(settings, shutdown, reason):
-        headers: list[tuple[str, str | bytes | None]] = [
-            (name, value) for name, value in headers_of(letter) if name not in OUR_HEADERS
+        headers: list[Header] = [
+            (name, value) for name, value in headers_of(letter) if name not in OUR_HEADERS and name != REPEAT_HEADER
         ]
         while True:
             try:
@@ -102,7 +108,7 @@ def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None) -> int
                     settings.kafka_topic,
                     key=letter.key(),
                     value=letter.value(),
-                    headers=headers,
+                    headers=headers + mark,
                     on_delivery=note_failure,
                 )
                 break

@@ -1,9 +1,10 @@
 """How far each file was sent, kept in Kafka beside the messages.
 
-A compacted topic, ``<topic>.progress``, holds one record for each file: key = the file's fingerprint, value =
-the JSON of a Progress. A record is written in the same transaction as the messages it counts, so a reader
-(isolation level read_committed) sees both or neither. This is how Kafka Connect's sources got exactly-once
-(KIP-618, "Exactly-Once Support for Source Connectors").
+A compacted topic, ``<topic>.progress``, holds one record for each file: key = the id of the topic of readings and the
+file's fingerprint, value = the JSON of a Progress; and one for each such topic, with its id alone as the key. A
+record is written in the same transaction as the messages it counts, so a reader (isolation level read_committed) sees
+both or neither. This is how Kafka Connect's sources got exactly-once (KIP-618, "Exactly-Once Support for Source
+Connectors").
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How far one file was sent.
 
     The next row to read is row number ``rows``; of those before it ``sent`` became messages, the others were
-    skipped, counted by reason. ``run`` names the run of the producer that wrote this.
+    skipped, counted by reason. ``run`` names the run of the producer that wrote this. ``digest`` (hex) stands for the
+    messages of the first ``rows`` rows, ``repeat`` is the value of their REPEAT_HEADER ("": none).
+
+    The record of a topic has only ``began``: when the first run was about to fill it, in seconds since 1970.
     """
 
     url: str
+    began: float = 0.0
+    repeat: str = ""
+    digest: str = ""
     rows: int = 0
     sent: int = 0
     skipped: dict[str, int] = {}

@@ -16,6 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, TransientError
-from services.core.kafka import client_settings
+from services.core.kafka import REPEAT_HEADER, client_settings
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Messages
@@ -113,20 +114,20 @@ class Publisher:
         """All committed progress, by record key. Raises Stopped when the service shall end."""
         return read_progress(self._settings, self._shutdown)
 
-    def send(self, messages: Messages) -> None:
-        """Add ``messages`` to the open transaction, or to a new one.
+    def send(self, messages: Messages, repeat: str = "") -> None:
+        """Add ``messages`` to the open transaction, or to a new one; ``repeat`` is the value of their REPEAT_HEADER.
 
         Waits while the queue of 64 MB is full. Raises TransactionAborted, PermanentError or Stopped.
         """
         producer = self._begin()
-        topic, produce = self._topic, producer.produce
+        produce: Callable[..., None] = partial(producer.produce, self._topic, **_headers(repeat))
         self.pending += len(messages.keys)
         try:
             for key, value in zip(messages.keys, messages.values, strict=True):
                 try:
-                    produce(topic, value, key)
+                    produce(value, key)
                 except BufferError:
-                    self._produce_waiting(producer, topic, value, key)
+                    self._produce_waiting(producer, partial(produce, value, key))
             producer.poll(0)
         except KafkaException as error:
             self._abort(producer, error)
@@ -140,7 +141,8 @@ class Publisher:
         producer = self._begin()
         try:
             for key, record in progress.items():
-                self._produce_waiting(producer, self._progress_topic, encode_progress(record), key.encode())
+                value = encode_progress(record)
+                self._produce_waiting(producer, partial(producer.produce, self._progress_topic, value, key.encode()))
             self._complete(producer.commit_transaction)
         except KafkaException as error:
             self._abort(producer, error)
@@ -198,12 +200,12 @@ class Publisher:
             self._open_since = time.monotonic()
         return self._producer
 
-    def _produce_waiting(self, producer: Producer, topic: str, value: bytes, key: bytes) -> None:
+    def _produce_waiting(self, producer: Producer, produce: Callable[[], None]) -> None:
         """Produce one message as soon as the queue has room."""
         waiting_since = time.monotonic()
         for pause in pauses(0.01, 0.5):
             try:
-                producer.produce(topic, value, key)
+                produce()
             except BufferError:
                 producer.poll(pause)
                 self._note_wait(waiting_since)
@@ -276,3 +278,8 @@ class Publisher:
         if self._producer is not None:
             self._producer.purge()
         self._producer = None
+
+
+def _headers(repeat: str) -> dict[str, Any]:
+    """The argument of produce() that marks a message; it costs a third of the time that produce() takes."""
+    return {"headers": [(REPEAT_HEADER, repeat.encode())]} if repeat else {}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -35,6 +35,16 @@ GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take ``data`` in."""
+
+    def hexdigest(self) -> str:
+        """What was taken in until now, as text."""
+
+
 class UnreadableFileError(PermanentError):
     """A file that was checked turned out to be damaged, or has changed or gone since."""
 
@@ -54,9 +64,9 @@ def _whole(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 class SourceFile:
     """One Parquet file.
 
-    ``fingerprint`` (hex) stands for what would be sent: it changes with the file's URL, its contents and the
-    column mapping, and with nothing else that we can know. ``rows`` counts all its rows. ``state`` is from just
-    before the contents were read for that.
+    ``fingerprint`` (hex) stands for what would be sent: it changes with the contents and the column mapping, and
+    with nothing else that we can know. ``rows`` counts all its rows. ``state`` is from just before the contents were
+    read for that.
     """
 
     url: str
@@ -68,9 +78,14 @@ class SourceFile:
     state: FileState
 
     def messages(
-        self, start: int = 0, parts: Callable[[pa.RecordBatch], Iterator[pa.RecordBatch]] = _whole
+        self,
+        start: int = 0,
+        parts: Callable[[pa.RecordBatch], Iterator[pa.RecordBatch]] = _whole,
+        end: int | None = None,
     ) -> Iterator[Messages]:
-        """The file's rows from row number ``start`` on, in order, up to 20,000 at a time, as ``parts`` cuts them.
+        """The rows from number ``start`` on, before number ``end``, in order, up to 20,000 at a time.
+
+        ``parts`` may cut them further.
 
         Raises UnreadableFileError where the file turns out to be damaged, or has changed or gone.
         """
@@ -90,14 +105,33 @@ class SourceFile:
                     if skip >= batch.num_rows:
                         skip -= batch.num_rows
                         continue
-                    for part in parts(batch.slice(skip)):
+                    for part in parts(batch.slice(skip, None if end is None else end - row)):
                         yield encode_batch(part, self.columns)
                         row += part.num_rows
+                    if row == end:
+                        return
                     skip = 0
         except (OSError, pa.ArrowException) as error:
             raise UnreadableFileError(
                 f"{self.url} cannot be read beyond row {row} of {self.rows}: {_one_line(error)}"
             ) from error
+
+    def digest(self, end: int) -> Digest:
+        """The digest of the messages of the first ``end`` rows. Raises UnreadableFileError."""
+        digest = new_digest()
+        for messages in self.messages(end=end) if end else ():
+            add_to_digest(digest, messages)
+        return digest
+
+
+def new_digest() -> Digest:
+    """The digest of no message."""
+    return hashlib.sha256()
+
+
+def add_to_digest(digest: Digest, messages: Messages) -> None:
+    """Let ``digest`` stand for ``messages`` too; how they are cut into batches makes no difference."""
+    digest.update(b"".join(messages.values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +143,8 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """Rows of all files together."""
-        return sum(file.rows for file in self.files)
+        """Rows of all files together; of files with the same contents one counts."""
+        return sum({file.fingerprint: file.rows for file in self.files}.values())
 
 
 def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
@@ -254,23 +288,23 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
         with _open(place.filesystem, path) as parquet:
             columns.check(parquet.schema_arrow, url)
             rows = parquet.metadata.num_rows
-        contents = _contents(place.filesystem, path, state, shutdown)
+        contents = _contents(place, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
-    identity = "\0".join((url, contents, columns.time, *columns.by_metric, columns.sensor))
+    identity = "\0".join((contents, columns.time, *columns.by_metric, columns.sensor))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 
 
-def _contents(filesystem: pa.fs.FileSystem, path: str, state: FileState, shutdown: Shutdown | None) -> str:
+def _contents(place: Place, path: str, state: FileState, shutdown: Shutdown | None) -> str:
     """Something that changes when the contents of a file do, and not otherwise.
 
-    Of a local file it is the hash of all its bytes, at over a gigabyte a second: a time stamp would change
-    with every copy and checkout, and might not change with an edit. An object in a store cannot be edited,
-    only written anew, so its size and the time of that are enough, and save the transfer.
+    Of a local file it is the hash of all its bytes, at over a gigabyte per second: a time stamp would change with every
+    copy and checkout, and might not change with an edit. An object in a store cannot be edited, only written again, so
+    its URL, its size and the time of that are enough, and save the transfer; under another name it is another file.
     """
-    if not isinstance(filesystem, pa.fs.LocalFileSystem):
-        return f"{state.size} {state.mtime_ns}"
+    if not isinstance(place.filesystem, pa.fs.LocalFileSystem):
+        return f"{place.scheme}{path}\0{state.size} {state.mtime_ns}"
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(BUFFER_BYTES):

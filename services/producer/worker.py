@@ -14,12 +14,13 @@ import msgspec
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
-from services.core.kafka import connect_admin, create_topics
+from services.core.kafka import REPEATED, connect_admin, create_topics
 from services.core.logs import fields
 from services.core.monitoring import KAFKA, Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.encoding import Messages
+from services.producer.history import Earlier, History
 from services.producer.instruments import (
     FILES_SENT,
     READINGS_SENT,
@@ -32,7 +33,15 @@ from services.producer.instruments import (
 from services.producer.pace import Pace, choose_pace
 from services.producer.progress import Progress, Stopped, progress_topic, topic_id
 from services.producer.publisher import Publisher, TransactionAborted, TransactionExpired
-from services.producer.source import Source, SourceFile, UnreadableFileError, open_source
+from services.producer.source import (
+    Digest,
+    Source,
+    SourceFile,
+    UnreadableFileError,
+    add_to_digest,
+    new_digest,
+    open_source,
+)
 from services.producer.watch import Watch
 
 log = logging.getLogger("producer")
@@ -41,11 +50,20 @@ LONG_WAIT_S = 60.0  # for the next reading: said in the log
 HUNG_AFTER_S = 300.0  # an object store that does not answer is waited for
 
 
-def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: float | None = None) -> int:
+def run(
+    settings: Settings,
+    shutdown: Shutdown,
+    *,
+    resend: bool = False,
+    overwrite: bool = False,
+    speed: float | None = None,
+) -> int:
     """Send what PARQUET_URL names and was not sent before; with ``resend`` all of it again.
 
-    ``speed``: replay by the readings' times, with the gaps between them divided by it. With
-    PRODUCER_WATCH_SECONDS the files are those that are there or arrive until ``shutdown`` is requested.
+    What is sent again is marked as repeated, so that it overwrites nothing, unless ``overwrite`` is set.
+
+    ``speed``: replay by the readings' times, with the gaps between them divided by it. With PRODUCER_WATCH_SECONDS the
+    files are those that are there or arrive until ``shutdown`` is requested.
 
     Returns 0 when all is sent, and also when ``shutdown`` was requested: what was committed until then stays,
     and the next run goes on from there. Raises ConfigurationError before anything is sent, PermanentError
@@ -57,6 +75,8 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: 
         raise ConfigurationError(
             f"PRODUCER_WATCH_SECONDS={period_s:g} and --resend cannot both hold: resend with PRODUCER_WATCH_SECONDS=0"
         )
+    if overwrite and not resend:
+        raise ConfigurationError("--overwrite goes with --resend: it lets rows that are sent again overwrite")
     with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
         try:
             source: Source | Watch
@@ -74,7 +94,7 @@ def run(settings: Settings, shutdown: Shutdown, *, resend: bool = False, speed: 
                 if isinstance(source, Watch):
                     sender.send_arriving(source)
                 else:
-                    sender.send(source, resend=resend)
+                    sender.send(source, resend=("" if overwrite else REPEATED.decode()) if resend else None)
         except Stopped as error:
             log.warning("stopped", extra=fields(reason=str(error)))
     return 0
@@ -90,8 +110,8 @@ class _Sender:
     topic_id: str
     pace: Pace
 
-    def send(self, source: Source, *, resend: bool) -> None:
-        """Send what of ``source`` was not sent before."""
+    def send(self, source: Source, *, resend: str | None) -> None:
+        """Send what of ``source`` was not sent before; with ``resend`` all of it, marked with that unless it is ""."""
         with show_rows(source.rows) as show:
             job = _Job(self, source, show)
             job.run(resend=resend)
@@ -107,7 +127,7 @@ class _Sender:
             if source.files or not started:
                 with show_rows(source.rows) as show:
                     job = _Job(self, source, show, started=started, unreadable=watch.note_unreadable)
-                    job.run(resend=False)
+                    job.run(resend=None)
                 started = True
                 for file in job.sent_files():
                     watch.note_sent(file)
@@ -132,6 +152,7 @@ class _Job:
     unreadable: Callable[[SourceFile, UnreadableFileError], None] | None = None
     committed: dict[str, Progress] = field(default_factory=dict)
     before: dict[str, Progress] = field(default_factory=dict)
+    new: dict[str, Earlier] = field(default_factory=dict)  # by URL: files whose contents the topic has not seen
     began: float = field(default_factory=time.monotonic)
     rows: int = 0  # read until now, in this run and in those before it, committed or not
     retries: Iterator[float] = field(default_factory=pauses)
@@ -148,7 +169,7 @@ class _Job:
     def pace(self) -> Pace:
         return self.sender.pace
 
-    def run(self, *, resend: bool) -> None:
+    def run(self, *, resend: str | None) -> None:
         """Go on from the last commit until all is sent, as often as it takes."""
         expired = False
         while True:
@@ -156,7 +177,7 @@ class _Job:
                 if expired:
                     self._check_not_replaced()
                 self._start(resend=resend)
-                resend = False
+                resend = None
                 self._send_files()
             except TransactionAborted as error:
                 KAFKA.note_failure()
@@ -172,18 +193,25 @@ class _Job:
             else:
                 return
 
-    def _start(self, *, resend: bool) -> None:
+    def _start(self, *, resend: str | None) -> None:
         """Take over the source and learn what is committed; with ``resend`` begin at the first row again.
 
-        A publisher that lives is not started anew, or it would fence one that has taken over meanwhile.
+        A publisher that lives is not started again, or it would fence one that has taken over meanwhile.
         """
         known = self.publisher.read_progress() if self.started else self.publisher.start()
         self.started = False
-        fresh = {self._key(file): Progress(url=file.url, run=self.publisher.run) for file in self.source.files}
-        if resend:
-            self.publisher.commit(fresh)
-            known = {}
-        self.committed = {key: known.get(key, progress) for key, progress in fresh.items()}
+        topic, run, files = self.sender.topic_id, self.publisher.run, self._by_key()
+        records = {} if topic in known else {topic: Progress(url=self.sender.settings.kafka_topic, began=time.time())}
+        if resend is not None:
+            records |= {key: Progress(url=file.url, repeat=resend, run=run) for key, file in files}
+        if records:
+            self.publisher.commit(records)
+        history = History.of(known | records, topic)
+        self.new = {file.url: history.most_rows(file) for key, file in files if key not in history.files}
+        self.committed = {
+            key: history.files.get(key) or Progress(url=file.url, repeat=history.doubt(file), run=run)
+            for key, file in files
+        }
         self.rows = sum(progress.rows for progress in self.committed.values())
         self.show(self.rows)
         if not self.before:
@@ -203,15 +231,19 @@ class _Job:
     def _key(self, file: SourceFile) -> str:
         return f"{self.sender.topic_id}/{file.fingerprint}"
 
+    def _by_key(self) -> list[tuple[str, SourceFile]]:
+        return [(self._key(file), file) for file in self.source.files]
+
     def _send_files(self) -> None:
         """Send what is not sent yet, committing as it goes; ends early when the service shall end."""
         waiting: dict[str, Progress] = {}
         self.pace.begin()
-        for file in self.source.files:
-            if self.committed[self._key(file)].done:
+        for key, file in self._by_key():
+            progress = waiting.get(key, self.committed[key])
+            if progress.done:
                 continue
             try:
-                if not self._send_file(file, waiting):
+                if not self._send_file(file, progress, waiting):
                     break
             except UnreadableFileError as error:
                 if self.unreadable is None:
@@ -220,22 +252,40 @@ class _Job:
         if waiting:
             self._commit(waiting)
 
-    def _send_file(self, file: SourceFile, waiting: dict[str, Progress]) -> bool:
+    def _send_file(self, file: SourceFile, progress: Progress, waiting: dict[str, Progress]) -> bool:
         """Send the rest of ``file``; False as soon as the service shall end."""
         key = self._key(file)
-        progress = self.committed[key]
+        progress, digest = self._begin(file, progress)
         for messages in file.messages(progress.rows, self.pace.parts):
             self._wait_until(self.pace.due(messages), waiting)
             if self.shutdown.requested:
                 return False
-            self.publisher.send(messages)
-            progress = waiting[key] = _advance(progress, messages, self.publisher.run)
+            self.publisher.send(messages, progress.repeat)
+            add_to_digest(digest, messages)
+            progress = waiting[key] = _advance(progress, messages, digest, self.publisher.run)
             self.rows += messages.rows
             self.show(self.rows)
             if self._is_due():
                 self._commit(waiting)
         waiting[key] = msgspec.structs.replace(progress, done=True, run=self.publisher.run)
         return True
+
+    def _begin(self, file: SourceFile, progress: Progress) -> tuple[Progress, Digest]:
+        """Where to go on in ``file``, and the digest of what comes before that.
+
+        A file that begins with the very rows that were sent from one of its name goes on behind them: somebody added
+        rows to it, and sent again the older ones would undo what has been corrected since.
+        """
+        rows, digests = self.new.pop(file.url, (0, set()))
+        digest = file.digest(progress.rows or rows)
+        if progress.rows or digest.hexdigest() not in digests:
+            return progress, digest if progress.rows else new_digest()
+        progress = msgspec.structs.replace(progress, rows=rows, digest=digest.hexdigest())
+        self.committed[self._key(file)] = self.before[self._key(file)] = progress
+        self.rows += rows
+        self.show(self.rows)
+        log.info("rows_added", extra=fields(file=file.url, known=rows, new=file.rows - rows))
+        return progress, digest
 
     def _wait_until(self, due: float, waiting: dict[str, Progress]) -> None:
         """Wait until ``due``; what would be kept from readers for too long is committed first."""
@@ -277,10 +327,10 @@ class _Job:
         rows = sum(p.rows for p in now) - sum(p.rows for p in before)
         sent = sum(p.sent for p in now) - sum(p.sent for p in before)
         skipped = _skipped(now) - _skipped(before)
-        done = sum(p.done for p in now)
-        whole = done == len(now)
+        done = len(self.sent_files())
+        whole = done == len(self.source.files)
         if whole and all(p.done for p in before):
-            log.info("nothing_to_send", extra=fields(url=self.source.url, files=len(now), rows=self.source.rows))
+            log.info("nothing_to_send", extra=fields(url=self.source.url, files=done, rows=self.source.rows))
             return
         if not rows and not whole and not self.shutdown.requested:  # a file that stays unreadable was reported
             return
@@ -291,7 +341,7 @@ class _Job:
                 sent=sent,
                 skipped=sum(skipped.values()),
                 **{f"skipped_{reason}": count for reason, count in sorted(skipped.items())},
-                files=f"{done}/{len(now)}",
+                files=f"{done}/{len(self.source.files)}",
                 rows_left=self.source.rows - sum(p.rows for p in now),
                 seconds=round(seconds, 1),
                 rows_per_second=round(rows / seconds) if seconds else 0,
@@ -299,12 +349,13 @@ class _Job:
         )
 
 
-def _advance(progress: Progress, messages: Messages, run: str) -> Progress:
+def _advance(progress: Progress, messages: Messages, digest: Digest, run: str) -> Progress:
     return msgspec.structs.replace(
         progress,
         rows=progress.rows + messages.rows,
         sent=progress.sent + len(messages.keys),
         skipped=dict(Counter(progress.skipped) + Counter(messages.skipped)),
+        digest=digest.hexdigest(),
         run=run,
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import psycopg
+from confluent_kafka import Producer
 
 from services.core.config import Settings
-from tests.fix_services import message, minutes, publish, run_cli
+from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of
+from tests.fix_services import message, minutes, publish, read_topic, run_cli
 
 
 def consume(settings: Settings, **environment: str) -> None:
@@ -56,6 +58,23 @@ def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(
     run_cli(settings, "dead-letters", "replay", "--reason", "invalid_json")
     consume(settings)
     assert [entry["source_offset"] for entry in listed(settings, "--reason", "invalid_json")] == ["1", "3"]
+
+
+def test_what_is_replayed_is_marked_unless_it_shall_overwrite(settings: Settings) -> None:
+    """A mark of the letter's own, whoever made it, does not count."""
+    forged = [("own", b"kept"), (REPEAT_HEADER, b"forged")]
+    producer = Producer(client_settings(settings, "test"))
+    producer.produce(
+        settings.dead_letter_topic, b"not json", b"s1", headers=[*forged, (REASON_HEADER, b"invalid_json")]
+    )
+    assert producer.flush(30) == 0
+    for arguments in ((), ("--overwrite",)):
+        done = run_cli(settings, "dead-letters", "replay", *arguments)
+        assert done.stdout == f"1 dead letters sent to {settings.kafka_topic}\n"
+    first, second = (headers_of(letter) for letter in read_topic(settings, settings.kafka_topic))
+    assert first == [("own", b"kept"), (REPEAT_HEADER, REPEATED)]
+    assert second == [("own", b"kept")]
+    assert run_cli(settings, "dead-letters", "list", "--overwrite").returncode == 2
 
 
 def test_without_the_topic_one_line_says_so(settings: Settings) -> None:

@@ -23,7 +23,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaErr
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core.config import Settings
-from services.core.kafka import client_settings, create_topics
+from services.core.kafka import REPEAT_HEADER, REPEATED_IF_MOVED, REPEATED, client_settings, create_topics, headers_of
 from services.core.reading import Decoder
 from services.local.runtime import install
 from services.local.servers import Kafka
@@ -82,6 +82,15 @@ def numbers(settings: Settings) -> Counter[int]:
                 assert error.code() == KafkaError._PARTITION_EOF, error
                 ended.add(message.partition() or 0)
     consumer.close()
+    return found
+
+
+def marks(settings: Settings) -> dict[int, list[bytes | None]]:
+    """The values of REPEAT_HEADER of each reading's messages, in the order of the topic, by the reading's number."""
+    found: dict[int, list[bytes | None]] = {}
+    for message in read_topic(settings, settings.kafka_topic):
+        number = int(json.loads(message.value() or b"")["temperature"])
+        found.setdefault(number, []).append(dict(headers_of(message)).get(REPEAT_HEADER))
     return found
 
 
@@ -147,9 +156,108 @@ def test_only_new_and_changed_files_are_sent(settings: Settings, start: StartSer
     assert replaced.events("all_sent")[0]["sent"] == 300
     assert_once(settings, 1800)
 
-    shutil.copy(data / "b.parquet", data / "c.parquet")  # another name is another file
+
+def test_a_file_is_known_by_its_contents_whatever_its_name(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "a.parquet", 100)
+    shutil.copy(data / "a.parquet", data / "copy.parquet")
+    first = start("produce", settings=source(settings, data))
+    assert first.wait() == 0
+    said = first.events("all_sent")[0]
+    assert (said["sent"], said["files"], said["rows_left"]) == (100, "2/2", 0)
+
+    (data / "copy.parquet").unlink()
+    (data / "a.parquet").rename(data / "renamed.parquet")
+    data.rename(tmp_path / "moved")
+    again = start("produce", settings=source(settings, tmp_path / "moved"))
+    assert again.wait() == 0
+    assert again.events("nothing_to_send")
+    assert_once(settings, 100)
+
+
+def test_a_file_that_is_renamed_when_half_of_it_was_sent_goes_on(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.parquet", MANY)
+    first = start("produce", settings=source(settings, path, producer_transaction_rows=20_000))
+    first.wait_for("transaction_committed", count=2)
+    first.kill()
+    path.rename(tmp_path / "b.parquet")
+    assert start("produce", settings=source(settings, tmp_path / "b.parquet")).wait() == 0
+    assert_once(settings, MANY)
+
+
+def test_of_a_file_that_grew_only_the_new_rows_are_sent(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    """Twice, and the first time the producer was killed before; then one that grew and was changed as well."""
+    path = write(tmp_path / "a.parquet", MANY)
+    settings = source(settings, path, producer_transaction_rows=20_000)
+    first = start("produce", settings=settings)
+    first.wait_for("transaction_committed", count=2)
+    first.kill()
     assert start("produce", settings=settings).wait() == 0
-    assert numbers(settings).total() == 2300
+    write(path, MANY + 30_000)
+    killed = start("produce", settings=settings)
+    known = killed.wait_for("rows_added")
+    assert (known["known"], known["new"]) == (MANY, 30_000)
+    killed.kill()
+    last = start("produce", settings=settings)
+    assert last.wait() == 0
+    assert last.events("all_sent")[0]["sent"] <= 30_000
+    assert_once(settings, MANY + 30_000)
+
+    write(path, 100, first=MANY + 30_000)
+    assert start("produce", settings=settings).wait() == 0
+    pq.write_table(pa.concat_tables([pq.read_table(path).slice(0, 99), pq.read_table(path).slice(98)]), path)
+    changed_too = start("produce", settings=settings)
+    assert changed_too.wait() == 0
+    assert changed_too.events("all_sent")[0]["sent"] == 101  # row 99 is another one now: all of them count as new
+    assert changed_too.events("rows_added") == []
+
+
+def test_what_may_have_been_stored_from_another_topic_is_marked(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    """The producer cannot know what was sent before the topic, or the record of what was sent, began."""
+    data = tmp_path / "data"
+    data.mkdir()
+    old = write(data / "old.parquet", 1)
+    settings = source(settings, data)
+    assert start("produce", settings=settings).wait() == 0
+    write(data / "new.parquet", 1, first=1)
+    late = write(data / "late.parquet", 1, first=2)
+    os.utime(late, (0, 0))  # it was there before, elsewhere
+    assert start("produce", settings=settings).wait() == 0
+    assert marks(settings) == {0: [REPEATED_IF_MOVED], 1: [None], 2: [REPEATED_IF_MOVED]}
+
+    admin = AdminClient(client_settings(settings, "test"))
+    admin.delete_topics([settings.kafka_topic])[settings.kafka_topic].result()
+    wait_until(lambda: settings.kafka_topic not in admin.list_topics(timeout=10).topics, "the topic is gone")
+    future = time.time() + 3600
+    os.utime(old, (future, future))  # such as a copy; its contents are known
+    assert start("produce", settings=settings).wait() == 0
+    assert marks(settings) == {number: [REPEATED_IF_MOVED] for number in range(3)}
+
+
+def test_what_is_sent_again_is_marked_unless_it_shall_overwrite(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    write(tmp_path / "first.parquet", 1, first=5)
+    assert start("produce", settings=source(settings, tmp_path / "first.parquet")).wait() == 0
+    settings = source(settings, write(tmp_path / "a.parquet", 1))
+    for arguments in ((), ("--resend",), ("--resend", "--overwrite")):
+        assert start("produce", *arguments, settings=settings).wait() == 0
+    assert marks(settings)[0] == [None, REPEATED, None]
+
+
+def test_overwrite_alone_is_refused(settings: Settings) -> None:
+    ended = run_cli(settings, "produce", "--overwrite")
+    assert ended.returncode == 2
+    assert ended.stderr == "error: --overwrite goes with --resend: it lets rows that are sent again overwrite\n"
 
 
 def test_the_same_files_by_another_url_are_not_sent_again(
@@ -176,6 +284,7 @@ def test_resend_sends_all_again_and_is_itself_resumed(settings: Settings, start:
     assert again.events("all_sent") == []
     assert start("produce", settings=settings).wait() == 0  # not --resend: goes on with what was begun
     assert_once(settings, MANY, times=2)
+    assert {tuple(found) for found in marks(settings).values()} == {(REPEATED_IF_MOVED, REPEATED)}
 
 
 def test_a_topic_that_was_created_anew_is_filled_again(settings: Settings, start: StartService, tmp_path: Path) -> None:

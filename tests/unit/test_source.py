@@ -22,7 +22,7 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Reading
 from services.producer.encoding import Columns, Messages, encode_batch
-from services.producer.source import BATCH_ROWS, Source, SourceFile, open_source
+from services.producer.source import BATCH_ROWS, Place, Source, SourceFile, check_file, open_source
 
 COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -455,12 +455,45 @@ def test_another_file_of_the_same_name_size_and_time_has_another_fingerprint(tmp
     assert fingerprints(open_source(settings(path))) != first
 
 
-def test_a_copy_under_another_name_and_another_mapping_are_other_sources(tmp_path: Path) -> None:
+def test_a_copy_under_another_name_is_the_same_file_and_another_mapping_is_not(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(path.read_bytes())
-    first, copy = fingerprints(open_source(settings(tmp_path)))
+    source = open_source(settings(tmp_path))
+    first, copy = fingerprints(source)
     (mapped,) = fingerprints(open_source(settings(path, data_feature_humid="temp")))
-    assert len({first, copy, mapped}) == 3
+    assert first == copy != mapped
+    assert source.rows == 3
+
+
+def test_an_object_is_its_name_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its contents would have to be transferred to be known. (A directory stands in for a store here.)"""
+
+    def objects() -> list[str]:
+        place = Place("", "s3://", str(tmp_path), pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem()))
+        return [check_file(place, str(tmp_path / name), COLUMNS).fingerprint for name in ("a.parquet", "b.parquet")]
+
+    path = write(tmp_path / "a.parquet")
+    os.utime(path, (1, 1))
+    (tmp_path / "b.parquet").write_bytes(path.read_bytes())
+    os.utime(tmp_path / "b.parquet", (1, 1))
+    first, copy = objects()
+    assert first != copy
+    assert objects() == [first, copy]
+    os.utime(path, (2, 2))
+    assert objects()[0] not in (first, copy)
+
+
+def test_the_digest_of_rows_is_that_of_their_messages_however_they_lie_in_the_file(tmp_path: Path) -> None:
+    rows = BATCH_ROWS + 5
+    once = write(tmp_path / "a.parquet", rows)
+    cut = write(tmp_path / "b.parquet", rows + 10, row_group_size=7_001, compression="zstd")
+    (first,) = open_source(settings(once)).files
+    (second,) = open_source(settings(cut)).files
+    for end in (0, 1, BATCH_ROWS - 1, BATCH_ROWS, rows):
+        assert first.digest(end).hexdigest() == second.digest(end).hexdigest()
+    assert first.digest(rows).hexdigest() != second.digest(rows + 1).hexdigest()
+    assert first.digest(rows).hexdigest() != first.digest(rows - 1).hexdigest()
+    assert sum(messages.rows for messages in second.messages(start=3, end=BATCH_ROWS + 3)) == BATCH_ROWS
 
 
 # --- errors ------------------------------------------------------------------------------------------------
