@@ -120,14 +120,15 @@ class Publisher:
         Waits while the queue of 64 MB is full. Raises TransactionAborted, PermanentError or Stopped.
         """
         producer = self._begin()
-        produce: Callable[..., None] = partial(producer.produce, self._topic, **_headers(repeat))
+        topic, mark = self._topic, _mark(repeat)
+        produce: Callable[..., None] = producer.produce
         self.pending += len(messages.keys)
         try:
             for key, value in zip(messages.keys, messages.values, strict=True):
                 try:
-                    produce(value, key)
+                    produce(topic, value, key, *mark)
                 except BufferError:
-                    self._produce_waiting(producer, partial(produce, value, key))
+                    self._produce_waiting(producer, partial(produce, topic, value, key, *mark))
             producer.poll(0)
         except KafkaException as error:
             self._abort(producer, error)
@@ -280,6 +281,9 @@ class Publisher:
         self._producer = None
 
 
-def _headers(repeat: str) -> dict[str, Any]:
-    """The argument of produce() that marks a message; it costs a third of the time that produce() takes."""
-    return {"headers": [(REPEAT_HEADER, repeat.encode())]} if repeat else {}
+def _mark(repeat: str) -> tuple[Any, ...]:
+    """What follows the key in the arguments of produce() to mark a message: by position, since by name takes longer.
+
+    Partition, callback, on_delivery and timestamp, each as by default; then the headers.
+    """
+    return (-1, None, None, 0, [(REPEAT_HEADER, repeat.encode())]) if repeat else ()
