@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 from services.consumer.batch import Move
 from services.consumer.sink import Sink, WriteResult
 from services.core.config import Settings
-from services.core.kafka import client_settings
+from services.core.kafka import PARTITIONER, client_settings
 from services.core.reading import Reading
 from tests.fix_stack import ROOT, as_environment
 
@@ -157,7 +157,7 @@ def minutes(count: float) -> datetime:
 
 def publish(settings: Settings, values: Iterable[bytes | None], key: str = "s1", partition: int = -1) -> None:
     """Send messages in order and wait until the broker has them."""
-    producer = Producer(client_settings(settings, "test") | {"enable.idempotence": True})
+    producer = Producer(client_settings(settings, "test") | {"enable.idempotence": True, "partitioner": PARTITIONER})
     for value in values:
         while True:
             try:

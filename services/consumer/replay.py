@@ -15,6 +15,7 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
+    PARTITIONER,
     REASON_HEADER,
     REPEAT_HEADER,
     REPEATED,
@@ -95,7 +96,8 @@ def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None, overwr
             failed.append(error)
 
     producer = Producer(
-        client_settings(settings, "replay") | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES}
+        client_settings(settings, "replay")
+        | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
     )
     sent = 0
     for letter in read_letters(settings, shutdown, reason):

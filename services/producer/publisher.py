@@ -25,7 +25,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, TransientError
-from services.core.kafka import REPEAT_HEADER, client_settings
+from services.core.kafka import PARTITIONER, REPEAT_HEADER, client_settings
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Messages
@@ -176,6 +176,7 @@ class Publisher:
             "transaction.timeout.ms": int(self._timeout_s * 1000),
             "acks": "all",
             "compression.type": "lz4",
+            "partitioner": PARTITIONER,
             "linger.ms": 50,
             "batch.size": 1_000_000,
             "queue.buffering.max.kbytes": QUEUE_KBYTES,

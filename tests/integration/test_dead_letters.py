@@ -10,6 +10,7 @@ from confluent_kafka import Producer
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of
 from tests.fix_services import message, minutes, publish, read_topic, run_cli
+from tests.murmur2 import partition_of
 
 
 def consume(settings: Settings, **environment: str) -> None:
@@ -75,6 +76,18 @@ def test_what_is_replayed_is_marked_unless_it_shall_overwrite(settings: Settings
     assert first == [("own", b"kept"), (REPEAT_HEADER, REPEATED)]
     assert second == [("own", b"kept")]
     assert run_cli(settings, "dead-letters", "list", "--overwrite").returncode == 2
+
+
+def test_what_is_replayed_goes_to_the_partition_of_its_sensor(settings: Settings) -> None:
+    """Where the readings are that Java's clients send, and our producer."""
+    producer = Producer(client_settings(settings, "test"))
+    keys = [f"s{number}".encode() for number in range(20)]
+    for key in keys:
+        producer.produce(settings.dead_letter_topic, b"not json", key)
+    assert producer.flush(30) == 0
+    assert run_cli(settings, "dead-letters", "replay").returncode == 0
+    found = {message.key(): message.partition() for message in read_topic(settings, settings.kafka_topic)}
+    assert found == {key: partition_of(key, settings.kafka_partitions) for key in keys}
 
 
 def test_without_the_topic_one_line_says_so(settings: Settings) -> None:

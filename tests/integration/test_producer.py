@@ -23,12 +23,13 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaErr
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core.config import Settings
-from services.core.kafka import REPEAT_HEADER, REPEATED_IF_MOVED, REPEATED, client_settings, create_topics, headers_of
+from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, client_settings, create_topics, headers_of
 from services.core.reading import Decoder
 from services.local.runtime import install
 from services.local.servers import Kafka
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, run_cli, wait_until
 from tests.fix_stack import ROOT, free_port
+from tests.murmur2 import partition_of
 
 BEGIN = datetime(2024, 1, 1, tzinfo=UTC)
 SENSORS = 20
@@ -258,6 +259,16 @@ def test_overwrite_alone_is_refused(settings: Settings) -> None:
     ended = run_cli(settings, "produce", "--overwrite")
     assert ended.returncode == 2
     assert ended.stderr == "error: --overwrite goes with --resend: it lets rows that are sent again overwrite\n"
+
+
+def test_each_sensor_is_where_a_java_client_would_put_it(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(settings, write(tmp_path / "a.parquet", SENSORS))
+    assert start("produce", settings=settings).wait() == 0
+    found = {message.key(): message.partition() for message in read_topic(settings, settings.kafka_topic)}
+    assert len(found) == SENSORS
+    assert found == {key: partition_of(key or b"", settings.kafka_partitions) for key in found}
 
 
 def test_the_same_files_by_another_url_are_not_sent_again(
