@@ -86,6 +86,10 @@ class Settings(BaseSettings):
         le=100,
         description="copies a message must have to count as sent: 0 (as the brokers say) to KAFKA_REPLICATION_FACTOR",
     )
+    kafka_compression: Literal["none", "lz4", "zstd"] = Field(
+        "none",
+        description="compression of the topic when it is created: none (then the broker refuses bombs), lz4 or zstd",
+    )
     kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
     kafka_group_protocol: Literal["auto", "consumer", "classic"] = Field(
         "auto",

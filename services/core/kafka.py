@@ -32,6 +32,10 @@ REPEATED_IF_MOVED = b"maybe"  # if the database has stored readings of another t
 # Sensors go to the partitions that Java's clients choose, so that one sensor has one partition whoever sends.
 PARTITIONER = "murmur2_random"
 
+# What a topic calls none. In such a topic the broker stores what others send compressed without compression, and so
+# refuses what would then be larger than it allows, before any consumer has to take it apart.
+COMPRESSION = {"none": "uncompressed"}
+
 NOT_ALLOWED = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -174,7 +178,12 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
     and PermanentError when Kafka refuses.
     """
     missing = [
-        new_topic(settings, settings.kafka_topic, settings.kafka_partitions),
+        new_topic(
+            settings,
+            settings.kafka_topic,
+            settings.kafka_partitions,
+            compression_type=COMPRESSION.get(settings.kafka_compression, settings.kafka_compression),
+        ),
         new_topic(
             settings,
             settings.dead_letter_topic,

@@ -175,7 +175,7 @@ class Publisher:
             "transactional.id": f"{self._topic}-producer-{source}",
             "transaction.timeout.ms": int(self._timeout_s * 1000),
             "acks": "all",
-            "compression.type": "lz4",
+            "compression.type": self._settings.kafka_compression,  # the topic's, or the broker would do it again
             "partitioner": PARTITIONER,
             "linger.ms": 50,
             "batch.size": 1_000_000,

@@ -6,7 +6,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, ConfigSource
 
 from services.core.config import Settings
@@ -14,7 +14,7 @@ from services.core.errors import ConfigurationError
 from services.core.kafka import client_settings, create_topics
 from services.local.stack import Stack
 from services.producer.progress import progress_topic
-from tests.fix_services import wait_until
+from tests.fix_services import read_topic, wait_until
 
 
 def changed(admin: AdminClient, topic: str) -> dict[str, str]:
@@ -45,8 +45,9 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     topics = (own.kafka_topic, own.dead_letter_topic, progress_topic(own).topic)
     create_topics(admin, own, progress_topic(own))
     in_step = {"min.insync.replicas": "1"}
+    readings = in_step | {"compression.type": "uncompressed"}
     assert [changed(admin, topic) for topic in topics] == [
-        in_step,
+        readings,
         in_step | {"max.message.bytes": "2097152", "retention.ms": "604800000", "retention.bytes": "-1"},
         in_step | {"cleanup.policy": "compact"},
     ]
@@ -54,8 +55,33 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     assert [len(partitions[topic].partitions) for topic in topics] == [own.kafka_partitions, 1, 1]
 
     create_topics(admin, own.model_copy(update={"kafka_min_insync_replicas": 0, "kafka_partitions": 9}))
-    assert changed(admin, own.kafka_topic) == in_step
-    assert changed(admin, settings.kafka_topic) == {}  # the brokers' defaults
+    assert changed(admin, own.kafka_topic) == readings
+    assert changed(admin, settings.kafka_topic) == {"compression.type": "uncompressed"}  # the brokers' defaults
+
+    compressed = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.lz4", "kafka_compression": "lz4"})
+    create_topics(admin, compressed)
+    assert changed(admin, compressed.kafka_topic) == {"compression.type": "lz4"}
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+@pytest.mark.parametrize("messages", [1, 50_000])
+def test_a_decompression_bomb_is_refused_before_a_consumer_meets_it(
+    settings: Settings, codec: str, messages: int
+) -> None:
+    """100 MB of spaces, in one message or in many, are a batch of less than a megabyte."""
+    refused: list[KafkaError | None] = []
+    producer = Producer(
+        client_settings(settings, "test")
+        | {"compression.type": codec, "linger.ms": 500, "message.max.bytes": 10**9, "batch.size": 10**9}
+        | {"batch.num.messages": messages, "queue.buffering.max.kbytes": 2**20, "retries": 0}
+    )
+    for _ in range(messages):
+        value = b" " * (100 * 1024 * 1024 // messages)
+        producer.produce(settings.kafka_topic, value, b"s1", on_delivery=lambda error, _: refused.append(error))
+    assert producer.flush(60) == 0
+    assert len(refused) == messages
+    assert {error and error.name() for error in refused} <= {"MSG_SIZE_TOO_LARGE"}
+    assert read_topic(settings, settings.kafka_topic) == []
 
 
 def test_a_broker_that_goes_away_meanwhile_is_waited_for(own_stack: Stack, settings: Settings) -> None:
