@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 
 import pyarrow as pa
@@ -26,11 +26,15 @@ UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none."""
+    """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none.
+
+    Readings that are older than ``max_past`` (None: any) are not sent, since no consumer takes them.
+    """
 
     time: str
     metrics: tuple[tuple[str, str], ...]  # name and column of each metric that has one
     sensor: str
+    max_past: timedelta | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
@@ -40,6 +44,7 @@ class Columns:
             settings.data_feature_date,
             tuple((metric, column) for metric, column in named if column),
             settings.data_feature_sensor,
+            timedelta(days=settings.max_past_days),
         )
 
     @property
@@ -84,22 +89,25 @@ class Columns:
 class Messages:
     """What ``rows`` rows of a source became: a key and a value for each message, and why others were skipped.
 
-    Equal keys are one object. ``rows`` is ``len(keys)`` plus the counts in ``skipped``.
+    Equal keys are one object. ``rows`` is ``len(keys)`` plus the counts in ``skipped``. ``content`` is all values, with
+    those that are only too old by now: it depends on the rows and on nothing else.
     """
 
     rows: int
     keys: list[bytes]
     values: list[bytes]
     skipped: dict[str, int]
+    content: bytes = b""
 
 
 def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
     """The messages of ``batch``, in its order, as services/core/reading.py defines them.
 
     Null and NaN are null, and a null field is left out. A row is skipped for the first reason that applies:
-    ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1 to 9999),
-    ``no_time``, ``no_sensor``, ``bad_sensor`` (longer than 255 characters, or not UTF-8),
-    ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all).
+    ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1900 to 9999),
+    ``no_time``, ``no_sensor``, ``bad_sensor`` (longer than 255 characters, not UTF-8, or with characters that cannot be
+    printed), ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all); and
+    ``time_out_of_range`` again, for what is too old.
     """
     time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
     numbers = {metric: _numbers(_decoded(batch.column(column))) for metric, column in columns.metrics}
@@ -125,8 +133,22 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
         "}",
         "",
     )
+    texts = values.cast(pa.binary()).to_pylist()
+    content = b"".join(texts)
+    young = _young(time, columns.max_past)
+    if young is not None:
+        index, texts = index.filter(young), values.filter(young).cast(pa.binary()).to_pylist()
+        skipped["time_out_of_range"] = skipped.get("time_out_of_range", 0) + len(young) - len(texts)
     keys = [sensor.keys[i] for i in index.to_pylist()]
-    return Messages(batch.num_rows, keys, values.cast(pa.binary()).to_pylist(), skipped)
+    return Messages(batch.num_rows, keys, texts, skipped, content)
+
+
+def _young(time: pa.Array, max_past: timedelta | None) -> pa.Array | None:
+    """Which of the times, as text, are not too old; None: all."""
+    if max_past is None:
+        return None
+    young = pc.greater_equal(time, f"{datetime.now(UTC).replace(tzinfo=None) - max_past:%Y-%m-%d %H:%M:%S.%f}")
+    return None if young.true_count == len(young) else young
 
 
 def _member(name: str, text: pa.Array) -> pa.Array:
@@ -314,6 +336,6 @@ def _prefix(key: bytes) -> str | None:
         sensor = key.decode()
     except UnicodeDecodeError:
         return None
-    if not 0 < len(sensor) <= LONGEST_SENSOR_ID:
+    if not 0 < len(sensor) <= LONGEST_SENSOR_ID or not sensor.isprintable():
         return None
     return f'{{"sensor_id":{json.dumps(sensor, ensure_ascii=False)},"time":"'

@@ -1,8 +1,8 @@
 """Parquet files: found, checked, then streamed as messages.
 
 A source is what PARQUET_URL names. All its files are opened and checked before anything is sent (watch.py: each
-when it arrives); then each is read batch by batch, so that memory follows neither the size of a file nor that of
-its row groups.
+when it arrives); then each is read batch by batch (reader.py), so that memory follows neither the size of a file nor
+that of its row groups.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns, Messages, encode_batch
 from services.producer.progress import Stopped
+from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 
-BATCH_ROWS = 20_000
-BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
 LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
 SECRET = re.compile(r"://[^/@\s]+@")
@@ -47,13 +45,6 @@ class Digest(Protocol):
 
 class UnreadableFileError(PermanentError):
     """A file that was checked turned out to be damaged, or has changed or gone since."""
-
-
-class FileState(NamedTuple):
-    """What a listing tells about a file: its size in bytes, and when it was last changed, by its own clock."""
-
-    size: int
-    mtime_ns: int
 
 
 def _whole(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -91,26 +82,15 @@ class SourceFile:
         """
         row = start
         try:
-            with _open(self.filesystem, self.path) as parquet:
-                # What is open now stays what it is when the name is given to another file.
-                if _state(self.filesystem.get_file_info(self.path)) != self.state:
+            for answer in READER.batches(Request(self.filesystem, self.path, self.columns.names, start, end)):
+                if isinstance(answer, pa.RecordBatch):
+                    for part in parts(answer):
+                        yield encode_batch(part, self.columns)
+                        row += part.num_rows
+                elif answer != self.state:
                     raise UnreadableFileError(
                         f"{self.url} changed after it was checked; the next look, or the next run, sends what it is now"
                     )
-                groups, skip = _groups_from(parquet.metadata, start)
-                batches = parquet.iter_batches(
-                    BATCH_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False
-                )
-                for batch in batches:
-                    if skip >= batch.num_rows:
-                        skip -= batch.num_rows
-                        continue
-                    for part in parts(batch.slice(skip, None if end is None else end - row)):
-                        yield encode_batch(part, self.columns)
-                        row += part.num_rows
-                    if row == end:
-                        return
-                    skip = 0
         except (OSError, pa.ArrowException) as error:
             raise UnreadableFileError(
                 f"{self.url} cannot be read beyond row {row} of {self.rows}: {_one_line(error)}"
@@ -131,15 +111,21 @@ def new_digest() -> Digest:
 
 def add_to_digest(digest: Digest, messages: Messages) -> None:
     """Let ``digest`` stand for ``messages`` too; how they are cut into batches makes no difference."""
-    digest.update(b"".join(messages.values))
+    digest.update(messages.content)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What PARQUET_URL names: ``url`` in full, and its files in the order of their names."""
+    """What PARQUET_URL names: ``url`` in full, its files in the order of their names, and why others cannot be read."""
 
     url: str
     files: tuple[SourceFile, ...]
+    unreadable: tuple[ConfigurationError, ...] = ()
+
+    @property
+    def found(self) -> int:
+        """How many files there are."""
+        return len(self.files) + len(self.unreadable)
 
     @property
     def rows(self) -> int:
@@ -153,12 +139,20 @@ def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     It is a file; or a directory: all ``*.parquet`` in it and below, but for names that start with ``.`` or
     ``_``, as Spark and Arrow have it; or a glob: ``*``, ``?``, ``[...]`` in a name, ``**`` over directories.
 
-    Raises ConfigurationError, one line, for anything that keeps a file from being read; Stopped when
-    ``shutdown`` was requested meanwhile.
+    A file that cannot be read keeps the others from nothing. Raises ConfigurationError, one line, where none can be
+    read; Stopped when ``shutdown`` was requested meanwhile.
     """
     columns = Columns.of(settings)
     place = Place.of(settings.parquet_url)
-    return Source(place.url, tuple(check_file(place, path, columns, shutdown) for path in place.find()))
+    files, unreadable = [], []
+    for path in place.find():
+        try:
+            files.append(check_file(place, path, columns, shutdown))
+        except ConfigurationError as error:
+            unreadable.append(error)
+    if not files:
+        raise unreadable[0]
+    return Source(place.url, tuple(files), tuple(unreadable))
 
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -228,7 +222,7 @@ class Place:
     def _list_states(self, *, must_exist: bool) -> dict[str, FileState]:
         info = self.filesystem.get_file_info(self.path)
         if info.type == pa.fs.FileType.File:
-            return {self.path: _state(info)}
+            return {self.path: FileState.of(info)}
         if info.type == pa.fs.FileType.Directory:
             states = self._list(self.path)
             return {path: state for path, state in states.items() if _is_data(path[len(self.path) :])}
@@ -243,11 +237,7 @@ class Place:
     def _list(self, base: str) -> dict[str, FileState]:
         selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
         found = self.filesystem.get_file_info(selector)
-        return {info.path: _state(info) for info in found if info.type == pa.fs.FileType.File}
-
-
-def _state(info: pa.fs.FileInfo) -> FileState:
-    return FileState(info.size or 0, info.mtime_ns or 0)
+        return {info.path: FileState.of(info) for info in found if info.type == pa.fs.FileType.File}
 
 
 def _is_data(path: str) -> bool:
@@ -284,10 +274,9 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
     """
     url = place.scheme + path
     try:
-        state = _state(place.filesystem.get_file_info(path))
-        with _open(place.filesystem, path) as parquet:
-            columns.check(parquet.schema_arrow, url)
-            rows = parquet.metadata.num_rows
+        state = FileState.of(place.filesystem.get_file_info(path))
+        schema, rows = READER.footer(place.filesystem, path)
+        columns.check(schema, url)
         contents = _contents(place, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
@@ -312,19 +301,6 @@ def _contents(place: Place, path: str, state: FileState, shutdown: Shutdown | No
                 raise Stopped("the files were not checked to the end")
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _open(filesystem: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=False, buffer_size=BUFFER_BYTES)
-
-
-def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]:
-    """The row groups from the one with row ``start`` on, and how many rows of that one come before it."""
-    first, before = 0, 0
-    while first < metadata.num_row_groups and before + metadata.row_group(first).num_rows <= start:
-        before += metadata.row_group(first).num_rows
-        first += 1
-    return list(range(first, metadata.num_row_groups)), start - before
 
 
 def _damage(place: Place, path: str, error: Exception) -> str:

@@ -15,7 +15,8 @@ from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns
 from services.producer.instruments import FILES_UNREADABLE
-from services.producer.source import FileState, Place, Source, SourceFile, check_file
+from services.producer.reader import FileState
+from services.producer.source import Place, Source, SourceFile, check_file
 
 log = logging.getLogger("producer")
 

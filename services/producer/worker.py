@@ -13,7 +13,7 @@ import msgspec
 
 from services.core.backoff import pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import ConfigurationError, PermanentError, PipelineError
 from services.core.kafka import REPEATED, connect_admin, create_topics
 from services.core.logs import fields
 from services.core.monitoring import KAFKA, Monitoring, kafka_probe
@@ -23,6 +23,7 @@ from services.producer.encoding import Messages
 from services.producer.history import Earlier, History
 from services.producer.instruments import (
     FILES_SENT,
+    FILES_UNREADABLE,
     READINGS_SENT,
     ROWS_READ,
     ROWS_SKIPPED,
@@ -112,10 +113,21 @@ class _Sender:
 
     def send(self, source: Source, *, resend: str | None) -> None:
         """Send what of ``source`` was not sent before; with ``resend`` all of it, marked with that unless it is ""."""
+        failures: list[PipelineError] = []
+
+        def note_unreadable(_file: SourceFile | None, error: PipelineError) -> None:
+            FILES_UNREADABLE.inc()
+            log.warning("unreadable", extra=fields(error=str(error)))
+            failures.append(error)
+
+        for error in source.unreadable:
+            note_unreadable(None, error)
         with show_rows(source.rows) as show:
-            job = _Job(self, source, show)
+            job = _Job(self, source, show, note_unreadable)
             job.run(resend=resend)
         job.report()
+        if failures:
+            raise PermanentError(f"{len(failures)} of {source.found} files were not sent to their end: {failures[0]}")
 
     def send_arriving(self, watch: Watch) -> None:
         """Send the files of each look, until the service shall end.
@@ -126,7 +138,7 @@ class _Sender:
         while not self.shutdown.requested:
             if source.files or not started:
                 with show_rows(source.rows) as show:
-                    job = _Job(self, source, show, started=started, unreadable=watch.note_unreadable)
+                    job = _Job(self, source, show, watch.note_unreadable, started=started)
                     job.run(resend=None)
                 started = True
                 for file in job.sent_files():
@@ -141,15 +153,15 @@ class _Sender:
 class _Job:
     """One source on its way: what was committed, what is next.
 
-    ``started``: the publisher lives already. ``unreadable`` is told of a file that cannot be read to its end, and
-    the others are sent; without it that is the end.
+    ``unreadable`` is told of a file that cannot be read to its end; the others are sent. ``started``: the publisher
+    lives already.
     """
 
     sender: _Sender
     source: Source
     show: Callable[[int], None]
+    unreadable: Callable[[SourceFile, UnreadableFileError], None]
     started: bool = False
-    unreadable: Callable[[SourceFile, UnreadableFileError], None] | None = None
     committed: dict[str, Progress] = field(default_factory=dict)
     before: dict[str, Progress] = field(default_factory=dict)
     new: dict[str, Earlier] = field(default_factory=dict)  # by URL: files whose contents the topic has not seen
@@ -246,8 +258,6 @@ class _Job:
                 if not self._send_file(file, progress, waiting):
                     break
             except UnreadableFileError as error:
-                if self.unreadable is None:
-                    raise
                 self.unreadable(file, error)
         if waiting:
             self._commit(waiting)

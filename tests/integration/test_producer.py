@@ -335,6 +335,35 @@ def test_rows_that_are_no_readings_are_counted_by_reason(
     assert numbers(settings) == Counter({1: 1, 2: 1})
 
 
+def test_a_file_that_harms_its_reader_is_reported_and_those_after_it_are_sent(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    """One asks for more memory than there is, one is damaged in its middle, one is no Parquet file."""
+    data = tmp_path / "data"
+    data.mkdir()
+    bomb = pq.read_table(write(data / "a.parquet", 20_000))
+    ids = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 30_000_000]))
+    pq.write_table(bomb.set_column(1, "origin", ids), data / "a.parquet", compression="zstd", store_schema=False)
+    damaged = write(data / "b.parquet", 100_000)
+    contents = bytearray(damaged.read_bytes())
+    middle = pq.read_metadata(damaged).row_group(1).column(2).data_page_offset
+    contents[middle : middle + 2000] = b"\xff" * 2000
+    damaged.write_bytes(contents)
+    (data / "c.parquet").write_bytes(b"rubbish")
+    write(data / "d.parquet", 1000, first=MANY)
+    settings = source(settings, data)
+    for sent in (41_000, 0):
+        producer = start("produce", settings=settings)
+        assert producer.wait() == 1
+        said = [event["error"] for event in producer.events("unreadable")]
+        assert ["c.parquet is not" in error for error in said] == [True, False, False]
+        assert "a.parquet cannot be read beyond row 0 of 20000: " in said[1]
+        assert "b.parquet cannot be read beyond row 40000 of 100000: " in said[2]
+        assert last_line(producer).startswith("error: 3 of 4 files were not sent to their end: ")
+        assert [event["sent"] for event in producer.events("sent_in_part")] == [sent] * (sent > 0)
+    assert sorted(numbers(settings)) == [*range(40_000), *range(MANY, MANY + 1000)]
+
+
 # --- deaths ------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import resource
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -22,7 +26,8 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Reading
 from services.producer.encoding import Columns, Messages, encode_batch
-from services.producer.source import BATCH_ROWS, Place, Source, SourceFile, check_file, open_source
+from services.producer.reader import BATCH_ROWS, READER
+from services.producer.source import Place, Source, SourceFile, UnreadableFileError, check_file, open_source
 
 COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -79,6 +84,7 @@ def test_a_message_is_the_contract_s_json_keyed_by_sensor() -> None:
         keys=[b"s0042"],
         values=[b'{"sensor_id":"s0042","time":"2024-03-01T12:00:00.000000Z","temperature":20.5,"humidity":50.25}'],
         skipped={},
+        content=messages.values[0],
     )
 
 
@@ -156,7 +162,7 @@ def test_times_outside_the_calendar_are_skipped(unit: str) -> None:
     first, last = int(EARLIEST.timestamp()) * factor, int(LATEST.timestamp()) * factor
     numbers = [first, last, first - 1, last + 1, 2**63 - 1]
     messages = encode(time=pa.array(numbers).cast(pa.timestamp(unit)))
-    assert [reading.time.year for reading in readings(messages)] == [1, 9999]
+    assert [reading.time.year for reading in readings(messages)] == [1900, 9999]
     assert messages.skipped == {"time_out_of_range": 3}
 
 
@@ -253,8 +259,27 @@ def test_ids_that_no_consumer_takes_are_skipped() -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1))
-def test_any_text_is_escaped_as_json_wants_it(ids: list[str]) -> None:
-    assert [reading.sensor_id for reading in readings(encode(sensor=pa.array(ids)))] == ids
+def test_any_text_that_can_be_printed_is_escaped_as_json_wants_it(ids: list[str]) -> None:
+    messages = encode(sensor=pa.array(ids))
+    assert [reading.sensor_id for reading in readings(messages)] == [each for each in ids if each.isprintable()]
+    assert messages.skipped.get("bad_sensor", 0) == sum(not each.isprintable() for each in ids)
+
+
+@pytest.mark.parametrize("text", ["\0", "a\nb", "\x1b]0;x", "\x7f", "\x85", "a\u202eb", "\u2066"])
+def test_control_characters_are_no_part_of_an_id(text: str) -> None:
+    messages = encode(sensor=pa.array([text, "a b", "größe"]))
+    assert (len(readings(messages)), messages.skipped) == (2, {"bad_sensor": 1})
+
+
+def test_what_is_older_than_allowed_is_skipped_and_still_counts_as_content() -> None:
+    now = datetime.now(UTC)
+    ages = [timedelta(days=days, seconds=seconds) for days, seconds in ((9, 0), (10, -60), (10, 60), (20, 0))]
+    column = pa.array([None, *(now - age for age in ages)], pa.timestamp("us", "UTC"))
+    limited = encode(time=column, columns=replace(COLUMNS, max_past=timedelta(days=10)))
+    assert [reading.time for reading in readings(limited)] == [now - age for age in ages[:2]]
+    assert limited.skipped == {"no_time": 1, "time_out_of_range": 2}
+    assert limited.content == encode(time=column).content
+    assert Columns.of(settings("a")).max_past == timedelta(days=7305)
 
 
 # --- rows --------------------------------------------------------------------------------------------------
@@ -272,7 +297,7 @@ def expected(rows: Iterable[Row]) -> tuple[list[Reading], dict[str, int]]:
             reason = "no_time"
         elif not sensor:
             reason = "no_sensor"
-        elif len(sensor) > 255:
+        elif len(sensor) > 255 or not sensor.isprintable():
             reason = "bad_sensor"
         elif max(abs(temp or 0), abs(humid or 0)) > LARGEST_VALUE:
             reason = "value_out_of_range"
@@ -569,10 +594,17 @@ def test_a_column_of_a_type_that_does_not_fit_says_which(tmp_path: Path, setting
     assert text == f"{setting.upper()}={column}: this column of {tmp_path}/a.parquet is {kind}"
 
 
-def test_any_file_of_a_directory_is_checked_before_the_first_is_read(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet")
+def test_a_file_that_cannot_be_read_keeps_the_others_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"rubbish")
+    write(tmp_path / "b.parquet")
     pq.write_table(pa.table({"time": [1]}), tmp_path / "z.parquet")
-    assert "z.parquet" in problem(tmp_path)
+    source = open_source(settings(tmp_path))
+    assert [Path(file.path).name for file in source.files] == ["b.parquet"]
+    first, last = (str(error) for error in source.unreadable)
+    assert "a.parquet is not a Parquet file" in first
+    assert "z.parquet is int64, not a timestamp" in last
+    (tmp_path / "b.parquet").unlink()
+    assert problem(tmp_path) == first
 
 
 def test_a_file_that_is_not_parquet_says_so(tmp_path: Path) -> None:
@@ -619,6 +651,97 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_checked(tmp_
     assert rows + sum(messages.rows for messages in going) == file.rows  # what was open stays what it was
     with pytest.raises(PermanentError, match=r"a\.parquet changed after it was checked"):
         next(file.messages(rows))
+
+
+def test_a_file_that_is_written_over_while_it_is_read_is_not_sent_to_its_end(tmp_path: Path) -> None:
+    """What was read may be of both contents."""
+    path = write(tmp_path / "a.parquet", 3 * BATCH_ROWS, row_group_size=BATCH_ROWS)
+    contents = path.read_bytes()
+    (file,) = open_source(settings(path)).files
+    going = file.messages()
+    next(going)
+    path.write_bytes(contents)
+    with pytest.raises(UnreadableFileError, match="changed"):
+        list(going)
+
+
+# --- files that harm ---------------------------------------------------------------------------------------
+
+
+def test_a_small_file_that_asks_for_terabytes_is_one_line_and_the_next_is_read(tmp_path: Path) -> None:
+    """One long text, which each of many rows refers to."""
+    ids = pa.DictionaryArray.from_arrays(pa.array([0] * BATCH_ROWS, pa.int32()), pa.array(["x" * 30_000_000]))
+    bomb = table(BATCH_ROWS).set_column(4, "sensor", ids)
+    pq.write_table(bomb, tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    write(tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 200_000
+    bomb, good = open_source(settings(tmp_path)).files
+    before = peak_mb()
+    with pytest.raises(UnreadableFileError, match=r"a.parquet cannot be read beyond row 0 of 20000: "):
+        list(bomb.messages())
+    assert temperatures(good) == [0, 1, 2]
+    assert peak_mb() - before < 50
+    reader = READER._process
+    assert reader is not None
+    status = Path(f"/proc/{reader.pid}/status").read_text(encoding="utf-8")
+    assert int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) < 400_000
+
+
+def test_rows_of_megabytes_are_not_taken(tmp_path: Path) -> None:
+    long = table(40).set_column(4, "sensor", pa.array(["x" * 1_000_000] * 40))
+    pq.write_table(long, tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    (file,) = open_source(settings(tmp_path)).files
+    with pytest.raises(UnreadableFileError, match="40 rows of it take 4000"):
+        list(file.messages())
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_the_longest_ids_that_are_valid_are_read(tmp_path: Path, compression: str) -> None:
+    """A kilobyte each, and no two are equal."""
+    rows = 2 * BATCH_ROWS
+    ids = pa.array(
+        [f"{row:05}".translate({48 + digit: 0x1F600 + digit for digit in range(10)}) * 51 for row in range(rows)]
+    )
+    pq.write_table(table(rows).set_column(4, "sensor", ids), tmp_path / "a.parquet", compression=compression)
+    (file,) = open_source(settings(tmp_path)).files
+    assert sum(len(messages.keys) for messages in file.messages()) == rows
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize(("where", "rows"), [("footer", 0), ("row 40000", 2 * BATCH_ROWS)])
+def test_a_file_that_crashes_the_reader_is_one_line_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, rows: int
+) -> None:
+    """No file is known that does, so the reader is made to abort where the file's name says."""
+    READER.close()
+    monkeypatch.setattr("services.producer.reader.COMMAND", [sys.executable, "-m", "tests.crash_reader"])
+    crash = write(tmp_path / f"crash {where}.parquet", 3 * BATCH_ROWS)
+    good = write(tmp_path / "good.parquet")
+    try:
+        if where == "footer":
+            with pytest.raises(ConfigurationError, match=r"reading it ended the process that did \(Aborted\)"):
+                open_source(settings(crash))
+        else:
+            (file,) = open_source(settings(crash)).files
+            reading = file.messages()
+            assert [next(reading).rows for _ in range(2)] == [BATCH_ROWS] * 2
+            with pytest.raises(UnreadableFileError, match=rf"cannot be read beyond row {rows} .*\(Aborted\)"):
+                next(reading)
+        (file,) = open_source(settings(good)).files
+        assert temperatures(file) == [0, 1, 2]
+    finally:
+        READER.close()
+
+
+def test_a_reader_that_somebody_ended_is_started_again(tmp_path: Path) -> None:
+    (file,) = open_source(settings(write(tmp_path / "a.parquet"))).files
+    assert READER._process is not None
+    READER._process.kill()
+    READER._process.wait()
+    assert temperatures(file) == [0, 1, 2]
 
 
 def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:
