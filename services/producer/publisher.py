@@ -87,6 +87,7 @@ class Publisher:
         self._timeout_s = float(settings.producer_transaction_timeout_seconds)
         self._producer: Producer | None = None
         self._open_since: float | None = None
+        self._opened_at = 0.0  # by the clock on the wall
         self._last_note = 0.0
         self._failure: KafkaError | None = None
         self._losses = 0
@@ -199,7 +200,7 @@ class Publisher:
                 self._producer.begin_transaction()
             except KafkaException as error:
                 self._abort(self._producer, error)
-            self._open_since = time.monotonic()
+            self._open_since, self._opened_at = time.monotonic(), time.time()
         return self._producer
 
     def _produce_waiting(self, producer: Producer, produce: Callable[[], None]) -> None:
@@ -247,7 +248,8 @@ class Publisher:
         """Abort the open transaction because of ``error``, and raise what it means for the caller."""
         cause = self._failure or error.args[0]
         cause = self._end(producer, error.args[0]) or cause
-        pending, expired = self.pending, self.age_s >= self._timeout_s
+        # While a machine is suspended only the clock on the wall goes on.
+        pending, expired = self.pending, max(self.age_s, time.time() - self._opened_at) >= self._timeout_s
         self._close_books()
         if cause.code() in FENCED and not expired:
             raise PermanentError(

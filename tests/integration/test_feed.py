@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from services.core.config import Settings
 from services.producer.generate import GROUP_ROWS
 from tests.fix_services import Service, StartService, read_topic, run_cli, wait_until
 from tests.fix_stack import ROOT
-from tests.integration.test_producer import assert_once, changed, numbers, source, write
+from tests.integration.test_producer import BEGIN, assert_once, changed, numbers, source, write
 
 RATE = 400
 LOOK_S = 0.2
@@ -80,7 +81,7 @@ def test_replay_keeps_the_gaps_divided_by_the_speed(settings: Settings, start: S
     due_s = [0, 1, 1, 1, 1, 2, 3]
     table = pa.table(
         {
-            "time_hour": pa.array(seconds, pa.int64()).cast(pa.timestamp("s")),
+            "time_hour": [BEGIN + timedelta(seconds=second) for second in seconds],
             "origin": ["a"] * len(seconds),
             "temp": list(range(len(seconds))),
             "humid": pa.nulls(len(seconds)),

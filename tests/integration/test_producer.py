@@ -452,6 +452,24 @@ def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_we
         assert_once(each, MANY)
 
 
+def test_a_machine_that_was_suspended_is_not_taken_for_a_producer_that_was_replaced(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    settings = source(
+        settings,
+        write(tmp_path / "a.parquet", MANY),
+        producer_transaction_timeout_seconds=5,
+        producer_transaction_rows=10_000_000,
+    )
+    sleeper = start("produce", settings=settings, module="tests.suspended")
+    sleep_in_transaction(sleeper, settings)
+    wait_until(lambda: not open_transactions(settings), "Kafka ends the sleeper's transaction")
+    sleeper.signal(signal.SIGCONT)
+    assert sleeper.wait() == 0
+    assert len(sleeper.events("transaction_aborted")) == 1
+    assert_once(settings, MANY)
+
+
 def sleep_in_transaction(service: Service, settings: Settings) -> None:
     """Stop the process at a moment when messages of an open transaction are in the topic."""
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
-from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Reading
+from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading
 from services.producer.encoding import Columns, Messages, encode_batch
 from services.producer.reader import BATCH_ROWS, READER
 from services.producer.source import Place, Source, SourceFile, UnreadableFileError, check_file, open_source
@@ -108,8 +108,20 @@ def test_timestamps_of_any_unit_and_zone_are_instants(unit: str, zone: str | Non
     assert times(numbers.cast(pa.timestamp(unit, zone))) == [NOON]
 
 
-@pytest.mark.parametrize(("unit", "digits"), [("ms", "123000"), ("us", "123456"), ("ns", "123456")])
-def test_microseconds_are_kept_and_nanoseconds_are_cut_off(unit: str, digits: str) -> None:
+@given(st.integers(int(EARLIEST.timestamp()) * 10**9, 2**61) | st.integers(-3000, 3000))
+def test_nanoseconds_are_rounded_as_a_consumer_rounds_a_message(nanoseconds: int) -> None:
+    """The same reading from a file, as a number or as text, and from a device is one row."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    text = f"{datetime.fromtimestamp(0, UTC) + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%S}.{rest:09}"
+    from_device = Decoder(max_bytes=1000, max_future=timedelta(days=36_500)).decode(
+        b'{"sensor_id": "s", "time": "%sZ", "temperature": 1}' % text.encode()
+    )
+    for column in (pa.array([nanoseconds], pa.timestamp("ns")), pa.array([text]), pa.array([f"{text}Z"])):
+        assert times(column) == [from_device.time]
+
+
+@pytest.mark.parametrize(("unit", "digits"), [("ms", "123000"), ("us", "123456"), ("ns", "123457")])
+def test_microseconds_are_kept_and_nanoseconds_are_rounded(unit: str, digits: str) -> None:
     nanoseconds = pa.array([1_709_294_400_123_456_789], pa.timestamp("ns"))
     column = nanoseconds.cast(pa.timestamp(unit), safe=False)
     assert times(column) == [NOON.replace(microsecond=int(digits))]
@@ -129,7 +141,8 @@ def test_a_date_is_its_midnight(kind: pa.DataType) -> None:
         ("2024-03-01T14:00:00+02:00", NOON),
         ("2024-03-01T06:30:00-0530", NOON),
         ("2024-03-01T12:00:00.123456Z", NOON.replace(microsecond=123456)),
-        ("2024-03-01T12:00:00.123456789Z", NOON.replace(microsecond=123456)),
+        ("2024-03-01T12:00:00.123456789Z", NOON.replace(microsecond=123457)),
+        ("2024-03-01T14:00:00,1234564+02:00", NOON.replace(microsecond=123456)),
         ("2024-03-01T12:00", NOON),
         ("20240301T120000Z", NOON),
         ("2024-03-01", NOON.replace(hour=0)),
@@ -164,6 +177,14 @@ def test_times_outside_the_calendar_are_skipped(unit: str) -> None:
     messages = encode(time=pa.array(numbers).cast(pa.timestamp(unit)))
     assert [reading.time.year for reading in readings(messages)] == [1900, 9999]
     assert messages.skipped == {"time_out_of_range": 3}
+
+
+def test_nanoseconds_before_1900_are_skipped() -> None:
+    messages = encode(
+        time=pa.array([-(2**63) + 1, int(EARLIEST.timestamp()) * 10**9 - 501, 2**63 - 1], pa.timestamp("ns"))
+    )
+    assert [reading.time.year for reading in readings(messages)] == [2262]
+    assert messages.skipped == {"time_out_of_range": 2}
 
 
 def test_dates_outside_the_calendar_are_skipped() -> None:
