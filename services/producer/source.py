@@ -28,7 +28,9 @@ from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 
 LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
-SECRET = re.compile(r"://[^/@\s]+@")
+# Up to the last @ before the options: half of all AWS keys have a slash in them.
+SECRET = re.compile(r"://(?:[^/@?\s]+|[^?\s]*:[^?\s]*)@")
+STORES = frozenset({"s3", "gs", "gcs"})
 GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
@@ -175,7 +177,13 @@ class Place:
         """Raises ConfigurationError where it is no URL."""
         try:
             scheme, separator, rest = given.partition("://")
-            given = _masked(given)
+            masked = _masked(given)
+            if scheme in STORES and masked != given and not rest.startswith("anonymous@"):
+                raise ConfigurationError(
+                    f"PARQUET_URL={masked}: no keys in the URL, please: they are read from AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or from the file that GOOGLE_APPLICATION_CREDENTIALS names"
+                )
+            given = masked
             if not separator:
                 # Path.resolve() would follow links: which file a name stands for may change, the name stays.
                 path = os.path.abspath(Path(given).expanduser())  # noqa: PTH100

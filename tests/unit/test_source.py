@@ -574,10 +574,23 @@ def test_a_url_that_cannot_be_one_says_so(url: str) -> None:
 
 
 def test_keys_in_a_url_are_not_shown() -> None:
-    for url in ("nowhere://key:secret@bucket/a.parquet", "s3://key:secret@bucket/a^b/{c?x=[y]"):
+    for url in (
+        "nowhere://key:secret@bucket/a.parquet",
+        "nowhere://key:sec/secret@bucket/a.parquet",
+        "s3://key:secret@bucket/a^b/{c?x=[y]",
+        "s3://key:secret/and@more+secret@bucket/a.parquet?region=eu",
+        "s3://key:/secret/@bucket/*.parquet",
+        "gs://secret@bucket/a.parquet",
+    ):
         text = problem(url)
-        assert "secret" not in text
+        assert "secret" not in text.lower().replace("aws_secret_access_key", "")
         assert "://***@bucket/" in text
+        assert ("no keys in the URL" in text) == (not url.startswith("nowhere"))
+
+
+def test_an_at_sign_in_a_path_is_no_secret() -> None:
+    assert Place.of("gs://anonymous@bucket/b@c.parquet").path == "bucket/b@c.parquet"
+    assert "/a@b.parquet" in problem("/no/such/a@b.parquet")
 
 
 @pytest.mark.parametrize(
