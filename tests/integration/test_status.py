@@ -15,7 +15,7 @@ from services.core.database import LEADER_LOCK, address
 from services.core.errors import TransientError
 from services.status import command, database
 from tests.expected import Expected, samples
-from tests.fix_services import publish, run_cli
+from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import free_port
 
 Capture = pytest.CaptureFixture[str]
