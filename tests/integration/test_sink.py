@@ -303,11 +303,12 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
     with connect(settings, SESSION_NAME) as frozen, frozen.cursor() as cursor:
         encoded = encode(cursor, batch)
         cursor.execute("BEGIN")
-        stream = cursor.copy(COPY_READINGS).__enter__()  # which is never left
-        stream.write(encoded[:-2])
+        copying = cursor.copy(COPY_READINGS)
+        copying.__enter__().write(encoded[:-2])
         wait_until(lambda: is_written(connection, frozen.info.backend_pid), "rows are in the index")
         wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
-        frozen.close()
+        with pytest.raises(psycopg.OperationalError):
+            copying.__exit__(None, None, None)
     assert len(stored(connection)) == len(batch)
     heir.close()
 
