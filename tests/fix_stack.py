@@ -195,8 +195,10 @@ def empty(connection: psycopg.Connection) -> None:
         connection.execute(sql.SQL("DROP MATERIALIZED VIEW {}").format(sql.Identifier(name)))
     summaries = ", ".join(f"{metric}_summary" for metric in METRICS)
     connection.execute(
-        f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, partition_progress"
+        f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, summary_check,"
+        " partition_progress"
     )
+    connection.execute("UPDATE etl_lease SET holder = 0, expires_at = '-infinity'")
 
 
 def pytest_report_header() -> str:

@@ -52,7 +52,8 @@ def downgrade() -> None:
         op.execute(f"DROP VIEW {metric}_summary_live")
         op.execute(f"DROP TABLE {metric}_summary")
     op.execute("DROP TABLE sensor_data CASCADE")  # takes the continuous aggregates along
-    op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue")
+    op.execute("DROP FUNCTION hold_readings")
+    op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue, etl_lease, summary_check")
     op.execute("DROP FUNCTION advance_partitions")
     op.execute("DROP TABLE partition_progress")
     for role in ROLES:
@@ -142,6 +143,20 @@ def create_readings() -> None:
     """)
     op.execute("GRANT SELECT, INSERT, UPDATE ON sensor_data TO sensor_consumer")
     op.execute("GRANT ALL ON sensor_data TO CURRENT_USER")
+    # Before PostgreSQL 17 nobody may take this lock who may not write readings.
+    op.execute("""
+        CREATE FUNCTION hold_readings() RETURNS void
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+        BEGIN
+            LOCK TABLE ONLY public.sensor_data IN SHARE MODE;
+        END $$
+    """)
+    op.execute("""
+        COMMENT ON FUNCTION hold_readings IS
+            'until the transaction ends no reading is stored: waits for those who are storing some, in turn'
+    """)
+    op.execute("REVOKE EXECUTE ON FUNCTION hold_readings FROM PUBLIC")
+    op.execute("GRANT EXECUTE ON FUNCTION hold_readings TO sensor_etl")
 
 
 def create_progress() -> None:
@@ -195,7 +210,6 @@ def create_summaries() -> None:
             id        bigint         GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
             touched   tstzmultirange NOT NULL CHECK (NOT isempty(touched) AND NOT lower_inf(touched)
                                                      AND NOT upper_inf(touched)),
-            forced    boolean        NOT NULL DEFAULT false,
             queued_at timestamptz    NOT NULL DEFAULT now()
         )
     """)
@@ -238,6 +252,31 @@ def create_summaries() -> None:
         COMMENT ON TABLE raw_chunk IS
             'chunks of sensor_data that etl has seen; one that is gone marks history that is no longer whole'
     """)
+    op.execute("""
+        CREATE TABLE etl_lease (
+            only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
+            holder     int         NOT NULL DEFAULT 0,
+            expires_at timestamptz NOT NULL DEFAULT '-infinity'
+        )
+    """)
+    op.execute("INSERT INTO etl_lease DEFAULT VALUES")
+    op.execute("""
+        COMMENT ON TABLE etl_lease IS
+            'the session of the one etl that leads: nothing that etl decides on is changed by any other'
+    """)
+    op.execute("""
+        CREATE TABLE summary_check (
+            metric      text        PRIMARY KEY,
+            checked_at  timestamptz NOT NULL,
+            next_before timestamptz,
+            differences bigint      NOT NULL DEFAULT 0,
+            differed_at timestamptz
+        )
+    """)
+    op.execute("""
+        COMMENT ON TABLE summary_check IS
+            'when etl last compared a summary with the raw readings, how far back it has come, and what it ever found'
+    """)
     for metric in METRICS:
         op.execute(f"""
             CREATE TABLE {metric}_summary (
@@ -257,7 +296,7 @@ def create_summaries() -> None:
         op.execute(f"GRANT SELECT ON {metric}_summary, {metric}_summary_live TO sensor_reader")
         op.execute(f"ALTER TABLE {metric}_summary OWNER TO sensor_etl")
         op.execute(f"ALTER VIEW {metric}_summary_live OWNER TO sensor_etl")
-    for table in ("summary_refresh_queue", "summary_state", "raw_chunk"):
+    for table in ("summary_refresh_queue", "summary_state", "raw_chunk", "etl_lease", "summary_check"):
         op.execute(f"ALTER TABLE {table} OWNER TO sensor_etl")
 
 

@@ -196,6 +196,12 @@ class Settings(BaseSettings):
     etl_poll_seconds: float = Field(
         1.0, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
     )
+    etl_check_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=86_400,
+        description="pause between two comparisons of summaries with raw readings: 0 (never) to 86400 seconds",
+    )
     metrics_host: Name = Field(
         "127.0.0.1", description="address that /metrics, /livez and /readyz are served at; 0.0.0.0: all of this machine"
     )
@@ -226,6 +232,14 @@ class Settings(BaseSettings):
         if replicas > copies:
             raise ValueError(f"KAFKA_REPLICATION_FACTOR={copies} makes fewer copies, so no message would ever be taken")
         return replicas
+
+    @field_validator("compress_after_days")
+    @classmethod
+    def _before_they_are_dropped(cls, days: int, info: ValidationInfo) -> int:
+        kept = info.data.get("raw_retention_days", 0)
+        if days and kept and days >= kept:
+            raise ValueError(f"RAW_RETENTION_DAYS={kept} drops raw readings before they would be compressed")
+        return days
 
     @field_validator("kafka_sasl_username", "kafka_sasl_password")
     @classmethod

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 
 from psycopg import Connection, sql
 
 from services.core.database import queries
 from services.core.logs import fields
+from services.etl.lease import Lease
 from services.etl.metrics import BASE, BASE_PARTS, Metric
 
 SQL = queries("services.etl")
@@ -35,60 +37,73 @@ def stored_metrics(connection: Connection) -> dict[str, Metric]:
 class Aggregates:
     """The aggregates that exist, and which of them feeds each summary."""
 
-    def __init__(self, connection: Connection, configured: tuple[Metric, ...]) -> None:
+    def __init__(self, connection: Connection, lease: Lease, configured: tuple[Metric, ...]) -> None:
         self._connection = connection
-        self._configured = configured
+        self._lease = lease
+        self.configured = configured
         self.current: dict[str, Metric] = {}
         self.building: dict[str, Metric] = {}
 
     def prepare(self) -> None:
-        """Create what is missing, and see which widths have to change. Drops what a crash left behind."""
+        """Create what the summaries cannot do without."""
         self._prepare_base()
-        for metric in self._configured:
-            with self._connection.transaction():
-                current = stored_metrics(self._connection).get(metric.name)
-                if current is None or current.aggregate not in self.materialized():
-                    current = current or metric
+        for metric in self.configured:
+            with self._lease.transaction():
+                current = stored_metrics(self._connection).get(metric.name, metric)
+                if current.aggregate not in self.materialized():
                     self._create(current)
                     self._connection.execute(
                         SQL["write_state"],
                         {"metric": metric.name, "aggregate": current.aggregate, "width": current.width},
                     )
-                    self._connection.execute(statement("replace_live_view", current))
                     self._connection.execute(SQL["queue_all"])
-                if current != metric:
-                    self._create(metric)
             self.current[metric.name] = current
-            if current != metric:
-                self.building[metric.name] = metric
-                log.info("interval_change_begun", extra=fields(old=current.aggregate, new=metric.aggregate))
-            self._drop_others(metric.name)
 
     def _prepare_base(self) -> None:
         """Create the aggregate of minutes. One that lacks a metric goes first, and all that is built on it.
 
         The summaries stay as they are; the live views show them until the aggregates are there again.
         """
-        wanted = {f"{metric.name}_{part}" for metric in self._configured for part in BASE_PARTS}
+        wanted = {f"{metric.name}_{part}" for metric in self.configured for part in BASE_PARTS}
         columns = {row[0] for row in self._connection.execute(SQL["list_columns"], {"table": BASE})}
         if wanted <= columns:
             return
         if columns:
-            with self._connection.transaction():
+            with self._lease.transaction():
                 for metric in stored_metrics(self._connection).values():
                     self._connection.execute(statement("show_summary_live", metric))
                     for aggregate in self._of(metric.name):
                         self._drop(aggregate)
                 self._drop(BASE)
-        parts = sql.SQL(",\n       ").join(statement("base_columns", metric) for metric in self._configured)
-        with self._connection.transaction():
+        parts = sql.SQL(",\n       ").join(statement("base_columns", metric) for metric in self.configured)
+        with self._lease.transaction():
             self._connection.execute(SQL["as_owner"])
             self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=parts))
         log.info("aggregate_created", extra=fields(aggregate=BASE))
 
+    def show_live(self) -> Iterator[None]:
+        """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it."""
+        for metric in self.current.values():
+            row = self._connection.execute(statement("live_view_shows", metric)).fetchone()
+            if row is not None and not row[0]:
+                with self._lease.transaction():
+                    self._connection.execute(statement("replace_live_view", metric))
+                yield
+
+    def build(self, metric: Metric) -> None:
+        """Create the aggregate of a width that is about to take over, unless it was begun before."""
+        with self._lease.transaction():
+            self._create(metric)
+        self.building[metric.name] = metric
+
     def switch(self, metric: Metric, edge: str) -> int:
-        """Let the new aggregate feed the summary from ``edge`` on, in one transaction; returns the summary's rows."""
-        with self._connection.transaction():
+        """Let the new aggregate feed the summary from ``edge`` on, in one transaction; returns the summary's rows.
+
+        The view comes last, since whoever wants to read it waits from then on; whether it can be had is tried before.
+        """
+        with self._lease.transaction():
+            self._connection.execute(statement("probe_live_view", metric))
+        with self._lease.transaction():
             self._connection.execute(statement("delete_from", metric), {"edge": edge})
             fill = statement("fill_from", metric, materialized=self.materialized()[metric.aggregate])
             filled = self._connection.execute(fill, {"edge": edge}).rowcount
@@ -99,8 +114,15 @@ class Aggregates:
             self._connection.execute(statement("replace_live_view", metric))
         self.current[metric.name] = metric
         del self.building[metric.name]
-        self._drop_others(metric.name)
         return filled
+
+    def drop_others(self) -> None:
+        """Drop what feeds no summary and is not about to: aggregates of other widths."""
+        for name, current in self.current.items():
+            used = {metric.aggregate for metric in (current, self.building.get(name)) if metric is not None}
+            for aggregate in self._of(name) - used:
+                with self._lease.transaction():
+                    self._drop(aggregate)
 
     def all_refreshed(self) -> tuple[Metric, ...]:
         """Every aggregate that must follow the readings: the current ones and those being built."""
@@ -118,11 +140,6 @@ class Aggregates:
         self._connection.execute(SQL["as_owner"])
         self._connection.execute(statement("create_aggregate", metric))
         log.info("aggregate_created", extra=fields(aggregate=metric.aggregate))
-
-    def _drop_others(self, name: str) -> None:
-        used = {metric.aggregate for metric in self.all_refreshed()}
-        for aggregate in self._of(name) - used:
-            self._drop(aggregate)
 
     def _of(self, name: str) -> set[str]:
         """The aggregates of a metric, of whatever width."""

@@ -39,6 +39,17 @@ SUMMARY_ROWS_CHANGED = Counter(
 )
 QUEUE_ROWS_DONE = Counter("sensor_refresh_queue_rows_done_total", "Rows of the refresh queue that were worked off.")
 CHUNKS_DROPPED = Counter("sensor_chunks_dropped_total", "Chunks of raw readings dropped by RAW_RETENTION_DAYS.")
+CHUNKS_COMPRESSED = Counter(
+    "sensor_chunks_compressed_total", "Chunks of raw readings compressed by COMPRESS_AFTER_DAYS."
+)
+SUMMARY_DIFFERENCES = Counter(
+    "sensor_summary_differences_total",
+    "Summary rows that differed from the raw readings although nothing waited; they are repaired. Should stay 0.",
+    ["metric"],
+)
+DUTY_FAILURES = Counter(
+    "sensor_etl_duty_failures_total", "Failed tries of what etl does beside the refresh; each is tried again.", ["duty"]
+)
 
 
 @dataclass(frozen=True, slots=True)

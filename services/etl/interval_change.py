@@ -8,13 +8,15 @@ A restart repeats these steps safely:
 4. drop the old aggregate.
 
 Readers see the old intervals until the transaction of step 3 commits, and then the new ones. History whose raw
-readings are gone stays at its old width; where that ends is a boundary of both widths, so no two rows overlap.
+readings are gone stays at its old width; where that ends is a boundary of both widths, so no two rows overlap. If that
+boundary is younger than what is kept, the change would close the present: the old width stays.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from psycopg import Connection
@@ -22,46 +24,90 @@ from psycopg import Connection
 from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates
+from services.etl.lease import Lease
 from services.etl.metrics import BASE, Metric
+from services.etl.retention import close
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
-STEP = timedelta(days=7)  # so much history is refreshed before the queue gets its turn
+STEP = timedelta(days=1)  # this much history is refreshed before others get their turn
 WHOLE_HISTORY = "-infinity"
 
 log = logging.getLogger("etl")
 
 
-def change_intervals(connection: Connection, aggregates: Aggregates, summaries: Summaries) -> None:
-    """Steps 2 to 4 for every metric whose width has to change."""
-    for metric in tuple(aggregates.building.values()):
-        old = aggregates.current[metric.name]
-        edge = common_edge(connection, old, metric)
+class IntervalChange:
+    """Brings the widths of the summaries to those that the settings ask for."""
+
+    def __init__(
+        self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: Summaries, keep: timedelta
+    ) -> None:
+        self._connection = connection
+        self._lease = lease
+        self._aggregates = aggregates
+        self._summaries = summaries
+        self._keep = keep
+        self._refused: set[Metric] = set()  # and said so
+
+    def steps(self) -> Iterator[None]:
+        """All that is left to change, piece by piece; in between the queue is worked off."""
+        for metric in self._aggregates.configured:
+            if self._aggregates.current[metric.name] != metric:
+                yield from self._change(metric)
+        self._aggregates.drop_others()
+
+    def _change(self, metric: Metric) -> Iterator[None]:
+        old = self._aggregates.current[metric.name]
+        edge = self._common_edge(old, metric)
+        if edge is None:
+            return
+        if metric.name not in self._aggregates.building:
+            self._aggregates.build(metric)
+            log.info("interval_change_begun", extra=fields(old=old.aggregate, new=metric.aggregate))
+            yield
         if edge != WHOLE_HISTORY:
             # Between what is frozen and the edge nothing will feed the summary; let the last readings through.
-            connection.execute(SQL["close_history"], {"metric": metric.name, "edge": edge})
-            summaries.refresh_queued()
-        start, end = history(connection, metric, edge)
+            close(self._connection, self._lease, {metric.name: edge}, self._keep)
+            while self._summaries.is_queued_before(edge):
+                yield
+        start, end = self._history(metric, edge)
         while start is not None and end is not None and start < end:
             stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
-            summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
-            summaries.refresh(metric.aggregate, start, stop)
-            summaries.refresh_queued()
+            self._summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
+            self._summaries.refresh(metric.aggregate, start, stop)
             start = stop
-        rows = aggregates.switch(metric, edge)
+            yield
+        rows = self._aggregates.switch(metric, edge)
         log.info("interval_changed", extra=fields(old=old.aggregate, new=metric.aggregate, summary_rows=rows))
 
+    def _common_edge(self, old: Metric, new: Metric) -> str | None:
+        """Where the new width takes over: -infinity, or the first boundary of both that is not closed; None: nowhere.
 
-def common_edge(connection: Connection, old: Metric, new: Metric) -> str:
-    """Where the new width takes over: -infinity, or the first boundary of both that is not frozen."""
-    common = Metric(new.name, math.lcm(old.minutes, new.minutes))
-    row = connection.execute(SQL["common_edge"], {"metric": new.name, "common": common.width}).fetchone()
-    assert row is not None
-    return str(row[0])
+        That would have to be later than now minus what is kept.
+        """
+        common = Metric(new.name, math.lcm(old.minutes, new.minutes))
+        arguments = {"metric": new.name, "common": common.width, "keep": self._keep}
+        row = self._connection.execute(SQL["common_edge"], arguments).fetchone()
+        assert row is not None
+        edge, is_possible = row
+        if is_possible:
+            return str(edge)
+        if new not in self._refused:
+            self._refused.add(new)
+            log.warning(
+                "interval_change_refused",
+                extra=fields(
+                    setting=f"{new.name.upper()}_INTERVAL",
+                    old=old.minutes,
+                    new=new.minutes,
+                    detail=f"intervals of both widths begin together at {edge} for the first time, and closing history "
+                    "up to there would refuse readings of now; the old width stays",
+                ),
+            )
+        return None
 
-
-def history(connection: Connection, metric: Metric, edge: str) -> tuple[datetime | None, datetime | None]:
-    """From the first interval after the edge to the end of the last one; None without readings."""
-    row = connection.execute(SQL["history"], {"edge": edge, "width": metric.width}).fetchone()
-    assert row is not None
-    return row[0], row[1]
+    def _history(self, metric: Metric, edge: str) -> tuple[datetime | None, datetime | None]:
+        """From the first interval after the edge to the end of the last one; None without readings."""
+        row = self._connection.execute(SQL["history"], {"edge": edge, "width": metric.width}).fetchone()
+        assert row is not None
+        return row[0], row[1]

@@ -1,7 +1,36 @@
--- What etl runs. Schema: migrations/versions/0002_create_summaries.py
+-- What etl runs. Schema: migrations/versions/0001_create_schema.py
 
--- name: try_lead
-SELECT pg_try_advisory_lock(%(key)s)
+-- name: show_session
+-- Anybody may take such a lock; it can make a session look alive that is gone, and nothing else.
+SELECT pg_try_advisory_lock_shared(%(key)s, pg_backend_pid())
+
+-- name: look_at_lease
+-- The time as text: Python has no -infinity.
+SELECT holder, expires_at::text, expires_at < clock_timestamp(),
+       holder = pg_backend_pid() OR NOT EXISTS (
+           SELECT FROM pg_locks
+           WHERE locktype = 'advisory' AND granted AND objsubid = 2
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+             AND classid::bigint = %(key)s AND objid::bigint = holder)
+FROM etl_lease
+
+-- name: hold_state
+-- One at a time changes what etl decides on. Readers are not in the way, and only etl's role may take this lock.
+LOCK TABLE summary_state IN SHARE ROW EXCLUSIVE MODE
+
+-- name: take_lease
+-- As it was seen: nobody has taken or renewed it since.
+UPDATE etl_lease SET holder = pg_backend_pid(), expires_at = clock_timestamp() + make_interval(secs => %(lasts)s)
+WHERE holder = %(holder)s AND expires_at = %(expires_at)s::timestamptz
+
+-- name: is_leading
+SELECT holder = pg_backend_pid() FROM etl_lease
+
+-- name: renew_lease
+UPDATE etl_lease SET expires_at = clock_timestamp() + make_interval(secs => %(lasts)s) WHERE holder = %(holder)s
+
+-- name: release_lease
+UPDATE etl_lease SET holder = 0, expires_at = '-infinity' WHERE holder = pg_backend_pid()
 
 -- name: prefer_hashing
 -- A refresh makes few groups of many readings. Without statistics of a chunk that is being filled the server expects
@@ -10,11 +39,11 @@ SET enable_sort = off
 
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
--- that is loaded comes in many pieces, and its intervals shall be computed when they are complete.
-SELECT array_agg(id), range_agg(touched), coalesce(range_agg(touched) FILTER (WHERE forced), '{}'),
-       min(queued_at), clock_timestamp(), count(*) < (SELECT count(*) FROM summary_refresh_queue)
+-- that is loaded comes in many pieces, and its intervals should be computed when they are complete.
+SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp(),
+       count(*) < (SELECT count(*) FROM summary_refresh_queue)
 FROM summary_refresh_queue
-WHERE %(all)s OR forced OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
+WHERE %(all)s OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
    OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
                       WHERE queued_at > now() - interval '1 second')
 
@@ -23,20 +52,47 @@ SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at))
 FROM summary_refresh_queue
 
 -- name: delete_queued
--- Exactly the rows that were read: a lower id may commit later.
-DELETE FROM summary_refresh_queue WHERE id = ANY(%(ids)s)
+-- Exactly the rows that were read, for a lower id may commit later, and of them what has nothing left before the cut.
+DELETE FROM summary_refresh_queue
+WHERE id = ANY(%(ids)s) AND NOT touched && tstzrange(NULL, %(cut)s::timestamptz)
+
+-- name: keep_rest
+UPDATE summary_refresh_queue SET touched = touched * tstzmultirange(tstzrange(NULL, %(cut)s::timestamptz))
+WHERE id = ANY(%(ids)s) AND upper(touched) > %(cut)s::timestamptz
+
+-- name: is_queued_before
+SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE touched && tstzrange(NULL, %(edge)s::timestamptz))
 
 -- name: note_chunks
--- A chunk that was seen and is gone marks history that is no longer whole, even if a late reading made a new one.
+-- A chunk that was seen and is gone marks history that is no longer whole, even if a late reading made a new one. One
+-- that was merged into another that was seen is not gone.
 WITH present AS (
     SELECT range_start, range_end, chunk_creation_time AS created_at FROM timescaledb_information.chunks
     WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-), seen AS (
-    INSERT INTO raw_chunk (range_start, range_end, created_at) SELECT range_start, range_end, created_at FROM present
-    ON CONFLICT (range_start) DO NOTHING
+), kept AS (
+    SELECT present.range_start, present.range_end
+    FROM present JOIN raw_chunk USING (range_start, created_at) WHERE dropped_at IS NULL
+), missing AS (
+    SELECT range_start, EXISTS (SELECT FROM kept WHERE kept.range_start < raw_chunk.range_start
+                                AND kept.range_end >= raw_chunk.range_end) AS is_merged
+    FROM raw_chunk
+    WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (SELECT range_start, created_at FROM present)
+), merged AS (
+    DELETE FROM raw_chunk USING missing WHERE raw_chunk.range_start = missing.range_start AND is_merged
+), dropped AS (
+    UPDATE raw_chunk SET dropped_at = now() FROM missing
+    WHERE raw_chunk.range_start = missing.range_start AND NOT is_merged
 )
-UPDATE raw_chunk SET dropped_at = now()
-WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (SELECT range_start, created_at FROM present)
+INSERT INTO raw_chunk AS seen (range_start, range_end, created_at)
+SELECT range_start, range_end, created_at FROM present WHERE range_start NOT IN (SELECT range_start FROM missing)
+ON CONFLICT (range_start) DO UPDATE SET range_end = excluded.range_end
+WHERE seen.created_at = excluded.created_at AND seen.range_end <> excluded.range_end
+
+-- name: is_chunk_missing
+SELECT EXISTS (
+    SELECT FROM raw_chunk WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (
+        SELECT range_start, chunk_creation_time FROM timescaledb_information.chunks
+        WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'))
 
 -- name: whole_minutes
 -- The queued ranges as whole minutes, without those before all that is frozen.
@@ -46,76 +102,93 @@ SELECT coalesce(range_agg(tstzrange(date_trunc('minute', lower(piece)),
 FROM unnest(%(touched)s::tstzmultirange) AS piece
 
 -- name: widen
--- The queued ranges as whole intervals, without those that begin before the raw history is whole. That may be in
--- the middle of an interval, when the width is one that shall take over.
+-- Minutes as whole intervals, without those that begin before the raw history is whole (which may be in the middle of
+-- an interval, when the width is one that is about to take over), or before ``rest_end``, where later steps go on.
 SELECT coalesce(range_agg(interval) * tstzmultirange(tstzrange(
-    (SELECT CASE WHEN isfinite(frozen_before)
-                 THEN time_bucket(%(width)s, frozen_before + %(width)s - interval '1 microsecond')
-                 ELSE frozen_before END
-     FROM summary_state WHERE metric = %(metric)s), NULL)), '{}')
+    (SELECT CASE WHEN isfinite(edge)
+                 THEN time_bucket(%(width)s, edge + %(width)s - interval '1 microsecond')
+                 ELSE edge END
+     FROM (SELECT greatest(frozen_before, %(rest_end)s::timestamptz) AS edge
+           FROM summary_state WHERE metric = %(metric)s) AS state), NULL)), '{}')
 FROM (
     SELECT tstzrange(time_bucket(%(width)s, lower(piece)),
                      time_bucket(%(width)s, upper(piece) - interval '1 microsecond') + %(width)s) AS interval
-    FROM unnest(%(touched)s::tstzmultirange) AS piece
+    FROM unnest(%(minutes)s::tstzmultirange) AS piece
 ) AS widened
 
 -- name: freeze_dropped
--- Intervals that begin before the end of a dropped chunk are not all there.
-UPDATE summary_state
+-- Intervals that begin before the end of a dropped chunk are not all there. What came after it was dropped, and what is
+-- younger than what is kept, stays open.
+UPDATE summary_state AS state
 SET frozen_before = greatest(frozen_before, edge), closed_before = greatest(closed_before, edge)
 FROM (
-    SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond') AS edge
-    FROM raw_chunk WHERE dropped_at IS NOT NULL
+    SELECT metric, least(max(CASE WHEN range_end <= dropped_at
+                                  THEN time_bucket(width, range_end + width - interval '1 microsecond')
+                                  ELSE time_bucket(width, dropped_at) END),
+                         time_bucket(width, now() - %(keep)s)) AS edge
+    FROM raw_chunk, summary_state WHERE dropped_at IS NOT NULL GROUP BY metric, width
 ) AS dropped
-WHERE metric = %(metric)s AND edge > least(frozen_before, closed_before)
+WHERE state.metric = dropped.metric AND edge > frozen_before
+
+-- name: hold_readings
+SELECT hold_readings()
 
 -- name: close_history
--- Waits for the transactions that are storing readings; none that begins later stores one from before the edge.
-UPDATE summary_state SET closed_before = greatest(closed_before, %(edge)s::timestamptz) WHERE metric = %(metric)s
+-- Never later than now minus what is kept, whatever was asked for.
+UPDATE summary_state SET closed_before = greatest(closed_before, %(edge)s::timestamptz)
+WHERE metric = %(metric)s AND %(edge)s::timestamptz <= now() - %(keep)s
 
 -- name: freeze_closed
-UPDATE summary_state SET frozen_before = closed_before
+UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < closed_before
 
--- name: expired_edge
--- Where the whole intervals begin after what the retention policy is about to drop; a minute more, for the clock.
-SELECT time_bucket(%(width)s, max(range_end) + %(width)s - interval '1 microsecond')::text
-FROM timescaledb_information.chunks
+-- name: expired_edges
+-- Where the whole intervals begin after what has expired: a chunk of which every interval, at every width, ended long
+-- enough ago. What is closed there already needs no edge.
+SELECT metric, edge::text
+FROM summary_state, LATERAL (
+    SELECT time_bucket(width, max(range_end) + width - interval '1 microsecond') AS edge
+    FROM timescaledb_information.chunks
+    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND range_end <= now() - %(keep)s
+      AND (SELECT max(time_bucket(each.width, range_end + each.width - interval '1 microsecond'))
+           FROM summary_state AS each) <= now() - %(keep)s
+) AS expired
+WHERE edge > closed_before ORDER BY metric
+
+-- name: is_closing
+-- Whether something is closed and not frozen, and whether any of it waits for its summaries.
+SELECT coalesce(bool_or(frozen_before < closed_before), false),
+       EXISTS (SELECT FROM summary_refresh_queue
+               WHERE touched && tstzrange(NULL, (SELECT max(closed_before) FROM summary_state)))
+FROM summary_state
+
+-- name: expired_chunks
+-- As far as it is frozen: a reading that came just now may have made a chunk. As text: Python has no time BC.
+SELECT range_start::text, range_end::text FROM timescaledb_information.chunks
 WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-  AND range_end <= now() - %(age)s + interval '1 minute'
+  AND range_end <= least((SELECT min(frozen_before) FROM summary_state), now() - %(keep)s)
+ORDER BY range_start
 
--- name: find_policy
-SELECT job_id, (config ->> %(field)s)::interval = %(age)s
-FROM timescaledb_information.jobs
-WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND proc_name = %(procedure)s
-
--- name: add_retention_policy
-SELECT add_retention_policy('sensor_data', drop_after => %(age)s)
-
--- name: remove_retention_policy
-SELECT remove_retention_policy('sensor_data')
-
--- name: add_compression_policy
-SELECT add_compression_policy('sensor_data', compress_after => %(age)s)
-
--- name: remove_compression_policy
-SELECT remove_compression_policy('sensor_data')
-
--- name: unschedule_policy
-SELECT alter_job(%(job)s, scheduled => false)
-
--- name: drop_expired
--- What the retention policy would drop, as far as it is frozen: a reading that came just now may have made a chunk.
-SELECT drop_chunks('sensor_data', older_than => least(min(frozen_before), now() - %(age)s)) FROM summary_state
+-- name: drop_chunk
+SELECT drop_chunks('sensor_data', newer_than => %(start)s::timestamptz, older_than => %(end)s::timestamptz)
 
 -- name: drop_frozen_minutes
 -- They would only be in the way: nothing reads the minutes of frozen intervals again.
 SELECT drop_chunks({base}, older_than => min(frozen_before)) FROM summary_state
 
--- name: run_policy
-CALL run_job(%(job)s)
+-- name: uncompressed_chunks
+-- Bit 1 says that a chunk is compressed, 2 and 8 that readings came later, 4 that somebody has frozen it.
+SELECT format('%%I.%%I', chunk_schema, chunk_name) FROM (
+    SELECT *, _timescaledb_functions.chunk_status(format('%%I.%%I', chunk_schema, chunk_name)::regclass) AS status
+    FROM timescaledb_information.chunks
+    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND range_end <= now() - %(age)s
+) AS old
+WHERE status & 4 = 0 AND (status & 1 = 0 OR status & 10 <> 0) ORDER BY range_start
+
+-- name: compress_chunk
+SELECT compress_chunk(%(chunk)s::regclass)
 
 -- name: refresh
-CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
+CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force})
 
 -- name: as_owner
 -- Until the transaction ends: an aggregate is sensor_etl's, whoever runs etl. Its members may do the rest as themselves.
@@ -158,13 +231,15 @@ WITH NO DATA
 SELECT view_name, materialization_hypertable_schema, materialization_hypertable_name
 FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public'
 
--- name: refresh_has_options
--- Since TimescaleDB 2.28 a refresh works in small batches unless told otherwise.
-SELECT coalesce(bool_or('options' = ANY(proargnames)), false) FROM pg_proc
-WHERE proname = 'refresh_continuous_aggregate'
-
 -- name: drop_aggregate
 DROP MATERIALIZED VIEW {aggregate}
+
+-- name: live_view_shows
+SELECT strpos(pg_get_viewdef({live_name}::regclass), {aggregate_name}) > 0
+
+-- name: probe_live_view
+-- Changes nothing, but waits for whoever reads the view in an open transaction.
+ALTER VIEW {live} OWNER TO sensor_etl
 
 -- name: replace_live_view
 -- Intervals whose raw rows are not all there any more come from the summary table, the others from the aggregate.
@@ -195,33 +270,55 @@ INSERT INTO summary_state (metric, aggregate, width) VALUES (%(metric)s, %(aggre
 ON CONFLICT (metric) DO NOTHING
 
 -- name: queue_all
--- All the history there is, for an aggregate that has just been created.
+-- All the history there is, for an aggregate that has just been created; by chunks, since a look into thousands of them
+-- needs thousands of locks.
 INSERT INTO summary_refresh_queue (touched)
-SELECT tstzmultirange(tstzrange(min(time), max(time) + interval '1 microsecond')) FROM sensor_data HAVING count(*) > 0
+SELECT range_agg(tstzrange(range_start, range_end)) FROM timescaledb_information.chunks
+WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' HAVING count(*) > 0
 
 -- name: history
--- The whole intervals that hold all there is from the edge on, which is where an interval begins: readings, and minutes
--- whose readings were deleted by hand. Without any nothing: greatest() takes no notice of NULL.
+-- The whole intervals that hold all there is from the edge on, which is where an interval begins: chunks of readings, and
+-- minutes whose readings were deleted by hand. Without any nothing: greatest() takes no notice of NULL.
 SELECT CASE WHEN min(first) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(first)), %(edge)s::timestamptz) END,
        time_bucket(%(width)s, max(last)) + %(width)s
-FROM (SELECT min(time) AS first, max(time) AS last FROM sensor_data
+FROM (SELECT min(range_start) AS first, max(range_end) - interval '1 microsecond' AS last
+      FROM timescaledb_information.chunks
+      WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
       UNION ALL
       SELECT min(minute), max(minute) FROM sensor_data_minute) AS stored
 
--- name: compared_range
--- All raw readings and all summary rows, as whole intervals from the first that is not frozen. Without any, NULL:
--- greatest() takes no notice of it, and Python has no -infinity.
-SELECT nullif(greatest(least(time_bucket({width}, (SELECT min(time) FROM sensor_data)),
-                             time_bucket({width}, (SELECT min(interval_start) FROM {summary}
-                                                   WHERE interval_start >= frozen_before))),
-                       frozen_before), '-infinity'),
-       greatest(time_bucket({width}, (SELECT max(time) FROM sensor_data)),
-                time_bucket({width}, (SELECT max(interval_start) FROM {summary}))) + {width}
+-- name: piece_before
+-- The last interval before the edge that can hold a reading (by its chunk) or has a summary row, and what is before it
+-- as far as it is not frozen.
+SELECT greatest(last + {width} - %(piece)s, frozen_before), last + {width}
+FROM summary_state, LATERAL (
+    SELECT time_bucket({width}, greatest(
+        (SELECT max(least(range_end, %(edge)s::timestamptz)) - interval '1 microsecond'
+         FROM timescaledb_information.chunks
+         WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+           AND (%(edge)s::timestamptz IS NULL OR range_start < %(edge)s::timestamptz)),
+        (SELECT max(interval_start) FROM {summary}
+         WHERE %(edge)s::timestamptz IS NULL OR interval_start < %(edge)s::timestamptz))) AS last
+) AS stored
+WHERE metric = {metric_name} AND last >= frozen_before
+
+-- name: last_check
+-- Since when history is recent, and how far back the older pieces have come.
+SELECT greatest(time_bucket({width}, now() - interval '1 day'), frozen_before),
+       (SELECT next_before FROM summary_check WHERE metric = {metric_name})
 FROM summary_state WHERE metric = {metric_name}
+
+-- name: note_check
+INSERT INTO summary_check AS old (metric, checked_at, next_before, differences, differed_at)
+VALUES (%(metric)s, now(), %(next_before)s, %(differing)s, CASE WHEN %(differing)s > 0 THEN now() END)
+ON CONFLICT (metric) DO UPDATE
+SET checked_at = excluded.checked_at, next_before = excluded.next_before,
+    differences = old.differences + excluded.differences, differed_at = coalesce(excluded.differed_at, old.differed_at)
 
 -- name: find_differences
 -- One snapshot: what the queue does not name must be equal. An average may differ in its last digits.
 -- The queue rows of this comparison do not count, or one metric's difference would hide the other's.
+-- What a chunk that was dropped held cannot be compared any more.
 WITH fresh AS (
     SELECT sensor_id, time_bucket({width}, time) AS interval_start,
            avg({metric}) AS average, min({metric}) AS least, max({metric}) AS greatest, count({metric}) AS readings
@@ -244,21 +341,28 @@ SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {
 FROM different
 WHERE NOT tstzrange(interval_start, interval_start + {width})
           && (SELECT coalesce(range_agg(touched), '{{}}') FROM summary_refresh_queue WHERE id <> ALL(%(ours)s::bigint[]))
+  AND NOT tstzrange(interval_start, interval_start + {width})
+          && (SELECT coalesce(range_agg(tstzrange(range_start, range_end)), '{{}}') FROM raw_chunk
+              WHERE dropped_at IS NOT NULL)
 
--- name: queue_forced
-INSERT INTO summary_refresh_queue (touched, forced) VALUES (%(touched)s, true) RETURNING id
+-- name: queue_again
+INSERT INTO summary_refresh_queue (touched) VALUES (%(touched)s) RETURNING id
+
+-- name: queued_ids
+SELECT id FROM summary_refresh_queue
 
 -- name: still_queued
 SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE id = ANY(%(ids)s))
 
 -- name: common_edge
--- The first time that is not closed and where an interval of both widths begins. (A change that was given up may
--- have closed more than is frozen.)
+-- The first time that is not closed and where an interval of both widths begins, and whether that is long enough ago.
+-- (A change that was given up may have closed more than is frozen.)
 -- As text: Python has no -infinity.
-SELECT (CASE WHEN isfinite(closed_before)
-             THEN time_bucket(%(common)s, closed_before + %(common)s - interval '1 microsecond')
-             ELSE closed_before END)::text
-FROM summary_state WHERE metric = %(metric)s
+SELECT edge::text, edge <= now() - %(keep)s
+FROM (SELECT CASE WHEN isfinite(closed_before)
+                  THEN time_bucket(%(common)s, closed_before + %(common)s - interval '1 microsecond')
+                  ELSE closed_before END AS edge
+      FROM summary_state WHERE metric = %(metric)s) AS state
 
 -- name: replace_state
 UPDATE summary_state

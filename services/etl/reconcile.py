@@ -3,12 +3,15 @@
 In any one snapshot a summary row differs from its raw readings only if the queue names its interval: readings
 and queue rows are committed together, and so are summary rows and the end of their queue rows. Whatever differs
 beyond that (rows that were changed by hand, a bug) is queued to be recomputed.
+
+The leader looks on its own: at the last day each time, and at one more piece of what is older, from the newest to the
+oldest and again. ``etl --reconcile`` looks at all of it at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from psycopg import Connection
@@ -17,51 +20,106 @@ from services.core.database import queries
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import statement, stored_metrics
+from services.etl.instruments import SUMMARY_DIFFERENCES
+from services.etl.lease import Lease
 from services.etl.metrics import Metric
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
-STEP = timedelta(days=7)
+PIECE = timedelta(days=1)  # this much is compared at once, or one interval if that is longer
 LOOK_EVERY_S = 0.5
 
 log = logging.getLogger("etl")
 
+Window = tuple[datetime, datetime]
 
-def reconcile(connection: Connection, summaries: Summaries | None, shutdown: Shutdown) -> dict[str, int]:
+
+class SelfCheck:
+    """The leader's own comparison; the table summary_check says how far it has come and what it found."""
+
+    def __init__(self, connection: Connection, lease: Lease, summaries: Summaries) -> None:
+        self._connection = connection
+        self._lease = lease
+        self._summaries = summaries
+
+    def steps(self) -> Iterator[None]:
+        """One look at every metric: at the last day, and at one more piece of what is older."""
+        for metric in stored_metrics(self._connection).values():
+            row = self._connection.execute(statement("last_check", metric)).fetchone()
+            assert row is not None
+            recent, next_before = row
+            newest = piece_before(self._connection, metric, None)
+            # The open interval of a wide metric may be a year of readings: it gets its turn with the others.
+            has_recent = newest is not None and newest[1] > recent and metric.width <= PIECE
+            differing = self._compare(metric, (recent, newest[1])) if newest is not None and has_recent else 0
+            yield
+            edge = recent if has_recent else None
+            older = piece_before(self._connection, metric, next_before or edge) or piece_before(
+                self._connection, metric, edge
+            )
+            if older is not None:
+                differing += self._compare(metric, older)
+            with self._lease.transaction():
+                self._connection.execute(
+                    SQL["note_check"],
+                    {"metric": metric.name, "next_before": older and older[0], "differing": differing},
+                )
+            SUMMARY_DIFFERENCES.labels(metric.name).inc(differing)
+            yield
+
+    def _compare(self, metric: Metric, window: Window) -> int:
+        """Queue what differs; the number of rows."""
+        if not find_differences(self._connection, metric, window, [])[0]:
+            return 0
+        self._summaries.note_dropped_chunks()  # somebody may just have dropped one
+        return queue_differences(self._connection, metric, window, [])
+
+
+def find_differences(connection: Connection, metric: Metric, window: Window, ours: list[int]) -> tuple[int, object]:
+    """How many rows differ, and their intervals; ``ours`` are queue rows that do not count."""
+    arguments = {"start": window[0], "end": window[1], "ours": ours}
+    row = connection.execute(statement("find_differences", metric), arguments).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
+def queue_differences(connection: Connection, metric: Metric, window: Window, ours: list[int]) -> int:
+    """Queue the intervals that differ, and add the queue row to ``ours``; the number of rows that differ."""
+    rows, touched = find_differences(connection, metric, window, ours)
+    if rows:
+        ours += connection.execute(SQL["queue_again"], {"touched": touched}).fetchone() or ()
+        log.warning("summary_differs", extra=fields(metric=metric.name, rows=rows, start=window[0], end=window[1]))
+    return rows
+
+
+def reconcile(connection: Connection, take_over: Callable[[], Summaries | None], shutdown: Shutdown) -> dict[str, int]:
     """Queue what differs and wait until it is repaired; the number of rows that differed, for each metric.
 
-    ``summaries`` does the repair; None when another instance leads and will do it.
+    ``take_over`` gives what does the repair as soon as we lead; None while another instance does, which repairs it.
     """
     differing: dict[str, int] = {}
+    before = [number for (number,) in connection.execute(SQL["queued_ids"])]
     ids: list[int] = []
     for metric in stored_metrics(connection).values():
         differing[metric.name] = 0
-        for start, end in steps(connection, metric):
-            if shutdown.requested:
-                break
-            window = {"start": start, "end": end, "ours": ids}
-            row = connection.execute(statement("find_differences", metric), window).fetchone()
-            assert row is not None
-            rows, touched = row
-            if rows:
-                differing[metric.name] += rows
-                ids += connection.execute(SQL["queue_forced"], {"touched": touched}).fetchone() or ()
-                log.warning("summary_differs", extra=fields(metric=metric.name, rows=rows, start=start, end=end))
-    if summaries is not None:
-        summaries.refresh_queued()
-    while is_queued(connection, ids) and not shutdown.wait(LOOK_EVERY_S):
-        pass
+        window = piece_before(connection, metric, None)
+        while window is not None and not shutdown.requested:
+            differing[metric.name] += queue_differences(connection, metric, window, ids)
+            window = piece_before(connection, metric, window[0])
+    while is_queued(connection, before + ids):
+        summaries = take_over()
+        if summaries is not None and summaries.refresh_queued():
+            continue
+        if shutdown.wait(LOOK_EVERY_S):
+            break
     return differing
 
 
-def steps(connection: Connection, metric: Metric) -> Iterator[tuple[datetime, datetime]]:
-    """Windows of whole intervals over all raw readings and summary rows that are not frozen."""
-    row = connection.execute(statement("compared_range", metric)).fetchone()
-    start, end = row if row is not None else (None, None)
-    while start is not None and end is not None and start < end:
-        stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
-        yield start, stop
-        start = stop
+def piece_before(connection: Connection, metric: Metric, edge: datetime | None) -> Window | None:
+    """The newest piece that holds readings or summary rows of before ``edge``, as whole intervals; None at the end."""
+    piece = max(PIECE // metric.width, 1) * metric.width
+    row = connection.execute(statement("piece_before", metric), {"edge": edge, "piece": piece}).fetchone()
+    return None if row is None else (row[0], row[1])
 
 
 def is_queued(connection: Connection, ids: list[int]) -> bool:

@@ -1,96 +1,130 @@
-"""Retention and compression of the raw readings, as TimescaleDB policies that etl runs itself.
+"""Retention and compression of the raw readings, chunk by chunk, when etl says so and not TimescaleDB's scheduler.
 
-A policy that TimescaleDB's scheduler ran could drop a chunk before its last readings are in the summaries. So the
-policies are not scheduled; etl runs them when the queue is empty. Before a chunk is dropped:
+A policy could drop a chunk before its last readings are in the summaries. Before etl drops one it does this:
 
 1. close its time: the consumer stores no more readings of it (they become dead letters, too_late),
 2. drain the queue: every reading that was stored is in the summaries,
 3. freeze its intervals: neither refresh nor mirror touches them again,
-4. drop what the policy names, as far as it is frozen.
+4. drop it.
 
-A crash in between leaves closed or frozen time whose chunk still exists; the next run goes on.
+A chunk is part of whole intervals, at every width. It has expired when the last of these ended long enough ago, so that
+nothing is ever closed that is younger than what is kept.
+
+A crash in between leaves closed or frozen time whose chunk still exists; the next run goes on. Closing and dropping
+need locks that others may hold for long (a dump, an open transaction): they wait two seconds for them, then etl goes
+on with its work and tries again later.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 
+import psycopg
 from psycopg import Connection, sql
 
 from services.core.config import Settings
 from services.core.database import queries
 from services.core.logs import fields
-from services.etl.aggregates import Aggregates
-from services.etl.instruments import CHUNKS_DROPPED
+from services.etl.beside import Beside
+from services.etl.duties import Duty
+from services.etl.instruments import CHUNKS_COMPRESSED, CHUNKS_DROPPED
+from services.etl.lease import Lease
 from services.etl.metrics import BASE
-from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
 RUN_EVERY_S = 600.0
+RECONNECT_AFTER_S = 10.0
 
 log = logging.getLogger("etl")
 
 
 class Retention:
-    """Keeps the policies as the settings want them and runs them when it is safe."""
+    """Drops what has expired."""
 
-    def __init__(
-        self, connection: Connection, settings: Settings, aggregates: Aggregates, summaries: Summaries
-    ) -> None:
+    def __init__(self, connection: Connection, lease: Lease, keep: timedelta) -> None:
         self._connection = connection
-        self._aggregates = aggregates
-        self._summaries = summaries
-        self._keep = timedelta(days=settings.raw_retention_days)
-        self._compress = timedelta(days=settings.compress_after_days)
-        self._retention_job: int | None = None
-        self._compression_job: int | None = None
-        self._next_run = time.monotonic()
+        self._lease = lease
+        self._keep = keep
 
-    def apply(self) -> None:
-        """Add, change or remove the two policies."""
-        self._retention_job = self._apply("retention", "drop_after", self._keep)
-        self._compression_job = self._apply("compression", "compress_after", self._compress)
-
-    def run_when_due(self) -> None:
-        """Run the policies if they have not run for a while."""
-        if time.monotonic() < self._next_run:
+    def steps(self) -> Iterator[None]:
+        """Piece by piece; in between the queue is worked off."""
+        if not self._keep:
             return
-        if self._retention_job is not None:
-            self._drop_expired()
-        if self._compression_job is not None:
-            self._connection.execute(SQL["run_policy"], {"job": self._compression_job})
-        self._next_run = time.monotonic() + RUN_EVERY_S
+        edges = self._connection.execute(SQL["expired_edges"], {"keep": self._keep}).fetchall()
+        close(self._connection, self._lease, dict(edges), self._keep)
+        while (waits := self._is_closing()) is not None:
+            if waits:
+                yield
+                continue
+            with self._lease.transaction():
+                self._connection.execute(SQL["freeze_closed"])
+        yield from self._drop()
 
-    def _apply(self, policy: str, field: str, age: timedelta) -> int | None:
-        found = self._connection.execute(
-            SQL["find_policy"], {"procedure": f"policy_{policy}", "field": field, "age": age}
-        ).fetchone()
-        if found is not None and found[1] and age:
-            return int(found[0])
-        if found is not None:
-            self._connection.execute(SQL[f"remove_{policy}_policy"])
-        if not age:
-            return None
-        with self._connection.transaction():
-            row = self._connection.execute(SQL[f"add_{policy}_policy"], {"age": age}).fetchone()
-            assert row is not None
-            self._connection.execute(SQL["unschedule_policy"], {"job": row[0]})
-        log.info("policy_added", extra=fields(policy=policy, days=age.days))
-        return int(row[0])
+    def _is_closing(self) -> bool | None:
+        """Whether something that is closed waits for its summaries; None when all that is closed is frozen."""
+        row = self._connection.execute(SQL["is_closing"]).fetchone()
+        assert row is not None
+        return bool(row[1]) if row[0] else None
 
-    def _drop_expired(self) -> None:
-        closed = False
-        for metric in self._aggregates.current.values():
-            row = self._connection.execute(SQL["expired_edge"], {"width": metric.width, "age": self._keep}).fetchone()
-            if row is not None and row[0] is not None:
-                self._connection.execute(SQL["close_history"], {"metric": metric.name, "edge": row[0]})
-                closed = True
-        if not closed:
-            return
-        self._summaries.refresh_queued()
-        self._connection.execute(SQL["freeze_closed"])
-        CHUNKS_DROPPED.inc(self._connection.execute(SQL["drop_expired"], {"age": self._keep}).rowcount)
-        self._connection.execute(SQL["drop_frozen_minutes"].format(base=sql.Literal(BASE)))
-        log.info("retention_applied", extra=fields(days=self._keep.days))
+    def _drop(self) -> Iterator[None]:
+        chunks = self._connection.execute(SQL["expired_chunks"], {"keep": self._keep}).fetchall()
+        for start, end in chunks:
+            with self._lease.transaction():
+                self._connection.execute(SQL["drop_chunk"], {"start": start, "end": end})
+            CHUNKS_DROPPED.inc()
+            log.info("chunk_dropped", extra=fields(start=start, end=end))
+            yield
+        if chunks:
+            with self._lease.transaction():
+                self._connection.execute(SQL["drop_frozen_minutes"].format(base=sql.Literal(BASE)))
+
+
+def close(connection: Connection, lease: Lease, edges: Mapping[str, str], keep: timedelta) -> None:
+    """Close the history of each metric up to its edge; no transaction that ends later stores a reading of before."""
+    if not edges:
+        return
+    with lease.transaction():
+        connection.execute(SQL["hold_readings"])
+        for metric, edge in edges.items():
+            connection.execute(SQL["close_history"], {"metric": metric, "edge": edge, "keep": keep})
+
+
+def compression(settings: Settings) -> AbstractContextManager[None]:
+    """Compresses what is older than COMPRESS_AFTER_DAYS, beside the refresh: a large chunk takes minutes."""
+    if not settings.compress_after_days:
+        return nullcontext()
+    age = timedelta(days=settings.compress_after_days)
+
+    def run(connection: Connection, end: threading.Event) -> None:
+        duty = Duty("compression", partial(compress, connection, age), RUN_EVERY_S)
+        while not end.is_set():
+            if duty.is_due:
+                duty.step(connection)
+            else:
+                end.wait(1.0)
+
+    return Beside(settings, "compression", run, RECONNECT_AFTER_S)
+
+
+def compress(connection: Connection, age: timedelta) -> Iterator[None]:
+    """Compress what is older, chunk by chunk; one that cannot be compressed now does not keep the others from it.
+
+    Raises the first error at the end.
+    """
+    first: psycopg.Error | None = None
+    for (chunk,) in connection.execute(SQL["uncompressed_chunks"], {"age": age}).fetchall():
+        try:
+            connection.execute(SQL["compress_chunk"], {"chunk": chunk})
+        except psycopg.Error as error:
+            first = first or error
+        else:
+            CHUNKS_COMPRESSED.inc()
+            log.info("chunk_compressed", extra=fields(chunk=chunk))
+        yield
+    if first is not None:
+        raise first

@@ -1,7 +1,11 @@
 """The refresh and the mirror: exactly the intervals that changed, whatever dies in between.
 
 The queue drives the work, not the clock: an interval is recomputed because a reading in it was committed, so a
-quiet stream gets its last interval and a reading of last year gets its own.
+quiet stream gets its last interval and a reading of last year gets its own. What the queue names is recomputed by
+force: TimescaleDB's own notes of what is out of date can miss a transaction that commits while a refresh begins.
+
+The work is done in steps, each with its own mirror, so that a year of backlog is neither one statement nor lost when
+something dies. The newest part goes first: the present does not wait for the past.
 """
 
 from __future__ import annotations
@@ -11,10 +15,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import pairwise
 
 from psycopg import Connection, sql
 from psycopg.types.multirange import Multirange
+from psycopg.types.range import Range
 
 from services.core.database import queries
 from services.core.logs import fields
@@ -27,17 +31,25 @@ from services.etl.instruments import (
     REFRESH_SECONDS,
     SUMMARY_ROWS_CHANGED,
 )
-from services.etl.metrics import BASE, Metric
+from services.etl.lease import Lease
+from services.etl.metrics import BASE, BASE_WIDTH, Metric
 
 SQL = queries("services.etl")
 
-# A refresh of a wide window recomputes only what TimescaleDB knows to be invalid, so joining near ranges costs
-# little, and thousands of calls cost much.
+# A step: this much time, in this many windows. Less time where a step of it takes long.
+MOST_TIME = timedelta(days=1)
 MOST_WINDOWS = 32
+SLOW_S = 20.0
+# A refresh of what lies between two windows that are this near costs less than another call.
+NEAR = timedelta(minutes=5)
 
 log = logging.getLogger("etl")
 
 Window = tuple[datetime, datetime]
+
+
+class ChunkDroppedError(Exception):
+    """A chunk was dropped while its time was refreshed; what was refreshed may lack its readings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,76 +58,83 @@ class Queued:
 
     ids: list[int]
     touched: Multirange[datetime]
-    forced: Multirange[datetime]
     age: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The part of the queue that is worked off at once: all from ``cut`` on, None for all."""
+
+    windows: list[Window]  # of minutes
+    cut: datetime | None = None
+    rest_end: datetime | None = None  # where the last of what is left before the cut ends
 
 
 class Summaries:
     """Keeps both summary tables equal to the readings."""
 
-    def __init__(self, connection: Connection, aggregates: Aggregates) -> None:
+    def __init__(self, connection: Connection, aggregates: Aggregates, lease: Lease, keep: timedelta) -> None:
         self._connection = connection
         self._aggregates = aggregates
+        self._lease = lease
+        self._keep = keep
+        self._most_time = MOST_TIME
         self.are_unsettled = False  # whether the last look at the queue left something to settle
         connection.execute(SQL["prefer_hashing"])
-        row = connection.execute(SQL["refresh_has_options"]).fetchone()
-        assert row is not None
-        # In batches of ten intervals, the default since 2.28, a wide refresh takes many times as long.
-        self._options = ", options => '{\"buckets_per_batch\": 0}'" if row[0] else ""
 
-    def refresh_queued(self, *, settled: bool = False) -> int:
-        """Bring the summaries up to all that is queued now; returns the number of queue rows that were done.
+    def refresh_queued(self, *, settled: bool = False) -> bool:
+        """Bring the summaries up to the newest part of what is queued now; False when nothing is.
 
         ``settled`` leaves out what is of the past and still being loaded. A crash at any point leaves the queue rows
-        in place, and the work is repeated.
+        of this step in place, and the work is repeated.
         """
         started = time.monotonic()
         queued = self._read_queue(settled=settled)
-        self._note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
+        self.note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
         DATABASE.note_success()
         if queued is None:
-            return 0
-        intervals = {metric: self._widen(metric, queued.touched) for metric in self._aggregates.all_refreshed()}
-        windows = {metric: join_nearest(pieces, MOST_WINDOWS) for metric, pieces in intervals.items()}
-        self._refresh_windows(BASE, self._whole_minutes(queued.touched))
-        self._refresh_windows(BASE, self._whole_minutes(queued.forced), force=True)
-        for metric, wanted in windows.items():
-            self._refresh_windows(metric.aggregate, wanted)
-            self._refresh_windows(metric.aggregate, self._widen(metric, queued.forced), force=True)
+            return False
+        step = take_newest(self._whole_minutes(queued.touched), self._most_time)
+        intervals = {metric: self._widen(metric, step) for metric in self._aggregates.all_refreshed()}
+        for start, end in step.windows:
+            self.refresh(BASE, start, end, force=True)
+        for metric, windows in intervals.items():
+            for start, end in windows:
+                self.refresh(metric.aggregate, start, end, force=True)
         refreshed = time.monotonic()
-        with self._connection.transaction():
-            materialized = self._aggregates.materialized()
-            changed = {
-                metric.name: self._mirror(metric, materialized[metric.aggregate], windows[metric])
-                for metric in self._aggregates.current.values()
-            }
-            self._connection.execute(SQL["delete_queued"], {"ids": queued.ids})
+        try:
+            changed, done = self._mirror_all(intervals, queued.ids, step.cut)
+        except ChunkDroppedError:
+            return True  # the next round sees that it is gone
         mirror_s = time.monotonic() - refreshed
+        self._pace(time.monotonic() - started)
         counts = {
             metric: sum((end - start) // metric.width for start, end in pieces) for metric, pieces in intervals.items()
         }
-        count(counts, changed, len(queued.ids), mirror_s)
+        count(counts, changed, done, mirror_s)
         log.info(
             "summaries_refreshed",
             extra=fields(
-                queue_rows=len(queued.ids),
-                windows=sum(len(wanted) for wanted in windows.values()),
+                queue_rows=done,
+                windows=len(step.windows),
                 intervals=sum(counts.values()),
                 summary_rows_changed=sum(changed.values()),
                 oldest_s=round(queued.age.total_seconds(), 2),
                 refresh_s=round(refreshed - started, 3),
                 mirror_s=round(mirror_s, 3),
+                **({} if step.cut is None else {"left_before": step.cut}),
             ),
         )
-        return len(queued.ids)
+        return True
 
     def have_settled(self) -> bool:
         """Whether a refresh of what has settled would find any of it."""
         return self._read_queue(settled=True) is not None
 
-    def _refresh_windows(self, aggregate: str, windows: list[Window], *, force: bool = False) -> None:
-        for start, end in join_nearest(windows, MOST_WINDOWS):
-            self.refresh(aggregate, start, end, force=force)
+    def is_queued_before(self, edge: datetime | str) -> bool:
+        """Whether something of before ``edge`` waits."""
+        row = self._connection.execute(SQL["is_queued_before"], {"edge": edge}).fetchone()
+        return row is not None and bool(row[0])
 
     def refresh(self, aggregate: str, start: datetime, end: datetime, *, force: bool = False) -> None:
         """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be.
@@ -129,33 +148,65 @@ class Summaries:
                 start=sql.Literal(start),
                 end=sql.Literal(end),
                 force=sql.Literal(force),
-                options=sql.SQL(self._options),
             )
         )
         REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
 
+    def note_dropped_chunks(self) -> None:
+        """Every time, and not only when a chunk is newly gone: we may have died between the two steps."""
+        with self._lease.transaction():
+            self._connection.execute(SQL["note_chunks"])
+            self._connection.execute(SQL["freeze_dropped"], {"keep": self._keep})
+
     def _read_queue(self, *, settled: bool) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
         assert row is not None
-        ids, touched, forced, oldest, now, self.are_unsettled = row
-        return None if ids is None else Queued(ids, touched, forced, now - oldest)
+        ids, touched, oldest, now, self.are_unsettled = row
+        return None if ids is None else Queued(ids, touched, now - oldest)
 
-    def _note_dropped_chunks(self) -> None:
-        """Every time, and not only when a chunk is newly gone: we may have died between the two steps."""
-        self._connection.execute(SQL["note_chunks"])
-        for metric in self._aggregates.current.values():
-            self._connection.execute(SQL["freeze_dropped"], {"metric": metric.name, "width": metric.width})
+    def _pace(self, took_s: float) -> None:
+        """Take less at once where a step is slow, so that everything else gets its turn."""
+        if took_s > SLOW_S:
+            self._most_time = max(self._most_time / 2, BASE_WIDTH)
+        elif took_s < SLOW_S / 4:
+            self._most_time = min(self._most_time * 2, MOST_TIME)
 
     def _whole_minutes(self, touched: Multirange[datetime]) -> list[Window]:
         return self._windows("whole_minutes", touched=touched)
 
-    def _widen(self, metric: Metric, touched: Multirange[datetime]) -> list[Window]:
-        return self._windows("widen", metric=metric.name, width=metric.width, touched=touched)
+    def _widen(self, metric: Metric, step: Step) -> list[Window]:
+        minutes = Multirange([Range(start, end, bounds="[)") for start, end in step.windows])
+        return self._windows("widen", metric=metric.name, width=metric.width, minutes=minutes, rest_end=step.rest_end)
 
-    def _windows(self, statement: str, **arguments: object) -> list[Window]:
-        row = self._connection.execute(SQL[statement], arguments).fetchone()
+    def _windows(self, name: str, **arguments: object) -> list[Window]:
+        row = self._connection.execute(SQL[name], arguments).fetchone()
         assert row is not None
         return [(piece.lower, piece.upper) for piece in row[0]]
+
+    def _mirror_all(
+        self, intervals: dict[Metric, list[Window]], ids: list[int], cut: datetime | None
+    ) -> tuple[dict[str, int], int]:
+        """The one transaction that ends a step: the summaries' rows, and what is left of the queue.
+
+        Returns how many rows of each summary changed, and how many queue rows are done.
+        """
+        with self._lease.transaction():
+            if self._is_chunk_missing():
+                raise ChunkDroppedError
+            materialized = self._aggregates.materialized()
+            changed = {
+                metric.name: self._mirror(metric, materialized[metric.aggregate], intervals[metric])
+                for metric in self._aggregates.current.values()
+            }
+            left = {"ids": ids, "cut": "-infinity" if cut is None else cut}
+            done = self._connection.execute(SQL["delete_queued"], left).rowcount
+            if cut is not None:
+                self._connection.execute(SQL["keep_rest"], left)
+        return changed, done
+
+    def _is_chunk_missing(self) -> bool:
+        row = self._connection.execute(SQL["is_chunk_missing"]).fetchone()
+        return row is not None and bool(row[0])
 
     def _mirror(self, metric: Metric, materialized: sql.Identifier, windows: Sequence[Window]) -> int:
         """Make the summary's rows in the windows equal to those of the table; returns how many changed."""
@@ -178,8 +229,30 @@ def count(intervals: dict[Metric, int], changed: dict[str, int], queue_rows: int
     MIRROR_SECONDS.observe(mirror_s)
 
 
-def join_nearest(windows: list[Window], most: int) -> list[Window]:
-    """At most ``most`` windows (by time, disjoint) that cover the given ones: the narrowest gaps are closed."""
-    gaps = sorted(range(1, len(windows)), key=lambda at: windows[at][0] - windows[at - 1][1], reverse=True)
-    edges = [0, *sorted(gaps[: most - 1]), len(windows)]
-    return [(windows[first][0], windows[last - 1][1]) for first, last in pairwise(edges) if first < last]
+def join_near(windows: list[Window]) -> list[Window]:
+    """Windows (by time, disjoint) that cover the given ones; those with little between them are one."""
+    joined: list[Window] = []
+    for start, end in windows:
+        if joined and start - joined[-1][1] <= NEAR:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def take_newest(minutes: list[Window], most_time: timedelta) -> Step:
+    """From the newest on as much as makes one step; what is left ends before the step's cut."""
+    taken: list[Window] = []
+    left = most_time
+    windows = join_near(minutes)
+    while windows and left and len(taken) < MOST_WINDOWS:
+        start, end = windows.pop()
+        cut = max(start, end - left // BASE_WIDTH * BASE_WIDTH)
+        taken.insert(0, (cut, end))
+        left -= end - cut
+        if cut > start:
+            windows.append((start, cut))
+    if not windows:
+        return Step(taken)
+    cut = taken[0][0]
+    return Step(taken, cut, max(min(end, cut) for start, end in minutes if start < cut))

@@ -5,29 +5,37 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 
+import psycopg
 from psycopg import Connection
 
 from services.core.backoff import Retries
 from services.core.config import Settings
-from services.core.database import LEADER_LOCK, connect, connect_at_start, cut, queries, translated
-from services.core.errors import PermanentError, TransientError
+from services.core.database import connect, connect_at_start, cut, translated
+from services.core.errors import PermanentError, PipelineError, TransientError
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, Monitoring, database_probe
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
+from services.etl.duties import Duty, next_due
 from services.etl.instruments import LEADING, QUEUE
-from services.etl.interval_change import change_intervals
+from services.etl.interval_change import IntervalChange
+from services.etl.lease import Lease, LeaseLostError, renewal
 from services.etl.metrics import configured_metrics
-from services.etl.reconcile import reconcile
-from services.etl.retention import Retention
+from services.etl.reconcile import SelfCheck, reconcile
+from services.etl.retention import Retention, compress, compression
 from services.etl.summaries import Summaries
 
-SQL = queries("services.etl")
-SETTLING_POLL_S = 0.2  # while history is loaded: its end shall be seen soon
-FINISH_WITHIN_S = 5.0  # a service has 10 s to end
-HUNG_AFTER_S = 3600.0  # a refresh of long history is one statement
+SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
+DRAINING_POLL_S = 0.05
+TAKE_EVERY_S = 0.2
+DUTIES_EVERY_S = 600.0
+CANCEL_AFTER_S = 4.0  # a service has 10 s to end
+CUT_AFTER_S = 1.0
+HUNG_AFTER_S = 3600.0  # one step: a refresh of a day, or of one long interval
 
 log = logging.getLogger("etl")
 
@@ -35,11 +43,7 @@ log = logging.getLogger("etl")
 def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
     """Keep the summaries equal to the readings until a signal; ``once``: until the queue is empty."""
     if once:
-        connect_at_start(settings, shutdown).close()
-        with translated(), connect(settings) as connection:
-            if not try_lead(connection):
-                raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
-            Leader(connection, settings).run_once()
+        run_once(settings, shutdown)
         return 0
     probe = partial(database_probe, settings, QUEUE.look)
     with Monitoring(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
@@ -50,7 +54,7 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
 
 
 def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
-    """Until a signal comes; from the beginning whenever the database is away."""
+    """Until a signal comes; from the beginning whenever the database is unavailable."""
     retries = Retries()
     open_now: list[Connection] = []
     threading.Thread(target=cut_when_late, args=(shutdown, open_now), daemon=True).start()
@@ -60,9 +64,12 @@ def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
             with translated(), connect(settings) as connection:
                 open_now[:] = [connection]
                 if wait_to_lead(connection, settings, shutdown):
-                    LEADING.set(1)
-                    leader = Leader(connection, settings)
-                    leader.run(shutdown)
+                    with renewal(settings, connection), compression(settings):
+                        LEADING.set(1)
+                        leader = Leader(connection, settings)
+                        leader.run(shutdown)
+        except LeaseLostError as error:
+            log.warning("lead_lost", extra=fields(detail=error))
         except TransientError as error:
             DATABASE.note_failure()
             if leader is not None and leader.has_worked:
@@ -75,40 +82,62 @@ def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
 
 
 def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
-    """After a signal give the statement in hand a moment, then cut the connection: the work is repeated one day.
+    """After a signal give the statement in hand a moment, then cancel it, then cut the connection.
 
-    Without this a long refresh, or a server that does not answer, would hold the service up.
+    The work is repeated one day. Without this a long refresh, or a server that does not answer, would hold us up.
     """
     shutdown.wait_until_requested()
-    threading.Event().wait(FINISH_WITHIN_S)
+    threading.Event().wait(CANCEL_AFTER_S)
+    for connection in connections:
+        with suppress(psycopg.Error):
+            connection.cancel_safe(timeout=CUT_AFTER_S)
+    threading.Event().wait(CUT_AFTER_S)
     for connection in connections:
         cut(connection)
+
+
+def run_once(settings: Settings, shutdown: Shutdown) -> None:
+    """All that is queued, then all that the settings ask for. Raises PermanentError if another instance works."""
+    connect_at_start(settings, shutdown).close()
+    with translated(), connect(settings) as connection:
+        lease = Lease(connection)
+        seen = ""
+        while not lease.try_take():
+            seen = seen or lease.expires_at
+            if lease.expires_at != seen:  # it was renewed
+                raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
+            if shutdown.wait(TAKE_EVERY_S):
+                raise PermanentError("stopped while another etl instance held the lead")
+        with renewal(settings, connection):
+            Leader(connection, settings).run_once()
 
 
 def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
     """Compare the summaries with the raw readings and repair them; the number of rows that differed.
 
-    If another instance leads, it does the repair.
+    If another instance leads, it does the repair, for as long as it lives.
     """
     connect_at_start(settings, shutdown).close()
-    with translated(), connect(settings) as connection:
-        leader = Leader(connection, settings) if try_lead(connection) else None
-        if leader is not None:
-            leader.run_once()
-        return reconcile(connection, leader.summaries if leader is not None else None, shutdown)
+    with translated(), connect(settings) as connection, renewal(settings, connection):
+        lease = Lease(connection)
+        leaders: list[Leader] = []
 
+        def take_over() -> Summaries | None:
+            if not leaders and lease.try_take():
+                leaders.append(Leader(connection, settings))
+            return leaders[0].take_over() if leaders else None
 
-def try_lead(connection: Connection) -> bool:
-    """Take the leader's lock if nobody has it; it ends with the connection."""
-    row = connection.execute(SQL["try_lead"], {"key": LEADER_LOCK}).fetchone()
-    return row is not None and bool(row[0])
+        if take_over() is not None:
+            leaders[0].run_once()
+        return reconcile(connection, take_over, shutdown)
 
 
 def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown) -> bool:
     """Stand by as long as another instance leads; False if a signal came first."""
+    lease = Lease(connection)
     announced = False
     while not shutdown.requested:
-        if try_lead(connection):
+        if lease.try_take():
             log.info("leading")
             return True
         DATABASE.note_success()
@@ -120,28 +149,45 @@ def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown)
 
 
 class Leader:
-    """The one instance that works. Its connection holds the lock, so losing one is losing both."""
+    """The one instance that works, over one connection, as long as that one's lease lasts."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.has_worked = False
         self._connection = connection
         self._settings = settings
-        self._aggregates = Aggregates(connection, configured_metrics(settings))
+        keep = timedelta(days=settings.raw_retention_days)
+        lease = Lease(connection)
+        if not lease.try_take():
+            raise LeaseLostError("another etl instance leads")
+        self._aggregates = Aggregates(connection, lease, configured_metrics(settings))
         self._aggregates.prepare()
-        self.summaries = Summaries(connection, self._aggregates)
-        self._retention = Retention(connection, settings, self._aggregates, self.summaries)
-        self._retention.apply()
+        self.summaries = Summaries(connection, self._aggregates, lease, keep)
+        self._lease = lease
+        change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
+        self._duties = [
+            Duty("live_views", self._aggregates.show_live, DUTIES_EVERY_S),
+            Duty("interval_change", change.steps, DUTIES_EVERY_S),
+            Duty("retention", Retention(connection, lease, keep).steps, DUTIES_EVERY_S),
+        ]
 
     def run(self, shutdown: Shutdown) -> None:
         """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
+        duties = list(self._duties)
+        if self._settings.etl_check_seconds:
+            check = SelfCheck(self._connection, self._lease, self.summaries)
+            duties.append(Duty("self_check", check.steps, self._settings.etl_check_seconds))
         while not shutdown.requested:
-            self._work(settled=True)
+            has_refreshed = self._work(settled=True)
             self.has_worked = True
-            self._pause(shutdown)
+            duty = next_due(duties)
+            if duty is not None:
+                duty.step(self._connection)
+            if not has_refreshed:
+                self._pause(shutdown, DRAINING_POLL_S if duty is not None else self._settings.etl_poll_seconds)
 
-    def _pause(self, shutdown: Shutdown) -> None:
+    def _pause(self, shutdown: Shutdown, seconds: float) -> None:
         """Until the next look is due, or some of the history that is being loaded has settled."""
-        until = time.monotonic() + self._settings.etl_poll_seconds
+        until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if not self.summaries.are_unsettled:
                 shutdown.wait(left)
@@ -149,11 +195,37 @@ class Leader:
             if shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
                 return
 
-    def run_once(self) -> None:
-        """Do all that is queued, then what the settings ask for: other widths, retention."""
-        self._work(settled=False)
+    def take_over(self) -> Summaries | None:
+        """What does the work, if nobody else leads."""
+        return self.summaries if self._lease.try_take() else None
 
-    def _work(self, *, settled: bool) -> None:
-        self.summaries.refresh_queued(settled=settled)
-        change_intervals(self._connection, self._aggregates, self.summaries)
-        self._retention.run_when_due()
+    def run_once(self) -> None:
+        """Do all that is queued, then what the settings ask for: other widths, retention, compression."""
+        if not self._lease.try_take():
+            raise LeaseLostError("another etl instance leads")
+        self._work_off()
+        failure = None
+        for duty in self._duties:
+            try:
+                with translated():
+                    for _ in duty.finish():
+                        self._work_off()
+            except PipelineError as error:
+                if self._connection.closed:
+                    raise
+                failure = failure or error
+        if self._settings.compress_after_days:
+            with connect(self._settings) as own:
+                for _ in compress(own, timedelta(days=self._settings.compress_after_days)):
+                    pass
+        self._lease.release()
+        if failure is not None:
+            raise failure
+
+    def _work_off(self) -> None:
+        """Until a look at the queue finds nothing."""
+        while self._work(settled=False):
+            pass
+
+    def _work(self, *, settled: bool) -> bool:
+        return self.summaries.refresh_queued(settled=settled)

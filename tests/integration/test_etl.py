@@ -19,7 +19,8 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
 from services.etl.aggregates import Aggregates
-from services.etl.metrics import BASE, configured_metrics
+from services.etl.lease import Lease
+from services.etl.metrics import BASE, Metric, configured_metrics
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
@@ -159,6 +160,7 @@ def test_a_late_reading_recomputes_its_interval_and_no_other(
     refresh = leader.summaries.refresh
 
     def note_and_refresh(aggregate: str, start: datetime, end: datetime, *, force: bool) -> None:
+        assert force
         windows.append((aggregate, start, end))
         refresh(aggregate, start, end, force=force)
 
@@ -260,7 +262,7 @@ def test_a_queue_row_that_commits_after_a_higher_id_is_not_lost(
         refresh(aggregate, start, end, force=force)
 
     monkeypatch.setattr(leader.summaries, "refresh", commit_then_refresh)
-    leader.run_once()
+    leader.summaries.refresh_queued()
     assert queue_length(connection) == 1
     leader.run_once()
     assert queue_length(connection) == 0
@@ -468,21 +470,37 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
 ) -> None:
     store(sink, at(0), at(100))
     Leader(connection, settings).run_once()
-    Leader(connection, settings.model_copy(update={"temperature_interval": 15}))  # begun, and no more
+    lease = Lease(connection)
+    assert lease.try_take()
+    begun = Aggregates(connection, lease, configured_metrics(settings))
+    begun.prepare()
+    begun.build(Metric("temperature", 15))  # begun, and no more
     assert "temperature_15min" in aggregates(connection)
     Leader(connection, settings).run_once()
     assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
     assert differences(connection, settings) == []
 
 
+def old_aggregates(connection: psycopg.Connection, settings: Settings) -> Aggregates:
+    """Those of an etl that knew temperature alone."""
+    lease = Lease(connection)
+    assert lease.try_take()
+    aggregates = Aggregates(connection, lease, configured_metrics(settings)[:1])
+    aggregates.prepare()
+    for _ in aggregates.show_live():
+        pass
+    return aggregates
+
+
 def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
     connection: psycopg.Connection, settings: Settings, sink: Sink
 ) -> None:
     """The aggregates of an etl that knew temperature alone are built anew; readers see its summary all the while."""
-    older = Aggregates(connection, configured_metrics(settings)[:1])
-    older.prepare()
+    older = old_aggregates(connection, settings)
     store(sink, *(at(minute, float(minute), 50.0) for minute in range(100)), at(60 * 24 * 30, 1.0))
-    Summaries(connection, older).refresh_queued()
+    summaries = Summaries(connection, older, Lease(connection), timedelta(0))
+    while summaries.refresh_queued():
+        pass
     before = summary(connection)
     leader = Leader(connection, settings)
     assert summary(connection, suffix="_live") == before
@@ -496,7 +514,7 @@ def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
 def test_aggregates_of_somebody_else_are_left_alone(
     connection: psycopg.Connection, settings: Settings, sink: Sink
 ) -> None:
-    Aggregates(connection, configured_metrics(settings)[:1]).prepare()
+    old_aggregates(connection, settings)
     connection.execute(
         "CREATE MATERIALIZED VIEW theirs WITH (timescaledb.continuous) AS"
         " SELECT time_bucket('1 hour', time) AS hour, count(*) FROM sensor_data GROUP BY 1 WITH NO DATA"

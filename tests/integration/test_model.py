@@ -49,8 +49,9 @@ from services.core.kafka import headers_of
 from services.core.reading import Decoder, Reading
 from services.core.shutdown import Shutdown
 from services.etl.metrics import BASE
+from services.etl.lease import Lease
 from services.etl.reconcile import reconcile
-from services.etl.worker import Leader, try_lead
+from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, publish, read_topic, wait_until
 from tests.fix_stack import empty
 from tests.model import (
@@ -330,14 +331,14 @@ class Pipeline(RuleBasedStateMachine):
             differed[metric] = {key for key in differ if not overlaps(queued, key[1], key[1] + width)}
             wanted[metric] = len(differed[metric])
         self.note_refresh()
-        found = reconcile(self.etl.connection, self.etl.leader.summaries, Shutdown())
+        found = reconcile(self.etl.connection, self.etl.leader.take_over, Shutdown())
         assert found == wanted
         self.end_refresh()
         for metric, state in self.model.summaries.items():
             # A row that was damaged to be what the readings were changed to does not differ; the live view may.
             assert not differing(self.summary(metric), self.model.expected(metric))
             assert not state.suspect & differed[metric]
-        assert reconcile(self.etl.connection, self.etl.leader.summaries, Shutdown()) == dict.fromkeys(METRICS, 0)
+        assert reconcile(self.etl.connection, self.etl.leader.take_over, Shutdown()) == dict.fromkeys(METRICS, 0)
 
     # What can happen: by hand ----------------------------------------------------------------------------
 
@@ -541,7 +542,7 @@ class Pipeline(RuleBasedStateMachine):
             prepare_threshold=None,
             options="-c timezone=UTC",
         )
-        wait_until(lambda: try_lead(connection), "the leader before has gone")
+        wait_until(Lease(connection).try_take, "the leader before has gone")
         return Etl(connection)
 
     def run_etl(self, after: int | None = None, batch: list[bytes] | None = None) -> bool:
@@ -838,8 +839,8 @@ def test_rows_that_differ_in_both_metrics_are_counted_for_both(
     sink.write([Reading("a", NEW, 1.0, 1.0)], NOWHERE)
     leader = run_once(connection, settings)
     connection.execute("UPDATE sensor_data SET temperature = 3, humidity = 3")
-    assert reconcile(connection, leader.summaries, Shutdown()) == {"temperature": 1, "humidity": 1}
-    assert reconcile(connection, leader.summaries, Shutdown()) == {"temperature": 0, "humidity": 0}
+    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 1}
+    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}
 
 
 def test_a_row_that_begins_inside_an_interval_is_the_only_one_that_differs(
@@ -850,9 +851,9 @@ def test_a_row_that_begins_inside_an_interval_is_the_only_one_that_differs(
     connection.execute(
         "INSERT INTO temperature_summary VALUES ('a', %s, %s, 1, 1, 1, 1)", (NEW - 3 * MINUTE, NEW + 7 * MINUTE)
     )
-    assert reconcile(connection, leader.summaries, Shutdown()) == {"temperature": 1, "humidity": 0}
+    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 0}
 
 
 def test_nothing_differs_where_nothing_is(settings: Settings, connection: psycopg.Connection) -> None:
     leader = run_once(connection, settings)
-    assert reconcile(connection, leader.summaries, Shutdown()) == {"temperature": 0, "humidity": 0}
+    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}

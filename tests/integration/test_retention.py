@@ -138,21 +138,6 @@ def test_late_and_corrected_readings_into_compressed_history(
     assert [row[2:] for row in summary(connection)] == [(42.0, 2), (20.0, 1), (1.0, 1)]
 
 
-def test_policies_follow_the_settings(settings: Settings, connection: psycopg.Connection) -> None:
-    def policies() -> list[tuple[object, ...]]:
-        return connection.execute(
-            "SELECT proc_name, scheduled, coalesce(config ->> 'drop_after', config ->> 'compress_after')"
-            " FROM timescaledb_information.jobs WHERE hypertable_name = 'sensor_data' ORDER BY 1"
-        ).fetchall()
-
-    run(settings, "etl", "--once", RAW_RETENTION_DAYS="30", COMPRESS_AFTER_DAYS="7")
-    assert policies() == [("policy_compression", False, "7 days"), ("policy_retention", False, "30 days")]
-    run(settings, "etl", "--once", RAW_RETENTION_DAYS="60")
-    assert policies() == [("policy_retention", False, "60 days")]
-    run(settings, "etl", "--once")
-    assert policies() == []
-
-
 def test_reconcile_repairs_what_no_queue_row_announced(
     settings: Settings, connection: psycopg.Connection, history: list[tuple[object, ...]]
 ) -> None:

@@ -107,7 +107,8 @@ def test_the_consumer_sees_no_summary_and_deletes_nothing(settings: Settings) ->
             "TRUNCATE sensor_data",
             "DROP TABLE sensor_data",
             "DELETE FROM summary_refresh_queue",
-            "UPDATE summary_refresh_queue SET forced = true",
+            "UPDATE summary_refresh_queue SET queued_at = now()",
+            "UPDATE etl_lease SET holder = 1",
             "UPDATE summary_state SET closed_before = now()",
             "UPDATE summary_state SET metric = 'other'",
             "DELETE FROM summary_state",
@@ -277,7 +278,7 @@ def test_without_a_superuser(settings: Settings, connection: psycopg.Connection,
             assert summary_rows(connection) == (3, 3)
             assert count_chunks(connection) == (2, 1)
             with connect(hosted) as own:
-                assert reconcile(own, None, Shutdown()) == {"humidity": 0, "temperature": 0}
+                assert reconcile(own, lambda: None, Shutdown()) == {"humidity": 0, "temperature": 0}
                 own.execute("DELETE FROM sensor_data")  # as its owner always could
             downgrade(settings if readings else hosted)
     finally:

@@ -1,4 +1,4 @@
-"""Which windows etl refreshes: few, and never less than what was touched."""
+"""Which windows etl refreshes in one step: little at once, the newest first, and in the end all that was touched."""
 
 from __future__ import annotations
 
@@ -8,49 +8,52 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.etl.summaries import Window, join_nearest
+from services.etl.summaries import MOST_WINDOWS, NEAR, Window, join_near, take_newest
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
 
 
 @st.composite
 def disjoint_windows(draw: st.DrawFn) -> list[Window]:
     """Windows by time with gaps between them."""
-    steps = draw(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 60)), max_size=60))
+    steps = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), max_size=60))
     windows: list[Window] = []
     at = START
     for gap, length in steps:
-        begin = at + timedelta(minutes=gap)
-        at = begin + timedelta(minutes=length)
+        begin = at + gap * MINUTE
+        at = begin + length * MINUTE
         windows.append((begin, at))
     return windows
 
 
-@given(disjoint_windows(), st.integers(1, 40))
-def test_joined_windows_cover_the_given_ones_and_are_few(windows: list[Window], most: int) -> None:
-    joined = join_nearest(windows, most)
-    assert len(joined) == min(most, len(windows))
-    for start, end in windows:
-        assert sum(first <= start and end <= last for first, last in joined) == 1
-    starts, ends = {start for start, _ in windows}, {end for _, end in windows}
-    assert all(start in starts and end in ends for start, end in joined)
-
-
-@given(disjoint_windows(), st.integers(1, 40))
-def test_joined_windows_are_disjoint_and_in_order(windows: list[Window], most: int) -> None:
-    joined = join_nearest(windows, most)
-    assert all(start < end for start, end in joined)
-    assert all(before[1] < after[0] for before, after in pairwise(joined))
-
-
-@given(disjoint_windows(), st.integers(1, 40))
-def test_the_gaps_that_are_closed_are_the_narrowest(windows: list[Window], most: int) -> None:
-    kept = {after[0] - before[1] for before, after in pairwise(join_nearest(windows, most))}
-    gaps = sorted(after[0] - before[1] for before, after in pairwise(windows))
-    closed = gaps[: max(0, len(windows) - most)]
-    assert not closed or not kept or closed[-1] <= min(kept)
+def minutes_of(windows: list[Window]) -> set[datetime]:
+    return {start + at * MINUTE for start, end in windows for at in range((end - start) // MINUTE)}
 
 
 @given(disjoint_windows())
-def test_few_windows_stay_as_they_are(windows: list[Window]) -> None:
-    assert join_nearest(windows, max(1, len(windows))) == windows
+def test_joined_windows_cover_the_given_ones_and_close_no_wide_gap(windows: list[Window]) -> None:
+    joined = join_near(windows)
+    assert minutes_of(windows) <= minutes_of(joined)
+    assert all(after[0] - before[1] > NEAR for before, after in pairwise(joined))
+    gaps = [(before[1], after[0]) for before, after in pairwise(windows)]
+    assert minutes_of(joined) - minutes_of(windows) == minutes_of([gap for gap in gaps if gap[1] - gap[0] <= NEAR])
+
+
+@given(disjoint_windows(), st.integers(1, 2000))
+def test_step_by_step_all_is_taken_from_the_newest_to_the_oldest(windows: list[Window], most: int) -> None:
+    left, steps = windows, 0
+    while left:
+        step = take_newest(left, most * MINUTE)
+        cut = step.cut or START
+        assert 0 < len(step.windows) <= MOST_WINDOWS
+        assert sum((end - start for start, end in step.windows), timedelta(0)) <= most * MINUTE
+        assert minutes_of(left) - minutes_of(step.windows) == {minute for minute in minutes_of(left) if minute < cut}
+        left = [(start, min(end, cut)) for start, end in left if start < cut]
+        assert step.rest_end == (left[-1][1] if left else None)
+        steps += 1
+    assert steps <= len(windows) + sum((end - start) // MINUTE for start, end in join_near(windows)) // most
+
+
+def test_nothing_is_nothing() -> None:
+    assert take_newest([], MINUTE).windows == []
