@@ -146,6 +146,11 @@ class Model:
         gone = set(chunks)
         self.rows = {key: values for key, values in self.rows.items() if chunk_of(key[1]) not in gone}
 
+    def width_after(self, metric: str, target: int, limit: datetime) -> int:
+        """The width after an etl run that is asked for ``target``: history is closed up to ``limit`` at most."""
+        state = self.summaries[metric]
+        return target if state.minutes is None or self.edge(metric, target) <= limit else state.minutes
+
     def stages(self, metric: str, target: int, expired: Iterable[datetime]) -> list[Stage]:
         """What an etl run goes through: see what was dropped, change the width, drop the ``expired`` chunks."""
         state = self.summaries[metric]

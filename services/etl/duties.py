@@ -43,8 +43,11 @@ class Duty:
         """Whether there is a step to do now."""
         return self._running is not None or time.monotonic() >= self._next
 
-    def step(self, connection: Connection) -> None:
-        """One step of a run. Raises only what ends the work of the connection: it is lost, or so is the lead."""
+    def step(self, connection: Connection) -> float:
+        """One step of a run; the seconds that it took.
+
+        Raises only what ends the work of the connection: it is lost, or so is the lead.
+        """
         if self._running is None:
             self._running = self._steps()
         started = time.monotonic()
@@ -62,6 +65,7 @@ class Duty:
             DUTY_FAILURES.labels(self.name).inc()
             retry_s = round(self._next - time.monotonic(), 1)
             log.warning("duty_failed", extra=fields(duty=self.name, detail=error, retry_s=retry_s))
+        return time.monotonic() - started
 
     def finish(self) -> Iterator[None]:
         """The rest of the run, or a whole one if it is due; raises what fails."""

@@ -143,8 +143,8 @@ UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < clo
 
 -- name: expired_edges
 -- Where the whole intervals begin after what has expired: a chunk of which every interval, at every width, ended long
--- enough ago. What is closed there already needs no edge.
-SELECT metric, edge::text
+-- enough ago; and whether that is still to be closed.
+SELECT metric, edge::text, edge > closed_before
 FROM summary_state, LATERAL (
     SELECT time_bucket(width, max(range_end) + width - interval '1 microsecond') AS edge
     FROM timescaledb_information.chunks
@@ -152,7 +152,7 @@ FROM summary_state, LATERAL (
       AND (SELECT max(time_bucket(each.width, range_end + each.width - interval '1 microsecond'))
            FROM summary_state AS each) <= now() - %(keep)s
 ) AS expired
-WHERE edge > closed_before ORDER BY metric
+WHERE edge IS NOT NULL ORDER BY metric
 
 -- name: is_closing
 -- Whether something is closed and not frozen, and whether any of it waits for its summaries.
@@ -188,7 +188,12 @@ WHERE status & 4 = 0 AND (status & 1 = 0 OR status & 10 <> 0) ORDER BY range_sta
 SELECT compress_chunk(%(chunk)s::regclass)
 
 -- name: refresh
-CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force})
+CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
+
+-- name: refresh_has_options
+-- Since TimescaleDB 2.28.
+SELECT coalesce(bool_or('options' = ANY(proargnames)), false) FROM pg_proc
+WHERE proname = 'refresh_continuous_aggregate'
 
 -- name: as_owner
 -- Until the transaction ends: an aggregate is sensor_etl's, whoever runs etl. Its members may do the rest as themselves.

@@ -55,8 +55,11 @@ class Retention:
         """Piece by piece; in between the queue is worked off."""
         if not self._keep:
             return
-        edges = self._connection.execute(SQL["expired_edges"], {"keep": self._keep}).fetchall()
-        close(self._connection, self._lease, dict(edges), self._keep)
+        expired = self._connection.execute(SQL["expired_edges"], {"keep": self._keep}).fetchall()
+        if not expired:
+            return
+        edges = {metric: edge for metric, edge, is_open in expired if is_open}
+        close(self._connection, self._lease, edges, self._keep)
         while (waits := self._is_closing()) is not None:
             if waits:
                 yield

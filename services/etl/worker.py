@@ -30,7 +30,7 @@ from services.etl.retention import Retention, compress, compression
 from services.etl.summaries import Summaries
 
 SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
-DRAINING_POLL_S = 0.05
+SHORT_STEP_S = 0.02
 TAKE_EVERY_S = 0.2
 DUTIES_EVERY_S = 600.0
 CANCEL_AFTER_S = 4.0  # a service has 10 s to end
@@ -179,11 +179,13 @@ class Leader:
         while not shutdown.requested:
             has_refreshed = self._work(settled=True)
             self.has_worked = True
+            pause = self._settings.etl_poll_seconds
             duty = next_due(duties)
             if duty is not None:
-                duty.step(self._connection)
+                took_s = duty.step(self._connection)
+                pause = max(0.0, SHORT_STEP_S - took_s)  # it may be waiting for the queue
             if not has_refreshed:
-                self._pause(shutdown, DRAINING_POLL_S if duty is not None else self._settings.etl_poll_seconds)
+                self._pause(shutdown, pause)
 
     def _pause(self, shutdown: Shutdown, seconds: float) -> None:
         """Until the next look is due, or some of the history that is being loaded has settled."""
@@ -214,10 +216,13 @@ class Leader:
                 if self._connection.closed:
                     raise
                 failure = failure or error
-        if self._settings.compress_after_days:
-            with connect(self._settings) as own:
-                for _ in compress(own, timedelta(days=self._settings.compress_after_days)):
-                    pass
+        try:
+            if self._settings.compress_after_days:
+                with translated(), connect(self._settings) as own:
+                    for _ in compress(own, timedelta(days=self._settings.compress_after_days)):
+                        pass
+        except PipelineError as error:
+            failure = failure or error
         self._lease.release()
         if failure is not None:
             raise failure

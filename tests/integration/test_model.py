@@ -41,15 +41,15 @@ from psycopg.types.multirange import Multirange
 
 from services.consumer.batch import Move
 from services.consumer.sink import PartitionsMovedError, Sink
-from services.consumer.worker import consume
+from services.consumer.worker import Worker
 from services.core.config import Settings
 from services.core.database import connect, connection_arguments
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessage, TransientError
 from services.core.kafka import headers_of
 from services.core.reading import Decoder, Reading
 from services.core.shutdown import Shutdown
-from services.etl.metrics import BASE
 from services.etl.lease import Lease
+from services.etl.metrics import BASE
 from services.etl.reconcile import reconcile
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, publish, read_topic, wait_until
@@ -75,7 +75,9 @@ EVERY = 1 if EXAMPLES else 3  # of the statements of a run
 SHRINK = "MODEL_SHRINK" in os.environ
 STEPS = int(os.environ.get("MODEL_STEPS", "20"))
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
+TOPIC = "the model's"
 MINUTES = (10, 15, 7, 60)
+WIDE = (7 * 1440, 30 * 1440, 366 * 1440)
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
 
@@ -101,7 +103,6 @@ MALFORMED = {
     b'{"sensor_id":"a","time":"2999-01-01T00:00:00Z","humidity":1}': "future_time",
     b'{"sensor_id":"a","time":"2024-03-01T00:00:00Z","temperature":1e300}': "invalid_reading",
 }
-TOPIC_ID = "of the model"
 UNSTORABLE = "a\0b"
 
 numbers = st.sampled_from([0.0, -40.0, 20.25, 20.3, 21.0, 1e90, 5e-324])
@@ -139,9 +140,10 @@ batches = st.builds(
     st.lists(broken, max_size=2),
 )
 
+widths = st.sampled_from([*MINUTES, *MINUTES, *WIDE])
 updates = st.one_of(
-    st.fixed_dictionaries({"temperature_interval": st.sampled_from(MINUTES)}),
-    st.fixed_dictionaries({"humidity_interval": st.sampled_from(MINUTES)}),
+    st.fixed_dictionaries({"temperature_interval": widths}),
+    st.fixed_dictionaries({"humidity_interval": widths}),
     st.fixed_dictionaries({"raw_retention_days": st.sampled_from([0, *AGES])}),
 )
 
@@ -198,6 +200,8 @@ class Pipeline(RuleBasedStateMachine):
     def __init__(self, servers: Settings, database: psycopg.Connection) -> None:
         super().__init__()
         empty(database)
+        database.execute("INSERT INTO partition_progress VALUES (%s, 1, 0)", (TOPIC,))
+        self.position = 0  # of the partition
         self.database = database
         self.settings = servers
         self.consumes_with = servers  # the consumer learns of new settings when it is started again
@@ -211,10 +215,6 @@ class Pipeline(RuleBasedStateMachine):
         self.last: list[bytes] = []
         self.letters: Counter[str] = Counter()
         self.dead_before: int | None = None
-        self.position = 0  # of the one partition, which the database knows too
-        self.stale = self.move()
-        with connect(servers) as connection:
-            connection.execute("INSERT INTO partition_progress VALUES (%s, 1, 0)", [TOPIC_ID])
         self.sink = self.new_sink()
 
     def teardown(self) -> None:
@@ -225,7 +225,7 @@ class Pipeline(RuleBasedStateMachine):
 
     # What can happen: readings ---------------------------------------------------------------------------
 
-    @initialize(batch=batches, temperature=st.sampled_from(MINUTES), humidity=st.sampled_from(MINUTES))
+    @initialize(batch=batches, temperature=widths, humidity=widths)
     def begin(self, batch: list[bytes], temperature: int, humidity: int) -> None:
         self.configure({"temperature_interval": temperature, "humidity_interval": humidity})
         self.write(batch)
@@ -248,15 +248,13 @@ class Pipeline(RuleBasedStateMachine):
     def restart_consumer(self) -> None:
         if self.zombie is not None:
             self.zombie.close()
-        self.zombie, self.stale, self.sink = self.sink, self.move(), self.new_sink()
-        self.advance()
+        self.zombie, self.sink = self.sink, self.new_sink()
 
     @precondition(lambda self: self.zombie is not None)
     @rule(reading=readings)
     def wake_zombie(self, reading: Reading) -> None:
         assert self.zombie is not None
-        with pytest.raises(PartitionsMovedError):
-            self.zombie.write([reading], self.stale)
+        self.refuse(self.zombie, reading)
 
     @precondition(lambda self: self.dead_before is None)
     @rule(batch=batches, is_rare=st.sampled_from([False] * 7 + [True]))
@@ -267,7 +265,7 @@ class Pipeline(RuleBasedStateMachine):
         self.consumes_with = self.settings
         self.dead_before = len(read_topic(self.settings, self.settings.dead_letter_topic))
         publish(self.settings, batch, partition=1)
-        totals = consume(self.settings, Shutdown(), until_caught_up=True)
+        totals = Worker(self.settings, Shutdown(), protocol="classic", until_caught_up=True).run()
         expected = self.expect(batch)
         assert totals.inserted + totals.updated + totals.unchanged + totals.dead_letters.total() == len(batch)
         assert totals.inserted == expected["inserted"]
@@ -277,8 +275,14 @@ class Pipeline(RuleBasedStateMachine):
         assert found == totals.dead_letters
         self.restart_consumer()
         assert self.zombie is not None
+        self.refuse(self.zombie, Reading("a", NOW, 1.0))
+
+    def refuse(self, zombie: Sink, reading: Reading) -> None:
+        """It believes that the partition is where it was before the last batch."""
+        move = Move(TOPIC, {1: self.position - 1}, {1: self.position})
         with pytest.raises(PartitionsMovedError):
-            self.zombie.write([Reading("a", NOW, 1.0)], self.stale)
+            if not zombie.write([reading], move).advanced:
+                zombie.advance(move)
 
     # What can happen: etl --------------------------------------------------------------------------------
 
@@ -291,7 +295,7 @@ class Pipeline(RuleBasedStateMachine):
         self.write(batch)
         self.run_etl()
 
-    @rule(temperature=st.sampled_from(MINUTES), humidity=st.sampled_from(MINUTES))
+    @rule(temperature=widths, humidity=widths)
     def change_intervals(self, temperature: int, humidity: int) -> None:
         self.configure({"temperature_interval": temperature, "humidity_interval": humidity})
         self.run_etl()
@@ -344,7 +348,7 @@ class Pipeline(RuleBasedStateMachine):
 
     @rule(weeks=st.integers(0, 5))
     def drop_chunks_by_hand(self, weeks: int) -> None:
-        limit = chunk_of(NOW) - weeks * CHUNK
+        limit = min(chunk_of(NOW) - weeks * CHUNK, self.limit - 366 * DAY if self.is_wide else self.limit - CHUNK)
         gone = {start for start in self.chunks() if start + CHUNK <= limit}
         seen = {row[0] for row in self.database.execute("SELECT range_start FROM raw_chunk WHERE dropped_at IS NULL")}
         for metric, state in self.model.summaries.items():
@@ -397,6 +401,15 @@ class Pipeline(RuleBasedStateMachine):
             return
         self.database.execute(f"{statement} WHERE sensor_id = %s AND interval_start = %s", (sensor, start))
         self.model.summaries[metric].suspect |= keys
+
+    @property
+    def limit(self) -> datetime:
+        """Nothing may be closed that is younger."""
+        return NOW - timedelta(days=self.settings.raw_retention_days)
+
+    @property
+    def is_wide(self) -> bool:
+        return any(state.minutes in WIDE for state in self.model.summaries.values())
 
     # What is promised ------------------------------------------------------------------------------------
 
@@ -461,17 +474,10 @@ class Pipeline(RuleBasedStateMachine):
         self.consumes_with = self.settings
         return Sink(self.settings)
 
-    def move(self) -> Move:
-        """One message further."""
-        return Move(TOPIC_ID, {1: self.position}, {1: self.position + 1})
-
-    def advance(self, *, done: bool = False) -> None:
-        if not done:
-            self.sink.advance(self.move())
-        self.position += 1
-
     def configure(self, update: dict[str, int]) -> None:
-        """New settings; etl is started again with them."""
+        """New settings; etl is started again with them. Those of before hold when it sees what was dropped."""
+        if self.is_drop_unseen:
+            self.run_etl()
         self.stop_etl()
         self.settings = self.settings.model_copy(update=update)
 
@@ -486,8 +492,11 @@ class Pipeline(RuleBasedStateMachine):
             except MalformedMessage as error:
                 dead[error.reason] += 1
         closed = self.closed()
-        result = self.sink.write(found, self.move())
-        self.advance(done=result.advanced)
+        move = Move(TOPIC, {1: self.position}, {1: self.position + 1})
+        result = self.sink.write(found, move)
+        if not result.advanced:
+            self.sink.advance(move)
+        self.position += 1
         dead.update(refused.reason for refused in result.refused)
         expected = self.expect(batch, closed)
         assert result.inserted + result.updated + result.unchanged + len(result.refused) == len(found)
@@ -517,10 +526,10 @@ class Pipeline(RuleBasedStateMachine):
             if reason is None:
                 fields = json.loads(value)
                 time = datetime.fromisoformat(fields["time"])
-                if time < max(oldest, closed):
-                    reason = "too_late"
-                elif fields["sensor_id"] == UNSTORABLE:
+                if fields["sensor_id"] == UNSTORABLE:
                     reason = "invalid_reading"
+                elif time < max(oldest, closed):
+                    reason = "too_late"
             if reason is not None:
                 dead[reason] += 1
                 continue
@@ -561,7 +570,7 @@ class Pipeline(RuleBasedStateMachine):
         try:
             etl.leader = etl.leader or Leader(etl.connection, self.settings)
             etl.leader.run_once()
-        except psycopg.OperationalError:
+        except (psycopg.OperationalError, TransientError):
             if not etl.connection.closed:
                 raise
             is_cut = True
@@ -609,13 +618,21 @@ class Pipeline(RuleBasedStateMachine):
         """Take the model where etl has gone, if it may have gone there; to its end, if it was not cut."""
         came = {chunk_of(time) for _, time in self.model.rows} - chunks  # of what was stored meanwhile
         gone = (chunks | came) - self.chunks()
-        days = self.settings.raw_retention_days
-        limit = NOW - timedelta(days=days)
-        expired = {start for start in chunks | came if days and etl.is_due and start + CHUNK <= limit}
+        targets = {
+            metric: self.model.width_after(metric, int(getattr(self.settings, f"{metric}_interval")), self.limit)
+            for metric in METRICS
+        }
+        expired = {
+            start
+            for start in chunks | came
+            if self.settings.raw_retention_days
+            and etl.is_due
+            and all(ceil(start + CHUNK, minutes) <= self.limit for minutes in targets.values())
+        }
         assert gone <= expired
         assert is_cut or gone >= expired - came  # what came when the retention had begun stays until it runs again
         for metric, state in self.model.summaries.items():
-            target = int(getattr(self.settings, f"{metric}_interval"))
+            target = targets[metric]
             stages = self.model.stages(metric, target, expired)
             found = self.stage(metric)
             if is_cut:
@@ -625,6 +642,7 @@ class Pipeline(RuleBasedStateMachine):
             else:
                 last = {stages[-1], self.model.stages(metric, target, gone)[-1]}
                 assert found in last, f"{metric}: {found} after {[before[metric], *stages]}"
+            assert found.closed <= max(state.closed, self.limit), f"{metric}: closed in what is kept, {found.closed}"
             self.model.advance(metric, found, self.model.edge(metric, target))
             stored = self.summary(metric)
             for key in [key for key in state.suspect if key[1] < state.frozen]:  # frozen as it is
