@@ -62,8 +62,8 @@ def downgrade() -> None:
         op.execute(f"""
             DO $$ BEGIN
                 DROP ROLE {role};
-            EXCEPTION WHEN dependent_objects_still_exist THEN
-                RAISE NOTICE 'role {role} is used by another database and stays';
+            EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege THEN
+                RAISE NOTICE 'role {role} is not ours to drop, or used by another database, and stays';
             END $$
         """)
 

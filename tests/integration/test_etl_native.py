@@ -5,26 +5,20 @@ The embedded database runs one statement at a time, so these run against native 
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
-import psycopg
 import pytest
 from psycopg import Connection
 
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
-from services.etl.lease import Lease, LeaseLostError
-from services.etl.retention import Retention, close
-from services.etl.worker import Leader, run_reconcile
 from services.core.shutdown import Shutdown
-from tests.fix_services import START, StartService, minutes, run_cli, store, wait_until
+from services.etl.worker import Leader, run_reconcile
+from tests.fix_services import minutes, store
 
 pytestmark = pytest.mark.usefixtures("native")
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
