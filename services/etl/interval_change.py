@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -30,7 +31,6 @@ from services.etl.retention import close
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
-STEP = timedelta(days=1)  # this much history is refreshed before others get their turn
 WHOLE_HISTORY = "-infinity"
 
 log = logging.getLogger("etl")
@@ -72,10 +72,12 @@ class IntervalChange:
                 yield
         start, end = self._history(metric, edge)
         while start is not None and end is not None and start < end:
-            stop = min(start + max(STEP // metric.width, 1) * metric.width, end)
+            began = time.monotonic()
+            stop = min(start + max(self._summaries.step // metric.width, 1) * metric.width, end)
             self._summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
             self._summaries.refresh(metric.aggregate, start, stop)
             start = stop
+            self._summaries.pace(time.monotonic() - began)
             yield
         rows = self._aggregates.switch(metric, edge)
         log.info("interval_changed", extra=fields(old=old.aggregate, new=metric.aggregate, summary_rows=rows))

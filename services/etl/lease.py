@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from psycopg import Connection
+from psycopg.errors import LockNotAvailable
 
 from services.core.config import Settings
 from services.core.database import queries
@@ -39,22 +40,26 @@ class Lease:
         self._connection = connection
         connection.execute(SQL["show_session"], {"key": KEY})
         self.expires_at = ""  # as of the last look
-        self._expired_since: float | None = None
+        self._seen_otherwise = 0.0  # when it was last seen not to be expired, or to be another than now
 
     def try_take(self) -> bool:
         """Take the lease if nobody holds it, or if it is ours."""
         row = self._connection.execute(SQL["look_at_lease"], {"key": KEY}).fetchone()
         assert row is not None
         holder, expires_at, is_expired, is_free = row
+        now = time.monotonic()
         if not is_expired or expires_at != self.expires_at:
-            self._expired_since = time.monotonic() if is_expired else None
+            self._seen_otherwise = now
         self.expires_at = expires_at
-        if not is_free and (self._expired_since is None or time.monotonic() - self._expired_since < SEEN_EXPIRED_FOR_S):
+        if not is_free and now - self._seen_otherwise < SEEN_EXPIRED_FOR_S:
             return False
-        with self._connection.transaction():
-            self._connection.execute(SQL["hold_state"])
-            arguments = {"holder": holder, "expires_at": expires_at, "lasts": LASTS_S}
-            return self._connection.execute(SQL["take_lease"], arguments).rowcount == 1
+        try:
+            with self._connection.transaction():
+                self._connection.execute(SQL["hold_state"])
+                arguments = {"holder": holder, "expires_at": expires_at, "lasts": LASTS_S}
+                return self._connection.execute(SQL["take_lease"], arguments).rowcount == 1
+        except LockNotAvailable:  # the holder is in the middle of a transaction
+            return False
 
     def release(self) -> None:
         """Let the next one lead at once."""

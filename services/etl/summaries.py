@@ -36,10 +36,11 @@ from services.etl.metrics import BASE, BASE_WIDTH, Metric
 
 SQL = queries("services.etl")
 
-# A step: this much time, in this many windows. Less time where a step of it takes long.
-MOST_TIME = timedelta(days=1)
+# A step: this much time, in this many windows. It is less where a step takes long, and more where one is quick.
+STEP = timedelta(days=1)
+MOST_TIME = timedelta(days=7)
 MOST_WINDOWS = 32
-SLOW_S = 20.0
+SLOW_S, QUICK_S = 20.0, 2.0
 # A refresh of what lies between two windows that are this near costs less than another call.
 NEAR = timedelta(minutes=5)
 # All at once would write an hour's minutes to as many pages as there are rows; ten at a time, TimescaleDB's own choice,
@@ -81,7 +82,7 @@ class Summaries:
         self._aggregates = aggregates
         self._lease = lease
         self._keep = keep
-        self._most_time = MOST_TIME
+        self.step = STEP
         self.are_unsettled = False  # whether the last look at the queue left something to settle
         connection.execute(SQL["prefer_hashing"])
         row = connection.execute(SQL["refresh_has_options"]).fetchone()
@@ -100,7 +101,7 @@ class Summaries:
         DATABASE.note_success()
         if queued is None:
             return False
-        step = take_newest(self._whole_minutes(queued.touched), self._most_time)
+        step = take_newest(self._whole_minutes(queued.touched), self.step)
         intervals = {metric: self._widen(metric, step) for metric in self._aggregates.all_refreshed()}
         for start, end in step.windows:
             self.refresh(BASE, start, end, force=True)
@@ -113,7 +114,7 @@ class Summaries:
         except ChunkDroppedError:
             return True  # the next round sees that it is gone
         mirror_s = time.monotonic() - refreshed
-        self._pace(time.monotonic() - started)
+        self.pace(time.monotonic() - started)
         counts = {
             metric: sum((end - start) // metric.width for start, end in pieces) for metric, pieces in intervals.items()
         }
@@ -165,18 +166,18 @@ class Summaries:
             self._connection.execute(SQL["note_chunks"])
             self._connection.execute(SQL["freeze_dropped"], {"keep": self._keep})
 
+    def pace(self, took_s: float) -> None:
+        """A step of history took this long: take less at once where it is slow, so that others get their turn."""
+        if took_s > SLOW_S:
+            self.step = max(self.step / 2, BASE_WIDTH)
+        elif took_s < QUICK_S:
+            self.step = min(self.step * 2, MOST_TIME)
+
     def _read_queue(self, *, settled: bool) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
         assert row is not None
         ids, touched, oldest, now, self.are_unsettled = row
         return None if ids is None else Queued(ids, touched, now - oldest)
-
-    def _pace(self, took_s: float) -> None:
-        """Take less at once where a step is slow, so that everything else gets its turn."""
-        if took_s > SLOW_S:
-            self._most_time = max(self._most_time / 2, BASE_WIDTH)
-        elif took_s < SLOW_S / 4:
-            self._most_time = min(self._most_time * 2, MOST_TIME)
 
     def _whole_minutes(self, touched: Multirange[datetime]) -> list[Window]:
         return self._windows("whole_minutes", touched=touched)

@@ -5,8 +5,10 @@ The embedded database runs one statement at a time, so these run against native 
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -17,8 +19,10 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
 from services.core.shutdown import Shutdown
+from services.etl.lease import Lease, LeaseLostError
+from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
-from tests.fix_services import minutes, store
+from tests.fix_services import START, StartService, minutes, run_cli, store, wait_until
 
 pytestmark = pytest.mark.usefixtures("native")
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -150,3 +154,276 @@ def test_timescaledbs_notes_of_what_is_out_of_date_stay_few(settings: Settings, 
             leader.summaries.refresh_queued()
             sizes.append(sum(count(connection, f"_timescaledb_catalog.{log}") for log in logs))
     assert max(sizes[75:]) < 2 * max(sizes[:75]) + 20, sizes
+
+
+# Locks that others hold --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def overlapping_writers(settings: Settings) -> Iterator[None]:
+    """Six sessions that each store something for 0.3 s, so that there is no moment without one of them."""
+    ended = threading.Event()
+
+    def write() -> None:
+        with connect(settings) as own:
+            while not ended.is_set():
+                with own.transaction():
+                    own.execute("SET LOCAL lock_timeout = 0")
+                    own.execute("LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE")
+                    own.execute("SELECT pg_sleep(0.3)")
+
+    threads = [threading.Thread(target=write) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+        threading.Event().wait(0.05)
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_history_is_closed_within_seconds_however_many_consumers_are_busy(
+    settings: Settings, connection: Connection
+) -> None:
+    store(settings, at(0))
+    run_once(settings)
+    lease = Lease(connection)
+    assert lease.try_take()
+    with overlapping_writers(settings):
+        started = time.monotonic()
+        for number in range(5):
+            close(connection, lease, {"temperature": str(minutes(number * 10))}, timedelta(0))
+        assert time.monotonic() - started < 5
+    assert value(connection, "SELECT closed_before FROM summary_state WHERE metric = 'temperature'") == minutes(40)
+
+
+def test_closing_gives_up_soon_if_somebody_does_not_end_a_transaction(
+    settings: Settings, connection: Connection
+) -> None:
+    """Consumers queue behind whoever waits for the lock."""
+    store(settings, at(0))
+    run_once(settings)
+    lease = Lease(connection)
+    assert lease.try_take()
+    with open_transaction(settings, "LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE"):
+        started = time.monotonic()
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
+        assert time.monotonic() - started < 4
+    close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
+
+
+def summarised(connection: Connection, minute: float) -> Callable[[], bool]:
+    """Whether the reading of that minute is in the summary."""
+    found = f"temperature_summary WHERE interval_start <= '{minutes(minute)}' AND interval_end > '{minutes(minute)}'"
+    return lambda: count(connection, found) == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT count(*) FROM temperature_summary_live",
+        "SELECT count(*) FROM temperature_summary",
+        "LOCK TABLE sensor_data, temperature_summary, summary_state, summary_refresh_queue IN ACCESS SHARE MODE",
+    ],
+    ids=["a reader of the live view", "a reader of the summary", "a dump"],
+)
+def test_an_open_transaction_stops_neither_consumers_nor_summaries_while_an_interval_changes(
+    settings: Settings, connection: Connection, start: StartService, statement: str
+) -> None:
+    store(settings, *(at(minute) for minute in range(100)))
+    run_once(settings)
+    with open_transaction(settings, statement):
+        etl = start("etl", settings=settings.model_copy(update={"temperature_interval": 15}))
+        etl.wait_for("interval_change_begun")
+        for minute in range(200, 260, 20):
+            started = time.monotonic()
+            store(settings, at(minute))
+            assert time.monotonic() - started < 4
+            wait_until(summarised(connection, minute), "the summary follows", within_s=8)
+        if "live" in statement:
+            assert etl.wait_for("duty_failed")["duty"] == "interval_change"
+            assert not etl.events("interval_changed")
+    etl.wait_for("interval_changed", within_s=90)
+    assert etl.stop() == 0
+
+
+def test_retention_waits_for_a_dump_and_the_summaries_do_not(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    keeps = settings.model_copy(update={"raw_retention_days": 30})
+    store(settings, *(Reading("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
+    run_once(settings)
+    chunks = "timescaledb_information.chunks WHERE hypertable_name = 'sensor_data'"
+    (oldest,) = (str(row[0]) for row in connection.execute("SELECT show_chunks('sensor_data') LIMIT 1"))
+    with open_transaction(settings, f"LOCK TABLE {oldest} IN ACCESS SHARE MODE"):
+        etl = start("etl", settings=keeps)
+        assert etl.wait_for("duty_failed")["duty"] == "retention"
+        store(settings, Reading("s2", ago(1), 2.0, None))
+        wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
+        assert count(connection, chunks) == 3
+    wait_until(lambda: count(connection, chunks) == 1, "both are dropped", within_s=90)
+    assert count(connection, "temperature_summary") == 4
+    assert etl.stop() == 0
+
+
+def test_a_chunk_that_cannot_be_compressed_costs_a_warning(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    store(settings, *(Reading("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
+    run_once(settings)
+    oldest = str(value(connection, "SELECT show_chunks('sensor_data') LIMIT 1"))
+    compressed = "timescaledb_information.chunks WHERE hypertable_name = 'sensor_data' AND is_compressed"
+    with open_transaction(settings, f"LOCK TABLE {oldest} IN ROW EXCLUSIVE MODE"):
+        etl = start("etl", settings=settings.model_copy(update={"compress_after_days": 10}))
+        assert etl.wait_for("duty_failed")["duty"] == "compression"
+        assert count(connection, compressed) == 1  # the other one
+        store(settings, Reading("s2", ago(1), 2.0, None))
+        wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
+    wait_until(lambda: count(connection, compressed) == 2, "both are compressed", within_s=90)
+    assert etl.stop() == 0
+
+
+# Who leads ---------------------------------------------------------------------------------------------------
+
+
+def test_a_leader_that_was_frozen_is_replaced_and_changes_nothing_when_it_wakes_up(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    first = start("etl")
+    first.wait_for("leading")
+    second = start("etl")
+    second.wait_for("standing_by")
+    first.signal(signal.SIGSTOP)
+    store(settings, at(0))
+    second.wait_for("leading", within_s=30)  # after the server has ended an open transaction
+    wait_until(summarised(connection, 0), "the second works")
+    first.signal(signal.SIGCONT)
+    first.wait_for("lead_lost")
+    first.wait_for("standing_by")
+    assert not second.events("lead_lost")
+    assert (first.stop(), second.stop()) == (0, 0)
+
+
+def test_whoever_has_lost_the_lead_changes_nothing(settings: Settings, connection: Connection) -> None:
+    store(settings, at(0))
+    with connect(settings) as other:
+        leader = Leader(connection, settings)
+        connection.execute("UPDATE etl_lease SET expires_at = '-infinity'")
+        connection.execute("SELECT pg_advisory_unlock_all()")  # as if its session were gone
+        assert Lease(other).try_take()
+        with pytest.raises(LeaseLostError):
+            leader.summaries.refresh_queued()
+        with pytest.raises(LeaseLostError):
+            close(connection, Lease(connection), {"temperature": str(minutes(10))}, timedelta(0))
+    assert count(connection, "temperature_summary") == 0
+    assert value(connection, "SELECT closed_before = '-infinity' FROM summary_state WHERE metric = 'temperature'")
+
+
+def test_once_waits_for_a_lead_that_nobody_renews_and_not_for_one_that_works(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    frozen = start("etl")
+    frozen.wait_for("leading")
+    frozen.signal(signal.SIGSTOP)
+    store(settings, at(0))
+    done = run_cli(settings, "etl", "--once")
+    assert done.returncode == 0, done.stderr
+    assert (count(connection, "summary_refresh_queue"), summarised(connection, 0)()) == (0, True)
+    frozen.kill()
+    start("etl").wait_for("leading")
+    done = run_cli(settings, "etl", "--once")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: another etl instance leads")
+
+
+def test_reconcile_does_the_work_itself_if_the_leader_dies(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    store(settings, at(0), at(100))
+    run_once(settings)
+    leader = start("etl")
+    leader.wait_for("leading")
+    leader.signal(signal.SIGSTOP)
+    connection.execute("UPDATE temperature_summary SET reading_count = 7 WHERE interval_start = %s", [START])
+    store(settings, at(1))
+    assert run_reconcile(settings, Shutdown()) == NOTHING  # what is queued is not known to differ
+    assert count(connection, "summary_refresh_queue") == 0
+    leader.kill()
+
+
+def test_a_role_that_may_only_read_stops_nothing(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    """It takes every lock that it can, on everything that etl and migrations lock."""
+    store(settings, at(0))
+    run_once(settings)
+    pids = "SELECT pid FROM generate_series(1, 200000) AS pid WHERE pg_try_advisory_lock(6180881, pid) IS NULL"
+    with open_transaction(settings, "SET ROLE sensor_reader") as reader:
+        for statement in (
+            "SELECT pg_advisory_lock(6180881)",
+            "SELECT pg_advisory_lock(6180882)",
+            pids.replace("200000", "2000"),
+        ):
+            reader.execute(statement)
+        for table in ("summary_state", "etl_lease", "sensor_data", "summary_refresh_queue", "alembic_version"):
+            for mode in ("ROW SHARE", "ROW EXCLUSIVE", "SHARE", "ACCESS EXCLUSIVE"):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege), reader.transaction():
+                    reader.execute(f"LOCK TABLE {table} IN {mode} MODE")
+        etl = start("etl")
+        etl.wait_for("leading")
+        store(settings, at(20))
+        wait_until(summarised(connection, 20), "the summary", within_s=5)
+        assert etl.stop() == 0
+
+
+# Time limits -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited(connection: Connection) -> Iterator[None]:
+    """What a managed server may set for every role."""
+    limits = ("statement_timeout = '50ms'", "lock_timeout = '10ms'", "transaction_timeout = '50ms'")
+    for limit in limits:
+        connection.execute(f"ALTER ROLE CURRENT_USER SET {limit}")
+    yield
+    with connection.transaction():
+        connection.execute("SET LOCAL transaction_timeout = 0")
+        connection.execute("ALTER ROLE CURRENT_USER RESET ALL")
+
+
+@pytest.mark.usefixtures("limited")
+def test_time_limits_of_the_role_do_not_end_the_work(settings: Settings, connection: Connection) -> None:
+    store(settings, *(at(minute, sensor=f"s{sensor}") for minute in range(0, 3000, 2) for sensor in range(40)))
+    done = run_cli(settings.model_copy(update={"temperature_interval": 15}), "etl", "--once")
+    assert done.returncode == 0, done.stderr
+    assert count(connection, "summary_refresh_queue") == 0
+    assert run_reconcile(settings, Shutdown()) == NOTHING
+
+
+# Chunks that go ----------------------------------------------------------------------------------------------
+
+
+def test_a_chunk_that_is_dropped_in_the_middle_of_a_round_keeps_its_summary(
+    settings: Settings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(settings, *(Reading("s1", ago(days), days, None) for days in (60, 50, 1)))
+    run_once(settings)
+    rows = connection.execute("SELECT * FROM temperature_summary ORDER BY interval_start").fetchall()
+    store(settings, Reading("s1", ago(60) + timedelta(seconds=1), 100.0, None))
+    with connect(settings) as own:
+        leader = Leader(own, settings)
+        refresh = leader.summaries.refresh
+        drops = [ago(40)]
+
+        def drop_and_refresh(aggregate: str, start: datetime, end: datetime, *, force: bool = False) -> None:
+            if drops:
+                connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", [drops.pop()])
+            refresh(aggregate, start, end, force=force)
+
+        monkeypatch.setattr(leader.summaries, "refresh", drop_and_refresh)
+        leader.run_once()
+    assert connection.execute("SELECT * FROM temperature_summary ORDER BY interval_start").fetchall() == rows
+    assert count(connection, "summary_refresh_queue") == 0

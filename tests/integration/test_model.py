@@ -199,8 +199,10 @@ class Pipeline(RuleBasedStateMachine):
 
     def __init__(self, servers: Settings, database: psycopg.Connection) -> None:
         super().__init__()
+        stored = database.execute("SELECT * FROM partition_progress WHERE topic_id <> %s", (TOPIC,)).fetchall()
         empty(database)
-        database.execute("INSERT INTO partition_progress VALUES (%s, 1, 0)", (TOPIC,))
+        for row in [*stored, (TOPIC, 1, 0)]:
+            database.execute("INSERT INTO partition_progress VALUES (%s, %s, %s)", row)
         self.position = 0  # of the partition
         self.database = database
         self.settings = servers
@@ -280,8 +282,13 @@ class Pipeline(RuleBasedStateMachine):
     def refuse(self, zombie: Sink, reading: Reading) -> None:
         """It believes that the partition is where it was before the last batch."""
         move = Move(TOPIC, {1: self.position - 1}, {1: self.position})
+
+        def write() -> None:
+            if not zombie.write([reading], move).advanced:
+                zombie.advance(move)
+
         with pytest.raises(PartitionsMovedError):
-            zombie.write([reading], move)
+            write()
 
     # What can happen: etl --------------------------------------------------------------------------------
 
