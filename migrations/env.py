@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 
 import sqlalchemy as sa
 from alembic import context
+from psycopg import Connection
+from psycopg.errors import DeadlockDetected, LockNotAvailable, UniqueViolation
 
+from services.core.backoff import pauses
 from services.core.config import load_settings
 from services.core.database import connect_at_start
 from services.core.errors import PipelineError
-from services.core.logs import configure_logging
+from services.core.logs import configure_logging, fields
 from services.core.shutdown import Shutdown
 
-MIGRATION_LOCK = 0x5E_50_12  # any number of ours; keeps two "alembic upgrade" from running at once
+# Keeps two "alembic upgrade" from running at once. It is no advisory lock, because any role could take that.
+LOCK = """
+    CREATE TABLE IF NOT EXISTS alembic_version (
+        version_num varchar(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num));
+    LOCK TABLE alembic_version IN SHARE ROW EXCLUSIVE MODE
+"""
+LOCKED_WITHIN_S = 60.0
+
+log = logging.getLogger("migrations")
 
 
 def run() -> None:
-    """Run the migrations that Alembic asked for."""
+    """Run the migrations that Alembic asked for, again while others hold what they have to lock."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    database = connect_at_start(settings, Shutdown())
+    deadline = time.monotonic() + LOCKED_WITHIN_S
+    for pause in pauses():
+        try:
+            migrate(connect_at_start(settings, Shutdown()))
+            return
+        except sa.exc.DBAPIError as error:
+            is_locked = isinstance(error.orig, LockNotAvailable | UniqueViolation | DeadlockDetected)
+            if not is_locked or time.monotonic() + pause > deadline:
+                raise
+            log.warning("migration_waits", extra=fields(detail=error.orig, retry_s=round(pause, 1)))
+            time.sleep(pause)
+
+
+def migrate(database: Connection) -> None:
+    """All in one transaction."""
     database.autocommit = False
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: database, poolclass=sa.pool.StaticPool)
     try:
         with engine.connect() as connection:
             context.configure(connection=connection, target_metadata=None)
             with context.begin_transaction():
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+                connection.exec_driver_sql(LOCK)
                 context.run_migrations()
     finally:
         engine.dispose()

@@ -44,8 +44,6 @@ CONNECT_TIMEOUT_S = 5
 # libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
 TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
 
-LEADER_LOCK = 0x5E_50_11  # any number of ours; the etl instance that works holds it, for its session
-
 # What holds for a session, whatever the server's or the role's defaults: UTC; no time limit on the work itself; no
 # long wait for a lock, because others queue behind whoever waits; and the server ends the session, with its locks,
 # soon after this machine is gone, this process has died in the middle of a statement, or it is frozen between two

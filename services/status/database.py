@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import LEADER_LOCK, connect, cut, queries, translated
+from services.core.database import connect, cut, queries, translated
 from services.core.reading import METRICS
 
 SQL = queries("services.status")
@@ -45,6 +45,15 @@ class Readings:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """etl's own comparison with the readings: how long ago, how many rows ever differed, and when the last did."""
+
+    age_seconds: float
+    differences: int
+    differed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """One metric's summary, and the width of its intervals: None before etl's first run."""
 
@@ -52,6 +61,7 @@ class Summary:
     rows: Rows
     aggregate: str | None
     minutes: int | None
+    check: Check | None  # None: etl has not compared it yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +114,13 @@ def _read_tables(connection: Connection) -> Tables:
     oldest, newest = _row(connection, SQL["time_range"])
     readings = Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size)
     widths = {metric: (aggregate, minutes) for metric, aggregate, minutes in connection.execute(SQL["widths"])}
+    checks = {row[0]: Check(round(row[1], 1), *row[2:]) for row in connection.execute(SQL["checks"])}
     summaries = []
     for metric in METRICS:
         table = f"{metric}_summary"
         (size,) = _row(connection, SQL["table_size"].format(table=sql.Literal(table)))
-        summaries.append(Summary(metric, _count(connection, table, size), *widths.get(metric, (None, None))))
+        rows = _count(connection, table, size)
+        summaries.append(Summary(metric, rows, *widths.get(metric, (None, None)), checks.get(metric)))
     queue_rows, age_s = _row(connection, SQL["queue"])
     return Tables(
         readings,
@@ -116,7 +128,7 @@ def _read_tables(connection: Connection) -> Tables:
         [name for (name,) in connection.execute(SQL["aggregates"])],
         queue_rows,
         round(age_s, 3),
-        _row(connection, SQL["is_led"], {"key": LEADER_LOCK})[0],
+        _row(connection, SQL["is_led"])[0],
         _read_positions(connection),
     )
 

@@ -89,5 +89,6 @@ def _of_intervals(settings: Settings, tables: Tables) -> Iterator[Problem]:
         if summary.minutes not in (None, wanted) and not begun:
             yield Problem(
                 f"{summary.metric} intervals have {summary.minutes} minutes in the database, {wanted} in the settings",
-                f"restart etl with these settings, or set {name.upper()}={summary.minutes}",
+                f"restart etl with these settings (its log says interval_change_refused if that cannot be done yet), "
+                f"or set {name.upper()}={summary.minutes}",
             )

@@ -38,13 +38,11 @@ SELECT queue_rows, coalesce(extract(epoch FROM clock_timestamp() - oldest_queued
 FROM refresh_queue_state
 
 -- name: is_led
--- A bigint key is in pg_locks as two halves.
-SELECT EXISTS (
-    SELECT FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND objsubid = 1
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-      AND (classid::bigint << 32) + objid::bigint = %(key)s
-)
+SELECT EXISTS (SELECT FROM etl_lease WHERE expires_at > clock_timestamp())
+
+-- name: checks
+-- When etl last compared each summary with the readings, and what it has found since the beginning.
+SELECT metric, extract(epoch FROM clock_timestamp() - checked_at)::float8, differences, differed_at FROM summary_check
 
 -- name: positions
 SELECT topic_id, partition, next_offset FROM partition_progress

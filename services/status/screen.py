@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from services.status.database import Database, Rows, Tables
+from services.status.database import Check, Database, Rows, Tables
 from services.status.problems import Problem
 from services.status.topics import Kafka
 
@@ -74,11 +74,18 @@ def _tables(tables: Tables) -> Iterator[str]:
     )
     for summary in tables.summaries:
         width = f"intervals of {_many(summary.minutes, 'minute')}" if summary.minutes else "etl has not run yet"
-        yield _line(f"  {summary.metric}_summary", f"{_rows(summary.rows)}, {width}")
+        yield _line(f"  {summary.metric}_summary", f"{_rows(summary.rows)}, {width}{_check(summary.check)}")
     yield _line("  aggregates", ", ".join(tables.aggregates) or "none: etl has not run yet")
     leads = "an etl works" if tables.etl_leads else "no etl runs"
     waiting = f"{_many(tables.queue_rows, 'entry', 'entries')}, the oldest {tables.freshness_seconds:,.1f} s old"
     yield _line("  refresh queue", f"{waiting if tables.queue_rows else 'empty: all is summarised'}; {leads}")
+
+
+def _check(check: Check | None) -> str:
+    if check is None:
+        return ""
+    found = f"; {check.differences:,} ever differed, last {_moment(check.differed_at)}" if check.differences else ""
+    return f", compared {check.age_seconds:,.0f} s ago{found}"
 
 
 def _rows(rows: Rows) -> str:

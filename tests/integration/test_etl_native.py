@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from psycopg import Connection
+from psycopg import Connection, errors
 
 from services.core.config import Settings
 from services.core.database import connect
@@ -209,7 +209,7 @@ def test_closing_gives_up_soon_if_somebody_does_not_end_a_transaction(
     assert lease.try_take()
     with open_transaction(settings, "LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE"):
         started = time.monotonic()
-        with pytest.raises(psycopg.errors.LockNotAvailable):
+        with pytest.raises(errors.LockNotAvailable):
             close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
         assert time.monotonic() - started < 4
     close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
@@ -370,7 +370,7 @@ def test_a_role_that_may_only_read_stops_nothing(
             reader.execute(statement)
         for table in ("summary_state", "etl_lease", "sensor_data", "summary_refresh_queue", "alembic_version"):
             for mode in ("ROW SHARE", "ROW EXCLUSIVE", "SHARE", "ACCESS EXCLUSIVE"):
-                with pytest.raises(psycopg.errors.InsufficientPrivilege), reader.transaction():
+                with pytest.raises(errors.InsufficientPrivilege), reader.transaction():
                     reader.execute(f"LOCK TABLE {table} IN {mode} MODE")
         etl = start("etl")
         etl.wait_for("leading")

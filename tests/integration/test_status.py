@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from services.core.config import Settings
-from services.core.database import LEADER_LOCK, address
+from services.core.database import address
 from services.core.errors import TransientError
 from services.status import command, database
 from tests.expected import Expected, samples
@@ -116,6 +116,7 @@ def test_every_number_agrees_with_psql(filled: Settings, connection: psycopg.Con
             "rows": {"count": fetch(connection, f"SELECT count(*) FROM {metric}_summary"), "exact": True},
             "aggregate": f"{metric}_{minutes}min",
             "minutes": minutes,
+            "check": None,
         }
         for metric, minutes in (("temperature", 10), ("humidity", 20))
     ]
@@ -159,7 +160,7 @@ def test_a_queue_that_nobody_works_on(settings: Settings, connection: psycopg.Co
     connection.execute("UPDATE summary_refresh_queue SET queued_at = now() - interval '1 minute'")
     (found,) = problems(settings, capsys)
     assert re.fullmatch(r"readings have waited 6\d s for their summaries and no etl runs", found)
-    connection.execute("SELECT pg_advisory_lock(%s)", [LEADER_LOCK])
+    connection.execute("UPDATE etl_lease SET expires_at = now() + interval '1 minute'")
     assert problems(settings, capsys) == []
     _, state = ask(settings, capsys)
     tables = state["database"]["tables"]
@@ -176,7 +177,7 @@ def test_intervals_that_are_not_those_of_the_settings(
 ) -> None:
     other = filled.model_copy(update={"humidity_interval": 30})
     assert problems(other, capsys) == ["humidity intervals have 20 minutes in the database, 30 in the settings"]
-    connection.execute("SELECT pg_advisory_lock(%s)", [LEADER_LOCK])
+    connection.execute("UPDATE etl_lease SET expires_at = now() + interval '1 minute'")
     assert len(problems(other, capsys)) == 1
     # An etl that has begun the change needs nobody.
     connection.execute("""
