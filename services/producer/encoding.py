@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import reduce
+from textwrap import shorten
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ from services.core.config import METRIC_COLUMNS, Settings
 from services.core.errors import ConfigurationError
 from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID
 
+LONGEST_LIST = 1000  # characters of the names of a file's columns
 DEFAULT_SENSOR = "default"
 FINER = re.compile(r"[.,]\d{6}[5-9]", re.ASCII)  # what fromisoformat() cuts off is half a microsecond or more
 UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -77,7 +79,7 @@ class Columns:
                 continue
             found = schema.get_all_field_indices(name)
             if len(found) != 1:
-                there = ", ".join(schema.names)
+                there = shorten(", ".join(schema.names), LONGEST_LIST, placeholder=" ...")
                 problem = "no column" if not found else f"{len(found)} columns"
                 raise ConfigurationError(
                     f"{setting}={name}: {url} has {problem} of this name; its columns are: {there}"

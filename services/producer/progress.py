@@ -20,11 +20,11 @@ from confluent_kafka import (
     KafkaError,
     KafkaException,
     Message,
-    TopicCollection,
     TopicPartition,
 )
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
+from services.core import kafka
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import PermanentError, TransientError
@@ -77,15 +77,13 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
 
     It is part of a record's key, so that a new topic is filled from the start.
     """
-    topic = settings.kafka_topic
     deadline = time.monotonic() + settings.startup_timeout_seconds
     for pause in pauses():
-        futures = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
         try:
-            return str(futures[topic].result().topic_id)
-        except KafkaException as error:  # a new topic is not known to all brokers at once
+            return kafka.topic_id(admin, settings)
+        except TransientError as error:  # a new topic is not known to all brokers at once
             if time.monotonic() + pause > deadline:
-                raise PermanentError(f"Kafka topic {topic} cannot be described: {error.args[0].str()}") from error
+                raise PermanentError(str(error)) from error
             time.sleep(pause)
     raise AssertionError("pauses() has no end")
 

@@ -221,4 +221,6 @@ def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]
 
 def main() -> None:
     """The process."""
-    serve(Connection(sys.stdin.fileno(), writable=False), Connection(sys.stdout.fileno(), readable=False))
+    answers = Connection(os.dup(sys.stdout.fileno()), readable=False)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    serve(Connection(sys.stdin.fileno(), writable=False), answers)
