@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -38,6 +38,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def answers(settings: Settings, dbname: str) -> bool:
+    """Whether somebody lets us in at the database's address."""
+    with suppress(psycopg.OperationalError):
+        psycopg.connect(
+            host=settings.postgre_host,
+            port=settings.postgre_port,
+            user=settings.postgre_user,
+            password=settings.postgre_password.get_secret_value(),
+            dbname=dbname,
+        ).close()
+        return True
+    return False
 
 
 def is_native() -> bool:

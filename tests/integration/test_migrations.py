@@ -22,7 +22,7 @@ from services.core.database import connect
 from services.core.reading import METRICS, Reading
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, wait_until
-from tests.fix_stack import ROOT, as_environment, downgrade, free_port, upgrade
+from tests.fix_stack import ROOT, answers, as_environment, downgrade, free_port, upgrade
 
 TABLES = {
     "sensor_data",
@@ -180,7 +180,7 @@ def plain_postgres(settings: Settings) -> Iterator[Settings]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            wait_until(lambda: answers(own), "PostgreSQL")
+            wait_until(lambda: answers(own, "postgres"), "PostgreSQL")
             with connect(own) as connection:
                 if connection.execute("SELECT FROM pg_available_extensions WHERE name = 'timescaledb'").fetchone():
                     pytest.skip("the PostgreSQL that is installed here has TimescaleDB")
@@ -188,16 +188,6 @@ def plain_postgres(settings: Settings) -> Iterator[Settings]:
         finally:
             server.terminate()
             server.wait(30)
-
-
-def answers(settings: Settings) -> bool:
-    try:
-        psycopg.connect(
-            host=settings.postgre_host, port=settings.postgre_port, user="postgres", dbname="postgres"
-        ).close()
-    except psycopg.OperationalError:
-        return False
-    return True
 
 
 def test_without_timescaledb_one_line_says_what_to_install(plain_postgres: Settings) -> None:
