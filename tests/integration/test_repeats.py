@@ -130,7 +130,9 @@ def test_the_first_load_of_old_files_lets_the_last_value_win(
     settings: Settings, connection: psycopg.Connection, tmp_path: Path
 ) -> None:
     """There is nothing that could be undone, and files correct themselves and each other."""
-    write(tmp_path / "a.parquet", OLD, OTHER, minute=0)
-    write(tmp_path / "b.parquet", NEW, minute=0)
-    produce(settings, tmp_path)
+    first = write(tmp_path / "a.parquet", OLD, OTHER, minute=0)
+    second = write(tmp_path / "b.parquet", NEW, minute=0)
+    produce(settings, first)
+    assert stored(connection) == [(OTHER, None)]
+    produce(settings, second)
     assert stored(connection) == [(NEW, None)]
