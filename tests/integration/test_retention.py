@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -10,7 +12,10 @@ import pytest
 from services.core.config import Settings
 from services.core.kafka import headers_of
 from services.etl.metrics import BASE
-from tests.fix_services import message, publish, read_topic, run_cli
+from services.status import command
+from services.status.database import read_database
+from tests.fix_services import StartService, message, publish, read_topic, run_cli, wait_until
+from tests.fix_stack import free_port
 
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
 KEEP = {"RAW_RETENTION_DAYS": "30"}
@@ -154,3 +159,189 @@ def test_reconcile_repairs_what_no_queue_row_announced(
         "humidity_summary: 0 rows differed",
         "temperature_summary: 0 rows differed",
     ]
+
+
+# Nothing that is kept is closed --------------------------------------------------------------------------------
+
+
+def closed_before(connection: psycopg.Connection, metric: str = "temperature") -> datetime | None:
+    """None: nothing is closed."""
+    row = connection.execute(
+        "SELECT CASE WHEN isfinite(closed_before) THEN closed_before END FROM summary_state WHERE metric = %s", [metric]
+    ).fetchone()
+    assert row is not None
+    closed: datetime | None = row[0]
+    return closed
+
+
+def assert_open(settings: Settings, connection: psycopg.Connection, **environment: str) -> None:
+    """A reading of now is stored and summarised."""
+    store(settings, message("now", time=NOW, temperature=7.0), **environment)
+    run(settings, "etl", "--once", **environment)
+    assert reasons(settings) == []
+    rows = connection.execute("SELECT avg_temperature FROM temperature_summary WHERE sensor_id = 'now'").fetchall()
+    assert rows == [(7.0,)]
+
+
+@pytest.mark.parametrize("width", ["10080", "43200", "527040"])
+def test_a_chunk_is_kept_as_long_as_the_intervals_that_it_is_part_of(
+    settings: Settings, connection: psycopg.Connection, width: str
+) -> None:
+    changes = {"TEMPERATURE_INTERVAL": width, "RAW_RETENTION_DAYS": "30"}
+    days = (1000, 45, 40, 31, 1)
+    store(settings, *(message(time=ago(age), temperature=age) for age in days))
+    run(settings, "etl", "--once", **changes)
+    closed = closed_before(connection)
+    assert closed is not None, "the oldest has expired at any width"
+    assert closed <= datetime.now(UTC) - timedelta(days=30)
+    kept = connection.execute("SELECT temperature FROM sensor_data ORDER BY 1 DESC").fetchall()
+    assert (1000.0,) not in kept
+    for age in days:
+        assert (age,) in kept or ago(age) < closed
+    assert_open(settings, connection, **changes)
+    assert run(settings, "etl", "--reconcile", **changes).splitlines()[1] == "temperature_summary: 0 rows differed"
+
+
+def test_a_width_that_would_close_the_present_is_refused(
+    settings: Settings, connection: psycopg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weeks and thirty days begin together every 210 days."""
+    old, new = {"TEMPERATURE_INTERVAL": "10080"}, {"TEMPERATURE_INTERVAL": "43200"}
+    store(settings, message(time=ago(1), temperature=1.0))
+    run(settings, "etl", "--once", **old)
+    connection.execute(
+        "UPDATE summary_state SET closed_before = closed, frozen_before = closed"
+        " FROM (SELECT time_bucket('210 days', now() - interval '7 days', timestamptz '2000-01-03') + interval '7 days'"
+        " AS closed) AS week WHERE metric = 'temperature'"
+    )
+    closed = closed_before(connection)
+    done = run_cli(settings, "etl", "--once", **new)
+    assert done.returncode == 0
+    (warning,) = [json.loads(line) for line in done.stderr.splitlines() if "interval_change_refused" in line]
+    assert (warning["setting"], warning["old"], warning["new"]) == ("TEMPERATURE_INTERVAL", 10080, 43200)
+    assert closed_before(connection) == closed
+    assert connection.execute("SELECT to_regclass('temperature_43200min')").fetchone() == (None,)
+    assert_open(settings, connection, **new)
+    command.run(settings.model_copy(update={"temperature_interval": 43200}), as_json=False)
+    assert "temperature intervals have 10080 minutes in the database, 43200 in the settings" in capsys.readouterr().out
+
+
+def test_an_emptied_table_does_not_close_the_present(
+    settings: Settings, connection: psycopg.Connection, history: list[tuple[object, ...]]
+) -> None:
+    connection.execute("TRUNCATE sensor_data")
+    run(settings, "etl", "--once")
+    closed = closed_before(connection)
+    assert closed is not None
+    assert closed <= datetime.now(UTC)
+    assert summary(connection) == history
+    later = datetime.now(UTC) + timedelta(minutes=15)  # of an interval that begins after the table was emptied
+    store(settings, message("now", time=later, temperature=7.0))
+    run(settings, "etl", "--once")
+    assert [row[2] for row in summary(connection) if row[0] == "now"] == [7.0]
+
+
+def test_a_chunk_of_the_future_that_is_dropped_by_hand_does_not_close_the_present(
+    settings: Settings, connection: psycopg.Connection
+) -> None:
+    fast = NOW + timedelta(days=20)
+    far = {"MAX_FUTURE_SECONDS": "2000000"}
+    store(settings, message(time=ago(1), temperature=1.0), message(time=fast, temperature=9.0), **far)
+    run(settings, "etl", "--once")
+    connection.execute("SELECT drop_chunks('sensor_data', newer_than => %s)", [fast - timedelta(days=8)])
+    run(settings, "etl", "--once")
+    closed = closed_before(connection)
+    assert closed is None or closed <= datetime.now(UTC)
+    store(settings, message("now", time=datetime.now(UTC), temperature=7.0))
+    assert reasons(settings) == []
+
+
+def test_a_chunk_dropped_by_hand_that_is_younger_than_what_is_kept_closes_nothing(
+    settings: Settings, connection: psycopg.Connection, history: list[tuple[object, ...]]
+) -> None:
+    """Its summary stays until a reading of its time comes."""
+    connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", [ago(12)])
+    changes = {"RAW_RETENTION_DAYS": "60"}
+    run(settings, "etl", "--once", **changes)
+    closed = closed_before(connection)
+    assert closed is None or closed <= datetime.now(UTC) - timedelta(days=60)
+    assert run(settings, "etl", "--reconcile", **changes).splitlines()[1] == "temperature_summary: 0 rows differed"
+    assert summary(connection) == history
+    store(settings, message(time=ago(20) + timedelta(seconds=1), temperature=5.0))
+    run(settings, "etl", "--once", **changes)
+    assert [row[2] for row in summary(connection)] == [40, 5, 1]
+
+
+def has_procedure(connection: psycopg.Connection, name: str) -> bool:
+    return connection.execute("SELECT FROM pg_proc WHERE proname = %s", [name]).fetchone() is not None
+
+
+def test_chunks_that_were_merged_or_split_are_not_gone(settings: Settings, connection: psycopg.Connection) -> None:
+    if not has_procedure(connection, "split_chunk"):
+        pytest.skip("this TimescaleDB cannot split chunks")
+
+    def chunks() -> list[str]:
+        return [str(row[0]) for row in connection.execute("SELECT show_chunks('sensor_data')")]
+
+    days = [60, 53, 46, 1]
+    store(settings, *(message(time=ago(age), temperature=age) for age in days))
+    run(settings, "etl", "--once")
+    first, second, third, _ = chunks()
+    connection.execute(f"CALL merge_chunks('{second}', '{first}')")
+    run(settings, "etl", "--once")
+    connection.execute(f"CALL split_chunk('{third}')")
+    run(settings, "etl", "--once")
+    connection.execute(f"CALL split_chunk('{chunks()[0]}')")  # what was merged
+    store(settings, message(time=ago(53) + timedelta(minutes=1), temperature=55.0))
+    run(settings, "etl", "--once")
+    assert closed_before(connection) is None
+    assert reasons(settings) == []
+    assert len(chunks()) == 5
+    connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", [ago(40)])
+    run(settings, "etl", "--once")
+    closed = closed_before(connection)
+    assert closed is not None
+    assert ago(46) < closed < ago(35)
+
+
+# etl looks for itself ------------------------------------------------------------------------------------------
+
+
+def test_the_leader_finds_and_repairs_what_differs(
+    settings: Settings, connection: psycopg.Connection, start: StartService, history: list[tuple[object, ...]]
+) -> None:
+    port = free_port()
+    etl = start("etl", settings=settings.model_copy(update={"etl_check_seconds": 0.2, "metrics_port": port}))
+    etl.wait_for("leading")
+
+    def checked() -> list[tuple[object, ...]]:
+        return connection.execute("SELECT metric, differences, checked_at FROM summary_check ORDER BY 1").fetchall()
+
+    wait_until(lambda: len(checked()) == 2, "a look at both")
+    assert [row[:2] for row in checked()] == [("humidity", 0), ("temperature", 0)]
+    assert value_of(port, "sensor_summary_differences_total", metric="temperature") == 0
+    connection.execute("UPDATE temperature_summary SET max_temperature = 99 WHERE avg_temperature IN (40, 1)")
+    wait_until(lambda: summary_of_all(connection) == [(40, 40), (20, 20), (1, 1)], "both are right again")
+    wait_until(lambda: [row[1] for row in checked()] == [0, 2], "both are counted")
+    assert value_of(port, "sensor_summary_differences_total", metric="temperature") == 2
+    assert len(etl.events("summary_differs")) == 2
+    tables = read_database(settings, "here").tables
+    assert tables is not None
+    (check,) = [each.check for each in tables.summaries if each.metric == "temperature"]
+    assert check is not None
+    assert (check.differences, check.age_seconds < 20, check.differed_at is not None) == (2, True, True)
+    assert etl.stop() == 0
+
+
+def summary_of_all(connection: psycopg.Connection) -> list[tuple[object, ...]]:
+    return connection.execute(
+        "SELECT avg_temperature, max_temperature FROM temperature_summary ORDER BY 1 DESC"
+    ).fetchall()
+
+
+def value_of(port: int, name: str, **labels: str) -> float:
+    """One sample of the service's metrics."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    wanted = name + "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
+    (line,) = [line for line in text.splitlines() if line.startswith(wanted + " ")]
+    return float(line.rpartition(" ")[2])
