@@ -1,42 +1,57 @@
-"""Kill everything at random moments; afterwards every row and every summary row is right.
+"""Kill and freeze everything at random moments; afterwards every row and every summary row is right.
 
-A run is decided by its seed: the readings, which process dies and when. ``make chaos RUNS=5 SEED=7`` runs more.
+A run is decided by its seed: the readings, which process dies or stands still and when. ``make chaos RUNS=5 SEED=7``
+runs more. On the local stack the servers are killed too; servers that TEST_* name are not.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-import threading
+import signal
+import time
 from collections import Counter
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-import psycopg
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from confluent_kafka import Message
+from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
+from services.core.kafka import client_settings, create_topics, place_of
 from services.core.offsets import group_lag
-from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.stack import Stack
-from tests.fix_services import PATIENCE_S, read_topic, wait_until
-from tests.fix_stack import ROOT, as_environment, make_stack, stack_settings, upgrade
+from tests.chaos.bystanders import Bystander, dump, read_live_view, read_live_view_at_once
+from tests.chaos.traffic import COLUMNS, COMPRESS_AFTER_DAYS, Traffic
+from tests.chaos.verdict import Verdict, count_reasons
+from tests.fix_services import Service, read_topic, run_cli, wait_until
+from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
 
-KILLS = 24
+EVENTS = 36
 FILES = 12
-ROWS_A_FILE = 2_500
-SENSORS = 25
-COLUMNS = Columns("time", "temperature", "humidity", "sensor")
-# A server takes seconds to come back, so the services are killed more often.
-TARGETS = {"consumer-0": 6, "consumer-1": 4, "etl-0": 5, "etl-1": 3, "producer": 5, "timescaledb": 4, "kafka": 2}
+CATCH_UP_WITHIN_S = 90
+WIDTHS = {"temperature": (10, 15), "humidity": (20, 30)}  # before and after the change
 COMMANDS = {"consumer": "consume", "etl": "etl", "producer": "produce"}
+SERVICES = ("consumer-0", "consumer-1", "consumer-2", "consumer-3", "etl-0", "etl-1", "producer")
+HARM = {"kill": 10, "freeze": 10, "rewind": 2}
+# A server takes seconds to come back, so the services are killed more often.
+HARM_TO_SERVERS = {"timescaledb": 3, "kafka": 2}
+TARGETS = dict(zip(SERVICES, (3, 3, 3, 3, 4, 4, 4), strict=True))
+# Most of the time somebody else has to take over only after the longest: sessions last ten seconds.
+FREEZES_S = {(0.1, 3.0): 6, (3.0, 8.0): 2, (11.0, 16.0): 2}
+SESSION_TIMEOUT_MS = 8_000
+QUEUED = "SELECT count(*) FROM summary_refresh_queue"
+HAS_CHANGED = """
+    SELECT (SELECT count(*) FROM timescaledb_information.chunks
+            WHERE hypertable_name = 'sensor_data' AND range_end <= %s),
+           (SELECT array_agg((extract(epoch FROM width) / 60)::int ORDER BY width) FROM summary_state)
+"""
+LOGGED = ("partitions_moved", "dead_writer_ended", "lead_lost", "duty_failed", "chunk_dropped", "chunk_compressed")
 RUNS = int(os.environ.get("CHAOS_RUNS", "1"))
 # Every worker of a parallel run collects the same tests, so they must draw the same seed.
 SEED = int(os.environ.get("CHAOS_SEED", "0")) or random.Random(  # noqa: S311 - a seed, no secret
@@ -47,180 +62,282 @@ SEED = int(os.environ.get("CHAOS_SEED", "0")) or random.Random(  # noqa: S311 - 
 class Chaos:
     """The services of one run, each started again whenever it ends, as a service manager would."""
 
-    def __init__(self, settings: Settings, stack: Stack, directory: Path, seed: int) -> None:
+    def __init__(self, settings: Settings, stack: Stack | None, directory: Path, seed: int) -> None:
         self.random = random.Random(seed)  # noqa: S311 - reproducible, not secret
         self.settings = settings
         self.stack = stack
         self.directory = directory
-        self.source = directory / "source"
-        self.kills: Counter[str] = Counter()
-        self.files: list[Path] = []
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._pause = threading.Event()
-        self._start_time = datetime(2024, 1, 1, tzinfo=UTC)
+        self.traffic = Traffic(settings, self.random, Path(settings.parquet_url))
+        self.etl_settings = settings.model_copy(update={"compress_after_days": COMPRESS_AFTER_DAYS})
+        self.harmed: Counter[str] = Counter()
+        self.ended_by_themselves: list[str] = []
+        self.services: dict[str, Service] = {}
+        self._frozen: dict[str, float] = {}  # when they go on
+        self._is_racing = False
+        self._rewind_to = datetime.now(UTC)
 
-    def add_file(self) -> None:
-        """A file of readings: mostly new, some repeated, some corrected, some late, some incomplete."""
-        number = len(self.files)
-        times, sensors, temperatures, humidities = [], [], [], []
-        for _ in range(ROWS_A_FILE):
-            minute = self.random.randrange(number * 200, number * 200 + 260)
-            if self.random.random() < 0.03:
-                minute = self.random.randrange(0, max(1, number * 200))
-            times.append(self._start_time + timedelta(minutes=minute))
-            sensors.append(f"s{self.random.randrange(SENSORS):02d}")
-            temperatures.append(round(self.random.gauss(20, 5), 2) if self.random.random() < 0.9 else None)
-            humidities.append(round(self.random.gauss(50, 9), 2) if self.random.random() < 0.9 else None)
-        table = pa.table(
-            {"time": times, "sensor": sensors, "temperature": temperatures, "humidity": humidities},
-            schema=pa.schema(
-                [
-                    ("time", pa.timestamp("us", "UTC")),
-                    ("sensor", pa.string()),
-                    ("temperature", pa.float64()),
-                    ("humidity", pa.float64()),
-                ]
-            ),
-        )
-        path = self.source / f"{number:03d}.parquet"
-        hidden = self.source / f".{path.name}"
-        pq.write_table(table, hidden, row_group_size=500)
-        hidden.rename(path)
-        self.files.append(path)
+    # Services --------------------------------------------------------------------------------------------
 
-    def revive(self) -> None:
-        """Start every service that is not running."""
-        for name in TARGETS:
-            service = name.split("-")[0]
-            if service not in COMMANDS:
+    def tend(self) -> None:
+        """Start every service that is not running, wake up those that were frozen for long enough."""
+        for name in SERVICES:
+            service = self.services.get(name)
+            if service is not None and service.process.poll() is None:
                 continue
-            process = self.processes.get(name)
-            if process is None or process.poll() is not None:
-                with (self.directory / f"{name}.log").open("ab") as log:
-                    self.processes[name] = subprocess.Popen(
-                        [sys.executable, "-m", "services.cli", COMMANDS[service]],
-                        cwd=ROOT,
-                        env=os.environ | as_environment(self.settings),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
+            if service is not None and service.process.returncode != -signal.SIGKILL:
+                tail = service.log_path.read_text(encoding="utf-8").splitlines()[-1:]
+                self.ended_by_themselves.append(f"{name}: {service.process.returncode} {tail}")
+            kind = name.split("-")[0]
+            is_etl = kind == "etl"
+            self._frozen.pop(name, None)
+            self.services[name] = Service(
+                self.etl_settings if is_etl else self.settings,
+                COMMANDS[kind],
+                log_path=self.directory / f"{name}.log",
+                module="tests.chaos.hasty" if is_etl else "services.cli",
+            )
+        self._wake_up(time.monotonic())
+
+    def _wake_up(self, now: float) -> None:
+        for name in [name for name, until in self._frozen.items() if until <= now]:
+            del self._frozen[name]
+            self.services[name].signal(signal.SIGCONT)
 
     def kill(self, name: str) -> None:
-        """SIGKILL a service, or a server, which is then started again."""
-        self.kills[name] += 1
-        if name in ("kafka", "timescaledb"):
-            server = getattr(self.stack, name)
-            server.kill()
-            self.pause(0.0, 1.0)
-            server.start()
-            server.wait_ready()
-        else:
-            process = self.processes[name]
-            process.kill()
-            process.wait(PATIENCE_S)
+        """SIGKILL a service, whatever it does or does not."""
+        self.harmed[f"kill {name}"] += 1
+        self.services[name].kill()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP a service; it goes on after a random time, and takes part in what has changed meanwhile."""
+        self.harmed[f"freeze {name}"] += 1
+        least_s, most_s = self.random.choices(list(FREEZES_S), list(FREEZES_S.values()))[0]
+        self.services[name].signal(signal.SIGSTOP)
+        self._frozen[name] = time.monotonic() + self.random.uniform(least_s, most_s)
+
+    def kill_server(self, name: str) -> None:
+        """SIGKILL a server of the local stack and start it again."""
+        assert self.stack is not None
+        self.harmed[f"kill {name}"] += 1
+        server = getattr(self.stack, name)
+        server.kill()
+        self.pause(0.0, 1.0)
+        server.start()
+        server.wait_ready()
+
+    def rewind(self) -> None:
+        """Let the consumers read the last seconds again."""
+        self.harmed["rewind"] += 1
+        moment = max(self._rewind_to, datetime.fromtimestamp(time.time() - self.random.uniform(0, 4), UTC))
+        done = run_cli(self.settings, "rewind", "--to-time", moment.isoformat())
+        assert done.returncode == 0, done.stderr
 
     def pause(self, least_s: float, most_s: float) -> None:
         """Let the run go on for a random time."""
-        self._pause.wait(self.random.uniform(least_s, most_s))
+        until = time.monotonic() + self.random.uniform(least_s, most_s)
+        wait_until(lambda: time.monotonic() >= until, "time passes")
 
-    def wait_until_done(self) -> None:
-        """Until all files are sent, the group has no lag and nothing is queued."""
+    # The run ---------------------------------------------------------------------------------------------
 
-        def is_done() -> bool:
-            self.revive()
-            try:
-                with connect(self.settings) as connection:
-                    return self._is_done(connection)
-            except TransientError:
-                return False
+    def run(self) -> None:
+        """Harm the services, send, and change the settings of etl on the way."""
+        changes = [self._change_widths, self._turn_retention_on]
+        self.random.shuffle(changes)
+        for event in range(EVENTS):
+            if event in (EVENTS // 3, 2 * EVENTS // 3):
+                changes.pop()()
+            if event * FILES >= self.traffic.files * EVENTS:
+                self.traffic.add_file()
+            self.tend()
+            self.pause(0.2, 1.5)
+            self._send()
+            self._harm()
+        while self.traffic.files < FILES:
+            self.traffic.add_file()
 
-        wait_until(is_done, "the pipeline caught up", within_s=90)
+    def _send(self) -> None:
+        self.traffic.send_from_devices()
+        if self._is_racing:
+            self.traffic.send_racers()
 
-    def _is_done(self, connection: psycopg.Connection) -> bool:
-        keys = len(read_rows(self.files, COLUMNS))
-        row = connection.execute(
-            "SELECT (SELECT count(*) FROM sensor_data), (SELECT count(*) FROM summary_refresh_queue)"
-        ).fetchone()
-        if row != (keys, 0):
-            return False
-        # All keys are there; the last corrections are only when the group has committed the topic's end.
-        probe = subprocess.run(
-            [sys.executable, "-m", "services.cli", "produce"],
-            cwd=ROOT,
-            env=os.environ | as_environment(self.settings) | {"LOG_FORMAT": "json"},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        return probe.returncode == 0 and group_lag(self.settings) == 0
+    def _harm(self) -> None:
+        harm = HARM | (HARM_TO_SERVERS if self.stack is not None else {})
+        kind = self.random.choices(list(harm), list(harm.values()))[0]
+        name = self.random.choices(list(TARGETS), list(TARGETS.values()))[0]
+        if kind in HARM_TO_SERVERS:
+            self.kill_server(kind)
+        elif kind == "rewind":
+            self.rewind()
+        elif kind == "freeze":
+            self.freeze(name)
+        else:
+            self.kill(name)
 
-    def stop(self) -> None:
-        """End every service."""
-        for process in self.processes.values():
-            process.kill()
-            process.wait(PATIENCE_S)
+    def _change_widths(self) -> None:
+        self._change_etl({f"{metric}_interval": new for metric, (_, new) in WIDTHS.items()})
+
+    def _turn_retention_on(self) -> None:
+        """From now on the oldest two chunks are closed, frozen and dropped, while single readings of them arrive."""
+        self.traffic.old_is_sent = False
+        self.wait_until_stored()
+        self._rewind_to = datetime.now(UTC)
+        self._is_racing = True
+        self._change_etl({"raw_retention_days": self.traffic.keep_days})
+
+    def _change_etl(self, update: dict[str, object]) -> None:
+        """With other settings from now on: all of them are started again."""
+        self.etl_settings = self.etl_settings.model_copy(update=update)
+        for name in SERVICES:
+            if name.startswith("etl"):
+                self.services[name].kill()
+
+    # The end ---------------------------------------------------------------------------------------------
+
+    def wait_until_stored(self) -> list[Message]:
+        """Until all that was sent is in the topic, and the positions are behind it; what the topic holds."""
+        sent = sum(map(len, self.traffic.sent.values())) + len(self.traffic.poison)
+        messages: list[Message] = []
+
+        def is_sent() -> bool:
+            self.tend()
+            messages[:] = read_topic(self.settings, self.settings.kafka_topic)
+            return len(messages) >= sent
+
+        wait_until(is_sent, "all is sent", CATCH_UP_WITHIN_S)
+        ends = dict(map(place_of, messages))
+        wait_until(lambda: self._are_behind(ends), "all is stored", CATCH_UP_WITHIN_S)
+        return messages
+
+    def _are_behind(self, ends: dict[int, int]) -> bool:
+        """Whether the position of each partition is behind the offset of its last message."""
+        row = self._find("SELECT json_object_agg(partition, next_offset) FROM partition_progress")
+        positions = row[0] if row is not None and isinstance(row[0], dict) else {}
+        return all(positions.get(str(partition), 0) > last for partition, last in ends.items())
+
+    def wait_until_done(self) -> list[Message]:
+        """Until etl has done all that it was asked for, while messages still come; what the topic holds then."""
+
+        def has_changed() -> bool:
+            self.pause(0.3, 0.6)
+            self._send()
+            return self._find(HAS_CHANGED, self.traffic.kept_from) == (0, sorted(new for _, new in WIDTHS.values()))
+
+        wait_until(has_changed, "retention and the change of widths are done", CATCH_UP_WITHIN_S)
+        self._send()
+        messages = self.wait_until_stored()
+        wait_until(lambda: self._find(QUEUED) == (0,), "nothing is queued", CATCH_UP_WITHIN_S)
+        wait_until(lambda: group_lag(self.settings) == 0, "the group has no lag")
+        return messages
+
+    def _find(self, query: str, *arguments: object) -> tuple[object, ...] | None:
+        """The first row of what the database answers, if it does; the services are tended meanwhile."""
+        self.tend()
+        try:
+            with connect(self.settings) as connection:
+                return connection.execute(query, arguments).fetchone()
+        except TransientError:
+            return None
+
+    def stop(self) -> list[int]:
+        """SIGTERM to every service; how they ended."""
+        self._wake_up(float("inf"))
+        for service in self.services.values():
+            service.signal(signal.SIGTERM)
+        return [service.wait() for service in self.services.values()]
+
+    def kill_all(self) -> None:
+        """End every service, whatever has happened."""
+        for service in self.services.values():
+            service.kill()
+
+    def logged(self) -> dict[str, int]:
+        """How often the services said what is worth counting."""
+        text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in self.directory.glob("*.log"))
+        return {event: text.count(f'"event": "{event}"') for event in LOGGED}
+
+
+@contextmanager
+def make_chaos(directory: Path, seed: int) -> Iterator[Chaos]:
+    """Servers, of this run alone where they may be killed; empty tables, topics, and services that are not started."""
+    (directory / "source").mkdir()
+    update = {
+        "parquet_url": str(directory / "source"),
+        "kafka_topic": f"chaos_{os.getpid()}_{seed}",
+        "kafka_group": f"chaos_{os.getpid()}_{seed}",
+        "kafka_group_protocol": ("auto", "classic")[seed % 2],
+        "kafka_session_timeout_ms": SESSION_TIMEOUT_MS,
+        "data_feature_date": COLUMNS.time,
+        "data_feature_temp": COLUMNS.temperature,
+        "data_feature_humid": COLUMNS.humidity,
+        "data_feature_sensor": COLUMNS.sensor,
+        "consumer_batch_rows": 400,
+        "consumer_batch_seconds": 0.2,
+        "etl_poll_seconds": 0.2,
+        "etl_check_seconds": 1.0,
+        "producer_transaction_rows": 1_000,
+        "producer_watch_seconds": 0.5,
+        "log_format": "json",
+    }
+    if is_native():
+        settings = native_settings().model_copy(update=update)
+        upgrade(settings)
+        with connect(settings) as connection:
+            empty(connection)
+        create_topics(AdminClient(client_settings(settings, "test")), settings)
+        yield Chaos(settings, None, directory, seed)
+        return
+    with make_stack(directory / "stack") as stack:
+        settings = stack_settings(stack).model_copy(update=update)
+        upgrade(settings)
+        create_topics(AdminClient(client_settings(settings, "test")), settings)
+        yield Chaos(settings, stack, directory, seed)
 
 
 @pytest.mark.parametrize("seed", [SEED + run for run in range(RUNS)])
 def test_nothing_is_lost_or_doubled_whatever_dies(
     seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    with make_stack(tmp_path / "stack") as stack:
-        settings = stack_settings(stack).model_copy(
-            update={
-                "parquet_url": str(tmp_path / "source"),
-                # Each killed consumer keeps its partitions for so long, and a broker killed meanwhile starts it anew.
-                "kafka_session_timeout_ms": 10_000,
-                "data_feature_date": COLUMNS.time,
-                "data_feature_temp": COLUMNS.temperature,
-                "data_feature_humid": COLUMNS.humidity,
-                "data_feature_sensor": COLUMNS.sensor,
-                "consumer_batch_rows": 400,
-                "consumer_batch_seconds": 0.2,
-                "etl_poll_seconds": 0.2,
-                "kafka_partitions": 4,
-                "producer_transaction_rows": 1_000,
-            }
-        )
-        upgrade(settings)
-        chaos = Chaos(settings, stack, tmp_path, seed)
-        chaos.source.mkdir()
-        chaos.add_file()
-        chaos.revive()
+    with make_chaos(tmp_path, seed) as chaos:
+        settings, traffic = chaos.settings, chaos.traffic
+        reader = Bystander(settings, read_live_view if is_native() else read_live_view_at_once, seed)
+        backup = Bystander(settings, dump, seed)
+        traffic.add_file()
+        chaos.tend()
         try:
-            for kill in range(KILLS):
-                chaos.pause(0.3, 2.0)
-                chaos.revive()
-                if kill * FILES >= len(chaos.files) * KILLS:
-                    chaos.add_file()
-                chaos.pause(0.0, 0.5)
-                chaos.kill(chaos.random.choices(list(TARGETS), list(TARGETS.values()))[0])
-            while len(chaos.files) < FILES:
-                chaos.add_file()
-            chaos.wait_until_done()
+            if is_native():
+                with reader.running(), backup.running():
+                    chaos.run()
+                    messages = chaos.wait_until_done()
+            else:
+                with reader.running():
+                    chaos.run()
+                    messages = chaos.wait_until_done()
+            codes = chaos.stop()
         finally:
-            chaos.stop()
-        rows = read_rows(chaos.files, COLUMNS)
-        messages = read_topic(settings, settings.kafka_topic)
+            chaos.kill_all()
+        letters = read_topic(settings, settings.dead_letter_topic)
+        verdict = Verdict(traffic, messages, letters)
         with connect(settings) as connection:
-            found = [
-                *differences_in_readings(connection, rows),
-                *differences_in_summary(connection, rows, "temperature", settings.temperature_interval),
-                *differences_in_summary(connection, rows, "humidity", settings.humidity_interval),
-            ]
-        sent = sum(
-            temperature is not None or humidity is not None
-            for file in chaos.files
-            for temperature, humidity in zip(
-                *(pq.read_table(file)[name].to_pylist() for name in ("temperature", "humidity")), strict=True
-            )
-        )
+            found = verdict.judge(connection, WIDTHS)
+            row = connection.execute("SELECT count(*), sum(differences)::int FROM summary_check").fetchone()
+        reconciled = run_cli(chaos.etl_settings, "etl", "--reconcile")
         record_property(
             "summary",
-            f"seed {seed}: {chaos.kills.total()} kills {dict(sorted(chaos.kills.items()))}, "
-            f"{len(messages)} messages of {sent} rows, {len(rows)} readings, {len(found)} differences",
+            f"seed {seed}: {chaos.harmed.total()} times harmed {dict(sorted(chaos.harmed.items()))}; "
+            f"{len(messages)} messages, {len(verdict.rows)} readings, {len(traffic.racers)} of them raced and "
+            f"{len(verdict.refused)} of these were too late; dead letters {count_reasons(letters)}, "
+            f"{verdict.repeated_letters} twice; {chaos.logged()}; {reader.turns} reports, {backup.turns} dumps; "
+            f"ended by themselves {len(chaos.ended_by_themselves)}; {len(found)} differences",
         )
-        assert len(messages) == sent, f"seed {seed}: the topic holds rows twice or not at all"
-        assert not found, f"seed {seed}: {found[:5]}"
+        assert not found, f"seed {seed}: {len(found)} differences: {found[:5]}"
+        assert row == (len(WIDTHS), 0), f"seed {seed}: etl's own check found differences"
+        assert (reconciled.returncode, reconciled.stdout) == (
+            0,
+            "".join(f"{metric}_summary: 0 rows differed\n" for metric in sorted(WIDTHS)),
+        ), f"seed {seed}: {reconciled}"
+        if is_native():
+            assert not chaos.ended_by_themselves, f"seed {seed}"
+            assert codes == [0] * len(SERVICES), f"seed {seed}"
+            assert not reader.errors, f"seed {seed}"
+            assert reader.turns, f"seed {seed}"
+            assert backup.turns, f"seed {seed}: {backup.errors}"
