@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo demo-down test chaos bench lint types lock clean
+.PHONY: setup demo demo-down test chaos load bench lint types lock clean
 
 setup: $(READY)
 
@@ -29,7 +29,10 @@ test: setup ## all tests, on a local stack that they start themselves
 	@$(BIN)/python -m pytest $(WORKERS)
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
-	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos
+	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py
+
+load: setup ## a long load of history on native servers, then every summary is compared: ROWS=20000000
+	@LOAD_ROWS=$(or $(ROWS),2000000) $(BIN)/python -m pytest tests/chaos/test_load.py
 
 bench: setup ## ratios to a bare COPY in the same run
 	@$(BIN)/python -m tests.benchmarks.bench

@@ -27,6 +27,7 @@ from services.core.kafka import client_settings, create_topics, place_of
 from services.core.offsets import group_lag
 from services.local.stack import Stack
 from tests.chaos.bystanders import Bystander, dump, read_live_view, read_live_view_at_once
+from tests.chaos.slow_commits import slow_commits
 from tests.chaos.traffic import COLUMNS, COMPRESS_AFTER_DAYS, Traffic
 from tests.chaos.verdict import Verdict, count_reasons
 from tests.fix_services import Service, read_topic, run_cli, wait_until
@@ -68,7 +69,11 @@ class Chaos:
         self.stack = stack
         self.directory = directory
         self.traffic = Traffic(settings, self.random, Path(settings.parquet_url))
-        self.etl_settings = settings.model_copy(update={"compress_after_days": COMPRESS_AFTER_DAYS})
+        self.settings_of = {
+            "consumer": settings,
+            "producer": settings,
+            "etl": settings.model_copy(update={"compress_after_days": COMPRESS_AFTER_DAYS}),
+        }
         self.harmed: Counter[str] = Counter()
         self.ended_by_themselves: list[str] = []
         self.services: dict[str, Service] = {}
@@ -88,13 +93,12 @@ class Chaos:
                 tail = service.log_path.read_text(encoding="utf-8").splitlines()[-1:]
                 self.ended_by_themselves.append(f"{name}: {service.process.returncode} {tail}")
             kind = name.split("-")[0]
-            is_etl = kind == "etl"
             self._frozen.pop(name, None)
             self.services[name] = Service(
-                self.etl_settings if is_etl else self.settings,
+                self.settings_of[kind],
                 COMMANDS[kind],
                 log_path=self.directory / f"{name}.log",
-                module="tests.chaos.hasty" if is_etl else "services.cli",
+                module="tests.chaos.hasty" if kind == "etl" else "services.cli",
             )
         self._wake_up(time.monotonic())
 
@@ -186,7 +190,7 @@ class Chaos:
 
     def _change_etl(self, update: dict[str, object]) -> None:
         """With other settings from now on: all of them are started again."""
-        self.etl_settings = self.etl_settings.model_copy(update=update)
+        self.settings_of["etl"] = self.settings_of["etl"].model_copy(update=update)
         for name in SERVICES:
             if name.startswith("etl"):
                 self.services[name].kill()
@@ -284,7 +288,10 @@ def make_chaos(directory: Path, seed: int) -> Iterator[Chaos]:
         with connect(settings) as connection:
             empty(connection)
         create_topics(AdminClient(client_settings(settings, "test")), settings)
-        yield Chaos(settings, None, directory, seed)
+        with slow_commits(settings) as of_consumers:
+            chaos = Chaos(settings, None, directory, seed)
+            chaos.settings_of["consumer"] = of_consumers
+            yield chaos
         return
     with make_stack(directory / "stack") as stack:
         settings = stack_settings(stack).model_copy(update=update)
@@ -320,7 +327,7 @@ def test_nothing_is_lost_or_doubled_whatever_dies(
         with connect(settings) as connection:
             found = verdict.judge(connection, WIDTHS)
             row = connection.execute("SELECT count(*), sum(differences)::int FROM summary_check").fetchone()
-        reconciled = run_cli(chaos.etl_settings, "etl", "--reconcile")
+        reconciled = run_cli(chaos.settings_of["etl"], "etl", "--reconcile")
         record_property(
             "summary",
             f"seed {seed}: {chaos.harmed.total()} times harmed {dict(sorted(chaos.harmed.items()))}; "
