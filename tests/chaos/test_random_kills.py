@@ -326,6 +326,7 @@ def test_nothing_is_lost_or_doubled_whatever_dies(
         verdict = Verdict(traffic, messages, letters)
         with connect(settings) as connection:
             found = verdict.judge(connection, WIDTHS)
+            (tmp_path / "differences.txt").write_text("\n".join(found), encoding="utf-8")
             row = connection.execute("SELECT count(*), sum(differences)::int FROM summary_check").fetchone()
         reconciled = run_cli(chaos.settings_of["etl"], "etl", "--reconcile")
         record_property(
