@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.consumer.batch import Batch, OutOfPlaceError
 from services.consumer.dead_letter import DeadLetter
@@ -226,8 +226,13 @@ class Worker:
         return Batch(self._places.topic_id, self._places.fills_gaps)
 
     def _at(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        """Where the partitions are; a paused 0 where that is not known yet.
+
+        Never a logical offset: librdkafka asks the broker what it is, and when a partition was assigned elsewhere
+        before the answer came, it asks once more half a second later, and goes there.
+        """
         topic = self._settings.kafka_topic
-        return [TopicPartition(topic, partition, self._next.get(partition, OFFSET_END)) for partition in partitions]
+        return [TopicPartition(topic, partition, self._next.get(partition, 0)) for partition in partitions]
 
     def _fetch(self, partitions: Iterable[int]) -> None:
         """Go on where these partitions are. A seek would be refused while one has no position that is valid."""
