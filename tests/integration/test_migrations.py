@@ -106,6 +106,18 @@ def test_the_key_is_unique_and_nothing_else_is_indexed(connection: psycopg.Conne
     assert re.search(r'^CREATE UNIQUE INDEX .*\("?time"?, sensor_id\)$', indexes[0][0])
 
 
+def test_ids_mean_the_same_on_every_machine(settings: Settings, connection: psycopg.Connection) -> None:
+    """An index in the order of a language breaks without a word when the C library changes."""
+    store_and_summarise(settings, connection)
+    rows = connection.execute(
+        "SELECT DISTINCT attrelid::regclass::text, collname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid"
+        " JOIN pg_collation ON pg_collation.oid = attcollation"
+        " WHERE attname = 'sensor_id' AND relkind IN ('r', 'v', 'i')"
+    ).fetchall()
+    assert {collation for _, collation in rows} == {"C"}
+    assert {name for name, _ in rows} >= {"sensor_data", "temperature_summary", "sensor_data_minute", "sensor_data_key"}
+
+
 def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(
     settings: Settings, connection: psycopg.Connection
 ) -> None:

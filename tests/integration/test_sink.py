@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 
 import psycopg
 import pytest
@@ -283,6 +283,21 @@ def test_corrections_for_many_sensors_into_compressed_history(sink: Sink, connec
     connection.execute("SELECT compress_chunk(chunk) FROM show_chunks('sensor_data') AS chunk")
     assert counts(sink, *(Reading(sensor, minutes(7), 2.0) for sensor in sensors)) == (0, 150, 0)
     assert connection.execute("SELECT count(*), sum(temperature) FROM sensor_data").fetchone() == (150_000, 150_150)
+
+
+def test_the_clock_is_the_databases(
+    sink: Sink, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer whose clock is an hour fast must not call readings too late an hour too soon."""
+
+    class Fast(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(hours=1)
+
+    monkeypatch.setattr("services.consumer.sink.datetime", Fast)
+    counts(sink, Reading("s1", minutes(0), 1.0))
+    assert abs(sink.clock_lead - timedelta(hours=1)) < timedelta(seconds=30)
 
 
 def test_thousands_of_weeks_are_stored_a_hundred_at_a_time(sink: Sink, connection: psycopg.Connection) -> None:
