@@ -10,7 +10,7 @@ Three roles, without a password until an operator sets one (docs/security.md):
 sensor_consumer  stores readings, and queues what changed. It sees no summary and deletes nothing.
 sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB lets only the owner drop chunks and
                  compress them. It cannot write readings: as the owner it lost that right, and gets it back only by an
-                 explicit GRANT. It has LOGIN because TimescaleDB asks it of the owner of a policy.
+                 explicit GRANT.
 sensor_reader    reads the summaries, the live views and the state of the queue, nothing else.
 
 Roles belong to the whole server, so another database may have created them and may still need them.
@@ -31,7 +31,7 @@ depends_on = None
 OLDEST_TIMESCALEDB = (2, 23)
 INSTALL = "install TimescaleDB 2.23 or newer, community edition (image timescale/timescaledb), and preload it"
 METRICS = ("temperature", "humidity")
-ROLES = {"sensor_consumer": "NOLOGIN", "sensor_etl": "LOGIN", "sensor_reader": "NOLOGIN"}
+ROLES = {"sensor_consumer": "NOLOGIN", "sensor_etl": "NOLOGIN", "sensor_reader": "NOLOGIN"}
 COMPRESSION = (
     "timescaledb.compress, timescaledb.compress_segmentby = 'sensor_id', timescaledb.compress_orderby = 'time'"
 )

@@ -13,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.types.multirange import Multirange
+from psycopg.types.range import Range
 
 from services.consumer.sink import Sink, touched_ranges
 from services.core.config import Settings
@@ -298,6 +300,59 @@ def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
     age("max", 2)
     assert averages() == [6.0, 20.0]  # settled
     assert queue_length(connection) == 0
+
+
+def left_in_queue(connection: psycopg.Connection) -> list[tuple[object, ...]]:
+    return connection.execute(
+        "SELECT id, lower(touched), upper(touched), queued_at FROM summary_refresh_queue ORDER BY id"
+    ).fetchall()
+
+
+@pytest.mark.parametrize("width", [10, 7 * 1440, 366 * 1440])
+def test_a_year_of_history_is_worked_off_step_by_step(
+    connection: psycopg.Connection, settings: Settings, sink: Sink, width: int
+) -> None:
+    """The newest first; whoever comes after a crash goes on where the last step ended."""
+    wide = settings.model_copy(update={"temperature_interval": width})
+    Leader(connection, wide)
+    days = 60 * 24 * 60.0
+    store(sink, at(-days, 2.0), at(-days / 2, 3.0), at(0, 4.0))
+    connection.execute("DELETE FROM summary_refresh_queue")
+    connection.execute(
+        "INSERT INTO summary_refresh_queue (touched) VALUES (%s)",
+        [Multirange([Range(minutes(-days), minutes(1), bounds="[)")])],
+    )
+    ((number, start, end, queued_at),) = left_in_queue(connection)
+    steps = 0
+    while True:
+        leader = Leader(connection, wide)  # as if the one before had died
+        assert leader.summaries.refresh_queued()
+        steps += 1
+        if steps == 1 and width == 10:
+            assert [row[2] for row in summary(connection)] == [4.0]
+        left = left_in_queue(connection)
+        if not left:
+            break
+        assert (left[0][0], left[0][1], left[0][3]) == (number, start, queued_at)
+        assert timedelta(0) < end - left[0][2] <= timedelta(days=1)  # type: ignore[operator]
+        end = left[0][2]
+    assert steps == 61
+    assert differences(connection, wide) == []
+
+
+def test_a_step_that_ends_inside_an_interval_loses_nothing_of_it(
+    connection: psycopg.Connection, settings: Settings, sink: Sink
+) -> None:
+    """Intervals of 3 days and of 7 minutes; scattered minutes, so that steps end in all places."""
+    uneven = settings.model_copy(update={"temperature_interval": 3 * 1440, "humidity_interval": 7})
+    leader = Leader(connection, uneven)
+    source = random.Random(7)  # noqa: S311
+    for _ in range(4):
+        store(sink, *(at(source.randrange(14 * 1440), source.random(), 1.0) for _ in range(150)))
+        leader.summaries.step = timedelta(minutes=source.randint(1, 3000))
+        while leader.summaries.refresh_queued():
+            pass
+        assert differences(connection, uneven) == []
 
 
 def test_readings_that_were_there_before_etl_are_summarised_to_the_last(

@@ -5,16 +5,19 @@ The embedded database runs one statement at a time, so these run against native 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from psycopg import Connection, errors
 
+from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
@@ -22,7 +25,7 @@ from services.core.shutdown import Shutdown
 from services.etl.lease import Lease, LeaseLostError
 from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
-from tests.fix_services import START, StartService, minutes, run_cli, store, wait_until
+from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
 
 pytestmark = pytest.mark.usefixtures("native")
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -154,6 +157,38 @@ def test_timescaledbs_notes_of_what_is_out_of_date_stay_few(settings: Settings, 
             leader.summaries.refresh_queued()
             sizes.append(sum(count(connection, f"_timescaledb_catalog.{log}") for log in logs))
     assert max(sizes[75:]) < 2 * max(sizes[:75]) + 20, sizes
+
+
+def test_history_loaded_twice_by_many_writers_is_summarised_exactly(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    """Half of it repeats what another writer has just stored, so minutes are refreshed while they are written to."""
+    quick = settings.model_copy(update={"etl_poll_seconds": 0.1, "etl_check_seconds": 0.5})
+    etl = start("etl", settings=quick)
+    etl.wait_for("leading")
+    rows = int(os.environ.get("LOAD_ROWS", "200000"))
+    batch, sensors = 5000, 50
+
+    def write(writer: int) -> None:
+        with closing(Sink(settings)) as sink:
+            for first in range(writer // 2 * batch, rows, 2 * batch):  # two of the four write the same
+                sink.write(
+                    [
+                        Reading(f"s{at % sensors}", minutes(at // sensors / 2), at % 97, writer)
+                        for at in range(first, first + batch)
+                    ],
+                    NOWHERE,
+                )
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", within_s=300)
+    looked = value(connection, "SELECT max(checked_at) FROM summary_check")
+    wait_until(lambda: value(connection, "SELECT min(checked_at) FROM summary_check") != looked, "one more look")
+    assert count(connection, "sensor_data") == rows
+    assert value(connection, "SELECT sum(differences) FROM summary_check") == 0
+    assert run_reconcile(settings, Shutdown()) == NOTHING
+    assert etl.stop() == 0
 
 
 # Locks that others hold --------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ WRONG = [
     ("CONSUMER_BATCH_SECONDS", "0", "above 0"),
     ("CONSUMER_BATCH_SECONDS", "nan", "above 0"),
     ("ETL_POLL_SECONDS", "inf", "above 0"),
+    ("ETL_CHECK_SECONDS", "-1", "0 (never) to 86400 seconds"),
     ("MAX_MESSAGE_BYTES", "2000000", "256 to 1000000"),
     ("MAX_FUTURE_SECONDS", "-1", "0 or more"),
     ("METRICS_PORT", "65536", "0 (off) to 65535"),
@@ -77,6 +78,19 @@ def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TEMPERATURE_INTERVAL", "abc")
     monkeypatch.setenv("POSTGRE_PORT", "99999")
     with pytest.raises(ConfigurationError, match=r"^TEMPERATURE_INTERVAL=abc .*; POSTGRE_PORT=99999 [^\n]*$"):
+        load_settings()
+
+
+@pytest.mark.parametrize(("keep", "compress", "fits"), [("30", "30", False), ("30", "29", True), ("0", "30", True)])
+def test_what_is_dropped_before_it_would_be_compressed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, keep: str, compress: str, *, fits: bool
+) -> None:
+    monkeypatch.setenv("RAW_RETENTION_DAYS", keep)
+    monkeypatch.setenv("COMPRESS_AFTER_DAYS", compress)
+    if fits:
+        load_settings()
+        return
+    with pytest.raises(ConfigurationError, match=r"^COMPRESS_AFTER_DAYS=30: RAW_RETENTION_DAYS=30 drops [^\n]*$"):
         load_settings()
 
 
