@@ -190,6 +190,13 @@ SELECT compress_chunk(%(chunk)s::regclass)
 -- name: refresh
 CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{options})
 
+-- name: end_mistaken_sessions
+-- A refresh is registered with the pid of its session. If the server crashes in the middle of one and gives the pid to
+-- another session afterwards, TimescaleDB refuses that refresh as long as this session lives.
+SELECT pid
+FROM _timescaledb_catalog.continuous_aggs_jobs_refresh_ranges JOIN pg_stat_activity USING (pid)
+WHERE backend_start > created_at AND pg_terminate_backend(pid)
+
 -- name: refresh_has_options
 -- Since TimescaleDB 2.28.
 SELECT coalesce(bool_or('options' = ANY(proargnames)), false) FROM pg_proc

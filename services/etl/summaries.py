@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from psycopg import Connection, sql
+from psycopg.errors import InsufficientPrivilege, LockNotAvailable, UndefinedColumn, UndefinedTable
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
@@ -149,16 +151,25 @@ class Summaries:
         ``force`` recomputes them even where TimescaleDB does not know of a change.
         """
         started = time.monotonic()
-        self._connection.execute(
-            SQL["refresh"].format(
-                aggregate=sql.Literal(aggregate),
-                start=sql.Literal(start),
-                end=sql.Literal(end),
-                force=sql.Literal(force),
-                options=sql.SQL(self._options),
-            )
+        refresh = SQL["refresh"].format(
+            aggregate=sql.Literal(aggregate),
+            start=sql.Literal(start),
+            end=sql.Literal(end),
+            force=sql.Literal(force),
+            options=sql.SQL(self._options),
         )
+        try:
+            self._connection.execute(refresh)
+        except LockNotAvailable:
+            self._end_mistaken_sessions()
+            raise
         REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
+
+    def _end_mistaken_sessions(self) -> None:
+        """Those that TimescaleDB takes for a refresh that a crash has ended, as far as we may: they connect again."""
+        with suppress(UndefinedTable, UndefinedColumn, InsufficientPrivilege):  # other versions; others' sessions
+            for (pid,) in self._connection.execute(SQL["end_mistaken_sessions"]):
+                log.warning("session_ended", extra=fields(pid=pid, reason="it has the pid of a refresh before a crash"))
 
     def note_dropped_chunks(self) -> None:
         """Every time, and not only when a chunk is newly gone: we may have died between the two steps."""

@@ -321,6 +321,31 @@ def test_a_chunk_that_cannot_be_compressed_costs_a_warning(
     assert etl.stop() == 0
 
 
+def test_a_session_that_has_the_pid_of_a_refresh_before_a_crash_stops_nothing(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    registrations = "_timescaledb_catalog.continuous_aggs_jobs_refresh_ranges"
+    columns = connection.execute("SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s)", [registrations])
+    if ("created_at",) not in columns.fetchall():
+        pytest.skip("this TimescaleDB does not register refreshes so")
+    store(settings, at(0))
+    run_once(settings)
+    with connect(settings) as idle:
+        connection.execute(
+            f"INSERT INTO {registrations} (materialization_id, start_range, end_range, pid, job_id, created_at)"
+            " SELECT id, 0, 4000000000000000, %s, 0, now() - interval '1 hour' FROM _timescaledb_catalog.hypertable"
+            " WHERE table_name = (SELECT materialization_hypertable_name"
+            "  FROM timescaledb_information.continuous_aggregates WHERE view_name = 'sensor_data_minute')",
+            [idle.info.backend_pid],
+        )
+        store(settings, at(20))
+        etl = start("etl")
+        assert etl.wait_for("session_ended")["pid"] == idle.info.backend_pid
+        wait_until(summarised(connection, 20), "it is summarised")
+        assert etl.stop() == 0
+    assert count(connection, registrations) == 0
+
+
 # Who leads ---------------------------------------------------------------------------------------------------
 
 

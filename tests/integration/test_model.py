@@ -7,7 +7,7 @@ in this process, against the real database, some steps through the real broker. 
 come out.
 
 The draws are the same in every run (their times lie around the present day). ``MODEL_EXAMPLES=500 MODEL_STEPS=40``
-makes a longer run with draws of its own, and cuts at each statement instead of every third. A failure prints its
+makes a longer run with draws of its own, and cuts at each statement instead of every eleventh. A failure prints its
 steps, and a blob that repeats it; ``MODEL_SHRINK=1`` looks for fewer steps that fail too, which takes minutes.
 """
 
@@ -71,7 +71,7 @@ from tests.model import (
 )
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "0"))
-EVERY = 1 if EXAMPLES else 3  # of the statements of a run
+EVERY = 1 if EXAMPLES else 11  # of the statements of a run
 SHRINK = "MODEL_SHRINK" in os.environ
 STEPS = int(os.environ.get("MODEL_STEPS", "20"))
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
