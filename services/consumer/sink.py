@@ -35,7 +35,7 @@ from psycopg.types.range import Range
 from services.consumer.batch import Move
 from services.consumer.instruments import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
-from services.core.database import connect, queries, translated
+from services.core.database import connect, connect_for_work, queries, translated
 from services.core.errors import PermanentError, TransientError
 from services.core.logs import fields
 from services.core.reading import EPOCH, METRICS, Reading
@@ -275,9 +275,7 @@ class Sink:
     def _session(self) -> Iterator[Cursor]:
         """A cursor whose errors are ours. After any error its transaction is over."""
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._settings, SESSION_NAME)
-            # A correction of compressed history decompresses up to a thousand rows for each sensor.
-            self._connection.execute(SQL["decompress_without_limit"])
+            self._connection = self._open()
         connection = self._connection
         try:
             with translated(by_row=True), connection.cursor() as cursor, not_about_a_row():
@@ -291,6 +289,17 @@ class Sink:
             with translated():
                 connection.rollback()
             raise
+
+    def _open(self) -> Connection:
+        connection = connect_for_work(self._settings, SESSION_NAME)
+        try:
+            with translated():
+                # A correction of compressed history decompresses up to a thousand rows for each sensor.
+                connection.execute(SQL["decompress_without_limit"])
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _end_dead_writers(self) -> None:
         """We have waited for a lock too long: end transactions of consumers that are frozen or gone.

@@ -44,6 +44,8 @@ CONNECT_TIMEOUT_S = 5
 # libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
 TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
 
+# A pooler may drop the options without a word. The server reports this one to its clients, and nobody else sets it.
+DATE_STYLE = "ISO,YMD"
 # What holds for a session, whatever the server's or the role's defaults: UTC; no time limit on the work itself; no
 # long wait for a lock, because others queue behind whoever waits; and the server ends the session, with its locks,
 # soon after this machine is gone, this process has died in the middle of a statement, or it is frozen between two
@@ -57,12 +59,10 @@ SESSION_OPTIONS = {
     "tcp_keepalives_count": "3",
     "idle_in_transaction_session_timeout": "15s",
     "client_connection_check_interval": "5s",
+    "DateStyle": DATE_STYLE,
 }
-# A pooler may drop the options without a word. PostgreSQL 17 has one more time limit, which older ones do not know.
-BEGIN_SESSION = """
-    SELECT current_setting('idle_in_transaction_session_timeout'),
-           (SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout')
-"""
+# PostgreSQL 17 has one more time limit, which older ones would refuse as an option.
+NO_TIME_LIMIT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'"
 
 
 def connection_arguments(settings: Settings) -> dict[str, Any]:
@@ -99,7 +99,6 @@ def connect(settings: Settings, name: str = "sensor-pipeline") -> Connection:
     stands before it that keeps the options to itself.
     """
     options = " ".join(f"-c {name}={value}" for name, value in SESSION_OPTIONS.items())
-    connection = None
     try:
         connection = psycopg.connect(
             **connection_arguments(settings),
@@ -108,14 +107,23 @@ def connect(settings: Settings, name: str = "sensor-pipeline") -> Connection:
             application_name=name,
             options=options,
         )
-        row = connection.execute(BEGIN_SESSION).fetchone()
     except psycopg.OperationalError as error:
-        if connection is not None:
-            connection.close()
         raise _translate_connect(error, settings) from error
-    if row is None or row[0] != SESSION_OPTIONS["idle_in_transaction_session_timeout"]:
+    if (connection.info.parameter_status("DateStyle") or "").replace(" ", "") != DATE_STYLE:
         connection.close()
         raise _pooled(settings)
+    return connection
+
+
+def connect_for_work(settings: Settings, name: str = "sensor-pipeline") -> Connection:
+    """``connect``, without any time limit of the server's or the role's; waits until the server answers."""
+    connection = connect(settings, name)
+    try:
+        with translated():
+            connection.execute(NO_TIME_LIMIT)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from psycopg import Connection
 
 from services.core.config import Settings
-from services.core.database import connect, cut, translated
+from services.core.database import connect_for_work, cut, translated
 from services.core.errors import PipelineError
 from services.core.logs import fields
 
@@ -47,7 +47,7 @@ class Beside:
     def _run(self) -> None:
         while not self._end.is_set():
             try:
-                with translated(), connect(self._settings) as self._connection:
+                with translated(), connect_for_work(self._settings) as self._connection:
                     self._work(self._connection, self._end)
             except PipelineError as error:
                 if not self._end.is_set():

@@ -14,7 +14,7 @@ from psycopg import Connection
 
 from services.core.backoff import Retries
 from services.core.config import Settings
-from services.core.database import connect, connect_at_start, cut, translated
+from services.core.database import connect_at_start, connect_for_work, cut, translated
 from services.core.errors import PermanentError, PipelineError, TransientError
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, Monitoring, database_probe
@@ -61,7 +61,7 @@ def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
     while not shutdown.requested:
         leader = None
         try:
-            with translated(), connect(settings) as connection:
+            with translated(), connect_for_work(settings) as connection:
                 open_now[:] = [connection]
                 if wait_to_lead(connection, settings, shutdown):
                     with renewal(settings, connection), compression(settings):
@@ -99,7 +99,7 @@ def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
 def run_once(settings: Settings, shutdown: Shutdown) -> None:
     """All that is queued, then all that the settings ask for. Raises PermanentError if another instance works."""
     connect_at_start(settings, shutdown).close()
-    with translated(), connect(settings) as connection:
+    with translated(), connect_for_work(settings) as connection:
         lease = Lease(connection)
         seen = ""
         while not lease.try_take():
@@ -118,7 +118,7 @@ def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
     If another instance leads, it does the repair, for as long as it lives.
     """
     connect_at_start(settings, shutdown).close()
-    with translated(), connect(settings) as connection, renewal(settings, connection):
+    with translated(), connect_for_work(settings) as connection, renewal(settings, connection):
         lease = Lease(connection)
         leaders: list[Leader] = []
 
@@ -218,7 +218,7 @@ class Leader:
                 failure = failure or error
         try:
             if self._settings.compress_after_days:
-                with translated(), connect(self._settings) as own:
+                with translated(), connect_for_work(self._settings) as own:
                     for _ in compress(own, timedelta(days=self._settings.compress_after_days)):
                         pass
         except PipelineError as error:

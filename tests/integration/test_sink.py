@@ -15,6 +15,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import PermanentError, TransientError
 from services.core.reading import Reading
+from tests.fix_proxy import Moment, Proxy
 from tests.fix_services import NOWHERE, minutes, wait_until
 
 Row = tuple[str, datetime, float | None, float | None]
@@ -315,7 +316,9 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
     """No time limit of PostgreSQL ends a session that waits for COPY's data."""
     batch = [Reading(f"s{number}", minutes(0), 1.0) for number in range(5000)]  # more than the server holds back
     heir = Sink(settings)
-    with connect(settings, SESSION_NAME) as frozen, frozen.cursor() as cursor:
+    frozen = connect(settings, SESSION_NAME)
+    try:
+        cursor = frozen.cursor()
         encoded = encode(cursor, batch)
         cursor.execute("BEGIN")
         copying = cursor.copy(COPY_READINGS)
@@ -324,6 +327,8 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
         wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
         with pytest.raises(psycopg.OperationalError):
             copying.__exit__(None, None, None)
+    finally:
+        frozen.close()
     assert len(stored(connection)) == len(batch)
     heir.close()
 
@@ -339,6 +344,16 @@ def is_written(connection: psycopg.Connection, pid: int) -> bool:
     """Whether the backend has begun to write."""
     row = connection.execute("SELECT backend_xid IS NOT NULL FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone()
     return row == (True,)
+
+
+def test_a_connection_that_is_cut_as_it_opens_blames_no_row(proxied: Settings, proxy: Proxy) -> None:
+    for pattern in (b"transaction_timeout", b"max_tuples_decompressed", b"LOCK TABLE"):
+        sink = Sink(proxied)
+        proxy.cut_at(pattern, Moment.ANSWERED)
+        with pytest.raises(TransientError):
+            sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
+        assert not sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE).refused
+        sink.close()
 
 
 @pytest.mark.usefixtures("native")
