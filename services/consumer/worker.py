@@ -136,6 +136,7 @@ class Worker:
         self._unanswered_commits = 0
         self._ends: dict[int, int] = {}  # where a partition ended, until more comes
         self._ends_committed: dict[int, int] = {}
+        self._commit_again = False  # Kafka refused one, and there may never be a next one
         self._blocked_since: float | None = None
         self._paused = False
         self._closing = False
@@ -340,6 +341,9 @@ class Worker:
         if now < self._next_check or not self._next or not self._filling.is_empty:
             return
         self._next_check = now + CHECK_EVERY_S
+        if self._commit_again:
+            self._commit_again = False
+            self._ends_committed.clear()
         check = self._new_batch()
         check.start = check.end = dict(self._next)
         self._writer.submit(check)
@@ -396,7 +400,8 @@ class Worker:
     def _note_commit(self, error: KafkaError) -> None:
         if error.code() in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to commit offsets: {error.str()}")
-        log.warning("offsets_not_committed", extra=fields(detail=error.str()))  # the next commit covers this one
+        log.warning("offsets_not_committed", extra=fields(detail=error.str()))
+        self._commit_again = True
 
     # Back-pressure ---------------------------------------------------------------------------------------
 
