@@ -79,7 +79,7 @@ class Aggregates:
         with self._lease.transaction():
             self._connection.execute(SQL["as_owner"])
             self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=parts))
-        log.info("aggregate_created", extra=fields(aggregate=BASE))
+            self._note_created(BASE)
 
     def show_live(self) -> Iterator[None]:
         """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it."""
@@ -139,7 +139,11 @@ class Aggregates:
             return
         self._connection.execute(SQL["as_owner"])
         self._connection.execute(statement("create_aggregate", metric))
-        log.info("aggregate_created", extra=fields(aggregate=metric.aggregate))
+        self._note_created(metric.aggregate)
+
+    def _note_created(self, aggregate: str) -> None:
+        self._connection.execute(SQL["vacuum_often"].format(materialized=self.materialized()[aggregate]))
+        log.info("aggregate_created", extra=fields(aggregate=aggregate))
 
     def _of(self, name: str) -> set[str]:
         """The aggregates of a metric, of whatever width."""

@@ -34,8 +34,9 @@ UPDATE etl_lease SET holder = 0, expires_at = '-infinity' WHERE holder = pg_back
 
 -- name: prefer_hashing
 -- A refresh makes few groups of many readings. Without statistics of a chunk that is being filled the server expects
--- as many groups as readings, and would sort them all.
-SET enable_sort = off
+-- as many groups as readings, and would sort them all. The mirror compares sensors of one interval: a merge by time alone,
+-- which needs no sort, would look at each pair of them.
+SET enable_sort = off; SET enable_mergejoin = off
 
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
@@ -242,6 +243,10 @@ WITH NO DATA
 -- name: list_aggregates
 SELECT view_name, materialization_hypertable_schema, materialization_hypertable_name
 FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public'
+
+-- name: vacuum_often
+-- Each refresh replaces the rows of the open intervals. They would be a fifth of a chunk, ten weeks, before autovacuum came.
+ALTER TABLE {materialized} SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50000)
 
 -- name: drop_aggregate
 DROP MATERIALIZED VIEW {aggregate}

@@ -367,6 +367,52 @@ def test_a_leader_that_was_frozen_is_replaced_and_changes_nothing_when_it_wakes_
     assert (first.stop(), second.stop()) == (0, 0)
 
 
+@pytest.fixture
+def much_history(settings: Settings, connection: Connection) -> None:
+    """A refresh of it takes seconds."""
+    run_once(settings)
+    connection.execute(
+        "INSERT INTO sensor_data SELECT %s + at * interval '1 second', 's' || sensor, 1, 1"
+        " FROM generate_series(0, 20000) AS at, generate_series(1, 60) AS sensor",
+        [START],
+    )
+    connection.execute(
+        "INSERT INTO summary_refresh_queue (touched) VALUES (tstzmultirange(tstzrange(%s, %s)))", [START, minutes(360)]
+    )
+
+
+def is_refreshing(connection: Connection) -> Callable[[], bool]:
+    """Whether a refresh of the minutes runs on the server."""
+    refreshes = (
+        "pg_stat_activity WHERE state = 'active' AND starts_with(query, 'CALL refresh') AND strpos(query, 'minute') > 0"
+    )
+    return lambda: count(connection, refreshes) > 0
+
+
+@pytest.mark.usefixtures("much_history")
+def test_a_standby_takes_over_within_seconds_from_a_refresh_that_nobody_waits_for(
+    settings: Settings, connection: Connection, start: StartService
+) -> None:
+    first = start("etl")
+    first.wait_for("leading")
+    second = start("etl")
+    second.wait_for("standing_by")
+    wait_until(is_refreshing(connection), "a refresh")
+    first.kill()
+    second.wait_for("leading", within_s=12)
+    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", within_s=60)
+    assert second.stop() == 0
+    assert run_reconcile(settings, Shutdown()) == NOTHING
+
+
+@pytest.mark.usefixtures("much_history")
+def test_a_signal_cancels_a_long_refresh(settings: Settings, connection: Connection, start: StartService) -> None:
+    etl = start("etl")
+    wait_until(is_refreshing(connection), "a refresh")
+    assert etl.stop() == 0
+    wait_until(lambda: not is_refreshing(connection)(), "the refresh has ended too", within_s=3)
+
+
 def test_whoever_has_lost_the_lead_changes_nothing(settings: Settings, connection: Connection) -> None:
     store(settings, at(0))
     with connect(settings) as other:

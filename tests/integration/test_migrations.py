@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -209,3 +211,25 @@ def test_without_timescaledb_one_line_says_what_to_install(plain_postgres: Setti
     assert line.startswith("error: this PostgreSQL server has no TimescaleDB: install TimescaleDB 2.23 or newer")
     with connect(plain_postgres) as connection:
         assert relations(connection) == set()
+
+
+@pytest.mark.usefixtures("native", "no_tables")
+def test_two_at_once_and_somebody_who_holds_the_old_locks(settings: Settings) -> None:
+    with connect(settings) as other, ThreadPoolExecutor(2) as pool:
+        other.execute("SELECT pg_advisory_lock(6180882)")  # any role may take any advisory lock
+        done = list(pool.map(lambda _: alembic(settings, "upgrade", "head"), range(2)))
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+
+
+@pytest.mark.usefixtures("native", "no_tables")
+def test_a_lock_that_somebody_holds_is_waited_for(settings: Settings) -> None:
+    upgrade(settings)
+    with connect(settings) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN; SELECT * FROM alembic_version FOR UPDATE")
+        migrating = pool.submit(alembic, settings, "downgrade", "base", LOG_FORMAT="json")
+        threading.Event().wait(4)
+        assert not migrating.done()
+        other.execute("COMMIT")
+        done = migrating.result()
+    assert done.returncode == 0, done.stderr
+    assert "migration_waits" in done.stderr
