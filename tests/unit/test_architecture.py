@@ -115,3 +115,10 @@ def test_every_query_is_used_and_every_used_query_exists(package: str) -> None:
     assert not unused
     plain = {str(item.value) for item in looked_up if isinstance(item, ast.Constant)}
     assert plain <= set(names)
+
+
+def test_the_consumer_assigns_no_logical_offset() -> None:
+    """librdkafka asks the broker what END is, and may go there after the partition was assigned somewhere else."""
+    for path in modules("consumer"):
+        if path.name == "worker.py":
+            assert not re.search(r"\bOFFSET_(END|BEGINNING|STORED|INVALID)\b", path.read_text(encoding="utf-8"))
