@@ -368,6 +368,7 @@ def measure_history_cost(bench: Bench) -> None:
         with connect(bench.settings) as connection:
             leader = Leader(connection, bench.settings)
             leader.run_once()
+            assert leader.take_over() is not None
             samples = []
             for number in range(15):
                 moment = START + timedelta(minutes=number)
