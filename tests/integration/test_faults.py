@@ -191,7 +191,8 @@ def test_connections_cut_at_any_step_of_a_refresh_leave_exact_summaries(
     expected.wait_until_stored()
     expected.wait_until_summarised()
     assert len(etl.events("database_unavailable")) == len(cuts)
-    assert len(etl.events("leading")) == len(cuts) + 1
+    # A COMMIT that is cut may be the one that takes the lead.
+    assert len(cuts) + 1 - len(Moment) <= len(etl.events("leading")) <= len(cuts) + 1
     assert_alive(etl)
 
 
