@@ -45,6 +45,8 @@ MOST_WINDOWS = 32
 SLOW_S, QUICK_S = 20.0, 2.0
 # A refresh of what lies between two windows that are this near costs less than another call.
 NEAR = timedelta(minutes=5)
+# Where there are more windows than one step takes, sensors report seldom, and there is little between.
+NEAR_OF_MANY = timedelta(hours=1)
 # All at once would write an hour's minutes to as many pages as there are rows; ten at a time, TimescaleDB's own choice,
 # makes a day without readings cost 0.1 s.
 BATCHES = ", options => '{\"buckets_per_batch\": 60}'"
@@ -248,11 +250,11 @@ def count(intervals: dict[Metric, int], changed: dict[str, int], queue_rows: int
     MIRROR_SECONDS.observe(mirror_s)
 
 
-def join_near(windows: list[Window]) -> list[Window]:
-    """Windows (by time, disjoint) that cover the given ones; those with little between them are one."""
+def join_near(windows: list[Window], near: timedelta = NEAR) -> list[Window]:
+    """Windows (by time, disjoint) that cover the given ones; those with no more than ``near`` between them are one."""
     joined: list[Window] = []
     for start, end in windows:
-        if joined and start - joined[-1][1] <= NEAR:
+        if joined and start - joined[-1][1] <= near:
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((start, end))
@@ -264,6 +266,8 @@ def take_newest(minutes: list[Window], most_time: timedelta) -> Step:
     taken: list[Window] = []
     left = most_time
     windows = join_near(minutes)
+    if len(windows) > MOST_WINDOWS:
+        windows = join_near(minutes, NEAR_OF_MANY)
     while windows and left and len(taken) < MOST_WINDOWS:
         start, end = windows.pop()
         cut = max(start, end - left // BASE_WIDTH * BASE_WIDTH)

@@ -57,3 +57,10 @@ def test_step_by_step_all_is_taken_from_the_newest_to_the_oldest(windows: list[W
 
 def test_nothing_is_nothing() -> None:
     assert take_newest([], MINUTE).windows == []
+
+
+def test_an_hour_of_little_is_joined_where_there_are_many_windows() -> None:
+    """A week of readings once an hour is one refresh and not a hundred; a few late ones stay apart."""
+    hourly = [(START + at * 60 * MINUTE, START + (at * 60 + 1) * MINUTE) for at in range(7 * 24)]
+    assert len(take_newest(hourly, timedelta(days=7)).windows) == 1
+    assert len(take_newest(hourly[:10], timedelta(days=7)).windows) == 10
