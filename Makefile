@@ -32,7 +32,7 @@ chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py
 
 load: setup ## a long load of history on native servers, then every summary is compared: ROWS=20000000
-	@LOAD_ROWS=$(or $(ROWS),2000000) $(BIN)/python -m pytest tests/chaos/test_load.py
+	@LOAD_ROWS=$(or $(ROWS),2000000) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/chaos/test_load.py
 
 bench: setup ## ratios to a bare COPY in the same run
 	@$(BIN)/python -m tests.benchmarks.bench

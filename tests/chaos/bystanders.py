@@ -16,6 +16,7 @@ from psycopg import Connection
 
 from services.core.config import Settings
 from services.core.database import connection_arguments
+from tests.fix_services import PATIENCE_S
 
 LONGEST_OPEN_S = 4.0
 LONGEST_PAUSE_S = 1.0
@@ -42,7 +43,8 @@ class Bystander:
             yield
         finally:
             self._end.set()
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
+            assert not self._thread.is_alive(), "the database does not answer"
 
     def pause(self, most_s: float) -> None:
         """Stay as it is for a random time."""

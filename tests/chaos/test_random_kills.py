@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,14 +84,14 @@ class Chaos:
         self.harmed: Counter[str] = Counter()
         self.ended_by_themselves: list[str] = []
         self.services: dict[str, Service] = {}
-        self._frozen: dict[str, float] = {}  # when they go on
+        self._frozen: dict[str, threading.Timer] = {}  # each ends the freeze, whatever this thread waits for
         self._is_racing = False
         self._rewind_to = datetime.now(UTC)
 
     # Services --------------------------------------------------------------------------------------------
 
     def tend(self) -> None:
-        """Start every service that is not running, wake up those that were frozen for long enough."""
+        """Start every service that is not running."""
         for name in SERVICES:
             service = self.services.get(name)
             if service is not None and service.process.poll() is None:
@@ -99,19 +100,12 @@ class Chaos:
                 tail = service.log_path.read_text(encoding="utf-8").splitlines()[-1:]
                 self.ended_by_themselves.append(f"{name}: {service.process.returncode} {tail}")
             kind = name.split("-")[0]
-            self._frozen.pop(name, None)
             self.services[name] = Service(
                 self.settings_of[kind],
                 COMMANDS[kind],
                 log_path=self.directory / f"{name}.log",
                 module="tests.chaos.hasty" if kind == "etl" else "services.cli",
             )
-        self._wake_up(time.monotonic())
-
-    def _wake_up(self, now: float) -> None:
-        for name in [name for name, until in self._frozen.items() if until <= now]:
-            del self._frozen[name]
-            self.services[name].signal(signal.SIGCONT)
 
     def kill(self, name: str) -> None:
         """SIGKILL a service, whatever it does or does not."""
@@ -122,8 +116,10 @@ class Chaos:
         """SIGSTOP a service; it goes on after a random time, and takes part in what has changed meanwhile."""
         self.harmed[f"freeze {name}"] += 1
         least_s, most_s = self.random.choices(list(FREEZES_S), list(FREEZES_S.values()))[0]
-        self.services[name].signal(signal.SIGSTOP)
-        self._frozen[name] = time.monotonic() + self.random.uniform(least_s, most_s)
+        service = self.services[name]
+        service.signal(signal.SIGSTOP)
+        self._frozen[name] = threading.Timer(self.random.uniform(least_s, most_s), service.signal, [signal.SIGCONT])
+        self._frozen[name].start()
 
     def kill_server(self, name: str) -> None:
         """SIGKILL a server of the local stack and start it again."""
@@ -185,7 +181,7 @@ class Chaos:
 
     def _aim(self, name: str) -> None:
         """Wait for a moment at which the consumer is in the middle of a transaction, if there is one soon."""
-        if self.stack is not None or name in self._frozen:
+        if self.stack is not None or (name in self._frozen and self._frozen[name].is_alive()):
             return
         ports = {each.laddr.port for each in psutil.Process(self.services[name].process.pid).net_connections()}
         deadline = time.monotonic() + AIM_WITHIN_S
@@ -262,15 +258,21 @@ class Chaos:
 
     def stop(self) -> list[int]:
         """SIGTERM to every service; how they ended."""
-        self._wake_up(float("inf"))
         for service in self.services.values():
             service.signal(signal.SIGTERM)
+            service.signal(signal.SIGCONT)
         return [service.wait() for service in self.services.values()]
 
-    def kill_all(self) -> None:
-        """End every service, whatever has happened."""
-        for service in self.services.values():
-            service.kill()
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Every service ends with the block: one that is frozen may hold the database, and all who wait for it."""
+        try:
+            yield
+        finally:
+            for timer in self._frozen.values():
+                timer.cancel()
+            for service in self.services.values():
+                service.kill()
 
     def logged(self) -> dict[str, int]:
         """How often the services said what is worth counting."""
@@ -328,18 +330,10 @@ def test_nothing_is_lost_or_doubled_whatever_dies(
         backup = Bystander(settings, dump, seed)
         traffic.add_file()
         chaos.tend()
-        try:
-            if is_native():
-                with reader.running(), backup.running():
-                    chaos.run()
-                    messages = chaos.wait_until_done()
-            else:
-                with reader.running():
-                    chaos.run()
-                    messages = chaos.wait_until_done()
+        with reader.running(), backup.running() if is_native() else nullcontext(), chaos.ending():
+            chaos.run()
+            messages = chaos.wait_until_done()
             codes = chaos.stop()
-        finally:
-            chaos.kill_all()
         letters = read_topic(settings, settings.dead_letter_topic)
         verdict = Verdict(traffic, messages, letters)
         with connect(settings) as connection:
