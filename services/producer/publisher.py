@@ -16,6 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from services.producer.progress import Progress, Stopped, encode_progress, progr
 
 log = logging.getLogger("producer")
 
+POLL_S = 0.1  # a longer poll, as a flush, goes on with callbacks after one of them has raised a fatal error
 CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
 STOP_WITHIN_S = 5.0  # how long a commit or abort may take once the service shall end
 NOTE_AFTER_S, NOTE_EVERY_S = 5.0, 10.0
@@ -206,7 +208,7 @@ class Publisher:
     def _produce_waiting(self, producer: Producer, produce: Callable[[], None]) -> None:
         """Produce one message as soon as the queue has room."""
         waiting_since = time.monotonic()
-        for pause in pauses(0.01, 0.5):
+        for pause in pauses(0.01, POLL_S):
             try:
                 produce()
             except BufferError:
@@ -279,7 +281,16 @@ class Publisher:
         self.pending = 0
 
     def _discard(self) -> None:
+        """Give the client up; what it has sent is answered first, if Kafka does so within a second.
+
+        librdkafka 2.16 damages its memory when the answer that a producer was fenced reaches a client that is ending.
+        """
         if self._producer is not None:
+            self._producer.purge(in_flight=False)
+            deadline = time.monotonic() + CALL_TIMEOUT_S
+            while len(self._producer) and time.monotonic() < deadline:
+                with suppress(KafkaException):  # that it was fenced
+                    self._producer.poll(POLL_S)
             self._producer.purge()
         self._producer = None
 

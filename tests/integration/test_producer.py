@@ -19,14 +19,28 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, Producer, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core.config import Settings
+from services.core.errors import PermanentError
 from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, client_settings, create_topics, headers_of
 from services.core.reading import Decoder
+from services.core.shutdown import Shutdown
 from services.local.runtime import install
 from services.local.servers import Kafka
+from services.producer.encoding import Messages
+from services.producer.progress import progress_topic
+from services.producer.publisher import Publisher
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, run_cli, wait_until
 from tests.fix_stack import ROOT, free_port
 from tests.murmur2 import partition_of
@@ -441,6 +455,43 @@ def test_of_two_producers_on_one_source_the_older_is_fenced(
     assert last_line(older).startswith("error: fenced: another producer has taken over ")
     assert newer.wait() == 0
     assert_once(settings, MANY)
+
+
+class Noting(Publisher):
+    """Remembers why messages were not delivered."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, "source", Shutdown())
+        self.codes: Counter[int] = Counter()
+
+    def _note_failure(self, error: KafkaError | None, message: Message) -> None:
+        super()._note_failure(error, message)
+        self.codes[error.code() if error is not None else 0] += 1
+
+
+def send_forever(publisher: Publisher, messages: Messages) -> None:
+    while True:
+        publisher.send(messages)
+
+
+def test_a_fenced_client_ends_when_all_that_it_sent_was_answered(settings: Settings) -> None:
+    """Or the answers could damage the memory of the process."""
+    create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
+    messages = Messages(20_000, [f"s{number}".encode() for number in range(20_000)], [b"x" * 300] * 20_000, {})
+    older = Noting(settings)
+    with Publisher(settings, "source", Shutdown()) as newer, older:
+        older.start()
+        older.send(messages)
+        newer.start()
+        with pytest.raises(PermanentError, match="fenced"):
+            send_forever(older, messages)
+        client = older._producer
+        assert client is not None
+        older.__exit__(None, None, None)
+        with suppress(KafkaException):
+            client.poll(0)
+    assert older.codes[KafkaError.INVALID_PRODUCER_EPOCH]
+    assert not older.codes[KafkaError._PURGE_INFLIGHT]
 
 
 def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_went_on(
