@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -221,13 +220,23 @@ def test_two_at_once_and_somebody_who_holds_the_old_locks(settings: Settings) ->
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
 
 
+def is_waiting(connection: psycopg.Connection) -> bool:
+    """Whether somebody waits for a lock."""
+    row = connection.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    ).fetchone()
+    return row is not None and row[0] > 0
+
+
 @pytest.mark.usefixtures("native", "no_tables")
 def test_a_lock_that_somebody_holds_is_waited_for(settings: Settings) -> None:
     upgrade(settings)
-    with connect(settings) as other, ThreadPoolExecutor(1) as pool:
+    with connect(settings) as other, connect(settings) as watcher, ThreadPoolExecutor(1) as pool:
         other.execute("BEGIN; SELECT * FROM alembic_version FOR UPDATE")
         migrating = pool.submit(alembic, settings, "downgrade", "base", LOG_FORMAT="json")
-        threading.Event().wait(4)
+        wait_until(lambda: is_waiting(watcher), "it waits for the lock")
+        wait_until(lambda: not is_waiting(watcher), "it gives the lock up")
+        wait_until(lambda: is_waiting(watcher), "it tries again")
         assert not migrating.done()
         other.execute("COMMIT")
         done = migrating.result()
