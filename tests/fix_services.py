@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+from psycopg.types.multirange import Multirange
 
+from services.consumer import columns
 from services.consumer.batch import Move
 from services.consumer.sink import Sink, WriteResult
 from services.core.config import Settings
@@ -130,6 +132,11 @@ def store(settings: Settings, *readings: Reading, repeated: Sequence[Reading] = 
         return sink.write(readings, NOWHERE, repeated=repeated)
     finally:
         sink.close()
+
+
+def touched_ranges(readings: Sequence[Reading]) -> Multirange[datetime]:
+    """What the consumer queues for readings that it has stored; they are in order of time."""
+    return columns.touched_ranges(columns.columns_of(readings)["time"])
 
 
 def message(

@@ -1,18 +1,23 @@
-"""A batch: messages decoded, or dead letters, and how far they move each partition."""
+"""A batch: the columns of many messages, dead letters, and how far they move each partition."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from confluent_kafka import Message
 from psycopg import sql
 
+from services.consumer.columns import joined
 from services.consumer.dead_letter import DeadLetter
-from services.core.errors import MalformedMessage
-from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, headers_of, place_of
-from services.core.reading import Decoder, Reading
+from services.consumer.decoding import decode
+from services.core.kafka import place_of
+from services.core.reading import Decoder
 
 
 class OutOfPlaceError(Exception):
@@ -49,7 +54,7 @@ class Move:
 
 @dataclass(slots=True)
 class Batch:
-    """Messages that are stored together.
+    """Messages that are stored together. Of those that are readings only the columns are kept.
 
     ``start`` and ``end`` are positions, by partition: where the database must be, and where it is afterwards. Offsets
     between two messages may be missing (aborted transactions, markers), so a position is no offset of a message.
@@ -57,8 +62,7 @@ class Batch:
 
     topic_id: str = ""
     fills_gaps: bool = False  # what REPEATED_IF_MOVED marks may have been stored before
-    readings: list[Reading] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)  # of the readings, same places
+    chunks: list[pa.RecordBatch] = field(default_factory=list)
     dead_letters: list[DeadLetter] = field(default_factory=list)
     start: dict[int, int] = field(default_factory=dict)
     end: dict[int, int] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class Batch:
     opened_at: float = field(default_factory=time.monotonic)
 
     def __len__(self) -> int:
-        return len(self.readings) + len(self.dead_letters)
+        return sum(map(len, self.chunks)) + len(self.dead_letters)
 
     @property
     def is_empty(self) -> bool:
@@ -78,49 +82,25 @@ class Batch:
         """How far the batch moves its partitions."""
         return Move(self.topic_id, self.start, self.end)
 
-    def split_repeated(self) -> tuple[list[int], list[int]]:
-        """The places of the readings that overwrite, and of those that may have been stored before and fill gaps."""
-        marks = {REPEATED, REPEATED_IF_MOVED} if self.fills_gaps else {REPEATED}
-        repeated = [at for at, message in enumerate(self.messages) if message.headers() and mark(message) in marks]
-        if not repeated:
-            return list(range(len(self.readings))), []
-        others = set(repeated)
-        return [at for at in range(len(self.readings)) if at not in others], repeated
+    def split_repeated(self) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        """The readings that overwrite, and those that may have been stored before and fill gaps."""
+        readings = joined(self.chunks)
+        return readings.filter(pc.invert(readings["repeated"])), readings.filter(readings["repeated"])
 
     def add(self, messages: Sequence[Message], decoder: Decoder, positions: dict[int, int]) -> None:
-        """Decode messages, in the order they came; ``positions`` is where each partition is, and follows.
-
-        Runs for each message, so it asks for an offset only where the messages change from one partition to another.
-        """
-        decode, readings, kept = decoder.decode, self.readings, self.messages
-        before = messages[0]
-        partition = self._check_place(before, positions)
-        for message in messages:
-            value = message.value()
-            try:
-                readings.append(decode(value))
-            except MalformedMessage as error:
-                self.dead_letters.append(DeadLetter(message, error.reason, str(error)))
-            else:
-                kept.append(message)
-            if value:
-                self.size_bytes += len(value)
-            if message.partition() != partition:
-                self._move_behind(before, positions)
-                partition = self._check_place(message, positions)
-            before = message
-        self._move_behind(before, positions)
-
-    def _check_place(self, message: Message, positions: dict[int, int]) -> int:
-        """The message's partition, which must be ours and not be further on."""
-        partition, offset = place_of(message)
-        if offset < positions.get(partition, offset + 1):
-            raise OutOfPlaceError(f"a message of partition {partition} at {offset}")
-        return partition
-
-    def _move_behind(self, message: Message, positions: dict[int, int]) -> None:
-        partition, offset = place_of(message)
-        self.move(partition, offset + 1, positions)
+        """Decode messages, in the order they came; ``positions`` is where each partition is, and follows."""
+        first = 0
+        for _, run in groupby(map(Message.partition, messages)):
+            after = first + len(list(run))
+            partition, offset = place_of(messages[first])
+            if offset < positions.get(partition, math.inf):
+                raise OutOfPlaceError(f"a message of partition {partition} at {offset}")
+            self.move(partition, place_of(messages[after - 1])[1] + 1, positions)
+            first = after
+        columns, letters, size_bytes = decode(messages, decoder, fills_gaps=self.fills_gaps)
+        self.chunks.append(columns)
+        self.dead_letters += letters
+        self.size_bytes += size_bytes
 
     def move(self, partition: int, position: int, positions: dict[int, int]) -> None:
         """The partition is at ``position`` once the batch is stored."""
@@ -129,23 +109,16 @@ class Batch:
         self.start.setdefault(partition, positions[partition])
         self.end[partition] = positions[partition] = position
 
-    def without(self, partitions: Container[int]) -> Batch:
+    def without(self, partitions: Collection[int]) -> Batch:
         """What is left when these partitions are another consumer's."""
-        stay = [at for at, message in enumerate(self.messages) if message.partition() not in partitions]
+        gone = pa.array(list(partitions), pa.int32())
         return Batch(
             topic_id=self.topic_id,
             fills_gaps=self.fills_gaps,
-            readings=[self.readings[at] for at in stay],
-            messages=[self.messages[at] for at in stay],
+            chunks=[chunk.filter(pc.invert(pc.is_in(chunk["partition"], gone))) for chunk in self.chunks],
             dead_letters=[letter for letter in self.dead_letters if letter.message.partition() not in partitions],
             start={partition: position for partition, position in self.start.items() if partition not in partitions},
             end={partition: position for partition, position in self.end.items() if partition not in partitions},
             size_bytes=self.size_bytes,
             opened_at=self.opened_at,
         )
-
-
-def mark(message: Message) -> bytes | None:
-    """What the message says of having been stored before; of several marks the last."""
-    marks = [value for name, value in headers_of(message) if name == REPEAT_HEADER]
-    return marks[-1] if marks else None

@@ -6,8 +6,10 @@ ours; ``sensor_pipeline.reason`` adds a stable word to filter by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -21,6 +23,7 @@ from services.core.kafka import (
     client_settings,
     headers_of,
     place_of,
+    read_range,
 )
 
 FLUSH_TIMEOUT_S = 10
@@ -47,6 +50,7 @@ OUR_HEADERS = frozenset(
 TRUNCATED_BYTES = (64 * 1024, 0)
 NEVER_TAKEN = NOT_ALLOWED | {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
 
+Place = tuple[int, int]  # partition and offset
 Header = tuple[str, str | bytes | None]
 
 
@@ -75,7 +79,7 @@ class DeadLetter:
 
 
 class DeadLetterTopic:
-    """Sends dead letters and waits until the broker has them."""
+    """Sends dead letters and waits until the broker has them; reads again what the database has refused."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -93,6 +97,16 @@ class DeadLetterTopic:
                 "partitioner": PARTITIONER,
             }
         )
+
+    def read_again(self, places: Collection[Place]) -> dict[Place, Message]:
+        """The messages of the topic of readings at these places, as far as they still exist. Raises TransientError."""
+        topic, found = self._settings.kafka_topic, {}
+        for partition, group in groupby(sorted(places), itemgetter(0)):
+            offsets = dict.fromkeys(offset for _, offset in group)
+            for message in read_range(self._settings, topic, partition, min(offsets), max(offsets) + 1):
+                if message.offset() in offsets:
+                    found[place_of(message)] = message
+        return found
 
     def send(self, letters: Sequence[DeadLetter]) -> bool:
         """Send them all and wait for the broker.

@@ -12,7 +12,7 @@ LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE;
 SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)), clock_timestamp() FROM summary_state
 
 -- name: copy_readings
-COPY sensor_data (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
+COPY sensor_data (time, {metrics}, sensor_id) FROM STDIN (FORMAT binary)
 
 -- name: queue_and_commit
 -- The rows of partition_progress are locked for no longer than it takes to commit.
@@ -27,7 +27,7 @@ SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {n
 CREATE TEMPORARY TABLE incoming (LIKE sensor_data)
 
 -- name: copy_incoming
-COPY incoming (sensor_id, time, {metrics}) FROM STDIN (FORMAT binary)
+COPY incoming (time, {metrics}, sensor_id) FROM STDIN (FORMAT binary)
 
 -- name: merge_incoming
 -- xmax is 0 in a row that this statement inserted, and our transaction's id in one that it updated.

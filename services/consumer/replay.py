@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from services.consumer.dead_letter import OUR_HEADERS
@@ -23,12 +23,12 @@ from services.core.kafka import (
     connect_admin,
     headers_of,
     place_of,
+    read_range,
 )
 from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
 
 POLL_S = 1.0
-SILENCE_S = 30.0
 FLUSH_TIMEOUT_S = 60.0
 SHOWN_VALUE_BYTES = 200
 
@@ -157,39 +157,11 @@ def read_letters(settings: Settings, shutdown: Shutdown, reason: str | None) -> 
     """The dead letters that exist at the time of the call, in the order of the topic."""
     topic = settings.dead_letter_topic
     partitions = letter_partitions(connect_admin(settings, shutdown), topic)
-    consumer = Consumer(
-        client_settings(settings, "dead-letters")
-        | {"group.id": "not-used", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
-    )
-    try:
-        for partition in partitions:
-            yield from read_partition(consumer, topic, partition, shutdown, reason)
-    finally:
-        consumer.close()
-
-
-def read_partition(
-    consumer: Consumer, topic: str, partition: int, shutdown: Shutdown, reason: str | None
-) -> Iterator[Message]:
-    """The letters of one partition, up to its present end."""
-    place = TopicPartition(topic, partition)
-    first, end = consumer.get_watermark_offsets(place, timeout=10)
-    if first >= end:
-        return
-    consumer.assign([TopicPartition(topic, partition, first)])
-    silent_s = 0.0
-    while not shutdown.requested:
-        letter = consumer.poll(POLL_S)
-        if letter is None:
-            silent_s += POLL_S
-            if silent_s >= SILENCE_S or consumer.position([place])[0].offset >= end:
-                break
-            continue
-        error = letter.error()
-        if error is not None:
-            raise KafkaException(error)
-        silent_s = 0.0
-        if reason is None or read_headers(letter).get(REASON_HEADER) == reason:
-            yield letter
-        if place_of(letter)[1] >= end - 1:
-            break
+    with Offsets(settings) as offsets:
+        found = offsets.of(topic, partitions)
+    for each in found:
+        for letter in read_range(settings, topic, each.partition, each.first, each.end):
+            if shutdown.requested:
+                return
+            if reason is None or read_headers(letter).get(REASON_HEADER) == reason:
+                yield letter

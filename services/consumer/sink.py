@@ -16,23 +16,27 @@ is stored.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from io import BytesIO
-from itertools import pairwise
-from operator import attrgetter
 
 import psycopg
-from msgspec.structs import astuple
-from psycopg import Connection, Copy, Cursor, errors, sql
-from psycopg.copy import FileWriter
-from psycopg.types.multirange import Multirange
-from psycopg.types.range import Range
+import pyarrow as pa
+import pyarrow.compute as pc
+from psycopg import Connection, Cursor, errors, sql
 
 from services.consumer.batch import Move
+from services.consumer.columns import (
+    MICROSECOND,
+    MINUTE,
+    columns_of,
+    encode,
+    last_values,
+    microseconds,
+    split_at_jumps,
+    touched_ranges,
+)
 from services.consumer.instruments import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
 from services.core.database import connect, connect_for_work, queries, translated
@@ -51,20 +55,10 @@ COLUMNS = {"metrics": listed("{0}"), "stored": listed("stored.{0}")}
 COPY_READINGS, COPY_INCOMING = (SQL[name].format(**COLUMNS) for name in ("copy_readings", "copy_incoming"))
 OVERWRITE = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(excluded.{0}, stored.{0})"))
 FILL_GAPS = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(stored.{0}, excluded.{0})"))
-COLUMN_TYPES = ("text", "timestamptz", *("float8" for _ in METRICS))  # in the order of a reading's fields
-MINUTE = timedelta(minutes=1)
 
 SESSION_NAME = "sensor-pipeline consumer"
 MOVED = "KP001"  # raised by advance_partitions
 OUR_TABLES = frozenset({"summary_refresh_queue", "partition_progress"})  # no reading is to blame for these
-
-# A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
-# split where its times jump, but not into so many transactions that late readings slow the others down.
-JUMP = timedelta(hours=1)
-MOST_TRANSACTIONS = 4
-# Each week may be a chunk to create, and a transaction locks all its chunks in a table of limited size.
-WEEK = timedelta(days=7)
-MOST_WEEKS = 100
 
 # If PostgreSQL refuses every row of a batch of at least this size for the same reason, the rows are not to blame.
 LEAST_ALL_REFUSED = 10
@@ -74,8 +68,6 @@ LEAST_ALL_REFUSED = 10
 FIRST_MERGES = 1
 MOST_MERGES = 64
 
-
-time_of, sensor_of = attrgetter("time"), attrgetter("sensor_id")
 
 log = logging.getLogger("consumer")
 
@@ -146,7 +138,12 @@ class Sink:
         self.clock_lead = timedelta(0)  # how far this machine's clock is ahead of the database's
 
     def write(
-        self, readings: Sequence[Reading], move: Move, *, repeated: Sequence[Reading] = (), advance: bool = True
+        self,
+        readings: pa.RecordBatch | Sequence[Reading],
+        move: Move,
+        *,
+        repeated: pa.RecordBatch | Sequence[Reading] = (),
+        advance: bool = True,
     ) -> WriteResult:
         """Store readings; when it returns they are committed. Those that are ``repeated`` only fill gaps.
 
@@ -157,16 +154,16 @@ class Sink:
         PartitionsMovedError (a partition is elsewhere: forget the batch).
         """
         result = WriteResult()
-        parts = split_at_jumps(readings)
-        alone = advance and len(parts) + bool(repeated) == 1
+        overwriting, filling = as_columns(readings), as_columns(repeated)
+        parts = split_at_jumps(overwriting["time"])
+        alone = advance and len(parts) + bool(len(filling)) == 1
         for part in parts:
-            result.add(self._write_part(readings, part, move if alone else move.standing_still()))
-        for part in split_at_jumps(repeated):
-            filled = self._write_part(repeated, part, move.standing_still(), fill=True)
+            result.add(self._write_part(overwriting, part, move if alone else move.standing_still()))
+        for part in split_at_jumps(filling["time"]):
+            filled = self._write_part(filling, part, move.standing_still(), fill=True)
             for refused in filled.refused:
-                result.refused.append(
-                    Refused(refused.index + len(readings), refused.reason, refused.detail, refused.cause)
-                )
+                index = refused.index + len(overwriting)
+                result.refused.append(Refused(index, refused.reason, refused.detail, refused.cause))
             filled.refused.clear()
             result.add(filled)
         result.raise_if_all_refused()
@@ -184,44 +181,43 @@ class Sink:
         if connection is not None:
             connection.close()
 
-    def _write_part(
-        self, readings: Sequence[Reading], part: list[int], move: Move, *, fill: bool = False
-    ) -> WriteResult:
+    def _write_part(self, readings: pa.RecordBatch, part: pa.Array, move: Move, *, fill: bool = False) -> WriteResult:
         """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
+        rows = readings.take(part)  # in order of time
         try:
-            rows = [readings[index] for index in part]
             result = self._merge(rows, move, FILL_GAPS) if fill else self._copy_or_merge(rows, move)
-            self._count(rows, result)
+            self._count(rows["time"], result)
             return result
         except HistoryClosedError as error:
-            late = [index for index in part if readings[index].time < error.closed_before]
-            result = WriteResult(refused=[Refused(index, "too_late", str(error)) for index in late])
-            halves = [part[len(late) :]]  # the part is in order of time
+            late = count_before(rows["time"], error.closed_before)
+            refused = [Refused(index, "too_late", str(error)) for index in part[:late].to_pylist()]
+            result = WriteResult(refused=refused)
+            halves = [part[late:]]
         except psycopg.Error as error:  # it blames a row
             if len(part) == 1:
                 detail = " ".join(str(error).split())
                 cause = error.sqlstate, error.diag.constraint_name
-                return WriteResult(refused=[Refused(part[0], "refused_by_database", detail, cause)])
+                return WriteResult(refused=[Refused(part[0].as_py(), "refused_by_database", detail, cause)])
             result = WriteResult()
             middle = len(part) // 2
             halves = [part[:middle], part[middle:]]
         for half in halves:
-            if half:
+            if len(half):
                 result.add(self._write_part(readings, half, move.standing_still(), fill=fill))
         return result
 
-    def _count(self, rows: list[Reading], result: WriteResult) -> None:
-        """Tell the metrics what was committed; the rows are in order of time.
+    def _count(self, times: pa.Array, result: WriteResult) -> None:
+        """Tell the metrics what was committed.
 
         Late is what belongs to an interval that had ended, by the newest reading before.
         """
         for name in ("inserted", "updated", "unchanged"):
             READINGS_STORED.labels(name).inc(getattr(result, name))
-        READINGS_LATE.inc(bisect_left(rows, self._over_before, key=time_of))
-        newest = min(rows[-1].time, datetime.now(UTC))
+        READINGS_LATE.inc(count_before(times, self._over_before))
+        newest = min(EPOCH + times[-1].as_py() * MICROSECOND, datetime.now(UTC))
         self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shorter_interval)
 
-    def _copy_or_merge(self, rows: list[Reading], move: Move) -> WriteResult:
+    def _copy_or_merge(self, rows: pa.RecordBatch, move: Move) -> WriteResult:
         if self._merges_left:
             self._merges_left -= 1
             return self._merge(rows, move, OVERWRITE)
@@ -234,19 +230,19 @@ class Sink:
         self._merges_next = FIRST_MERGES
         return result
 
-    def _copy(self, rows: list[Reading], move: Move) -> WriteResult:
+    def _copy(self, rows: pa.RecordBatch, move: Move) -> WriteResult:
+        encoded, touched = encode(rows), touched_ranges(rows["time"])
+        finish = SQL["queue_and_commit"].format(**move.literals(), touched=sql.Literal(touched))
         with self._session() as cursor:
-            encoded = encode(cursor, rows)
-            finish = SQL["queue_and_commit"].format(**move.literals(), touched=sql.Literal(touched_ranges(rows)))
             self._begin(cursor, rows)
             copy(cursor, COPY_READINGS, encoded)
             self._commit(cursor, finish)
         return WriteResult(inserted=len(rows), advanced=move.advances)
 
-    def _merge(self, rows: list[Reading], move: Move, merge: sql.Composed) -> WriteResult:
+    def _merge(self, rows: pa.RecordBatch, move: Move, merge: sql.Composed) -> WriteResult:
+        encoded = encode(last_values(rows))
+        finish = SQL["drop_and_commit"].format(**move.literals())
         with self._session() as cursor:
-            encoded = encode(cursor, last_values(rows))
-            finish = SQL["drop_and_commit"].format(**move.literals())
             self._begin(cursor, rows)
             cursor.execute(SQL["create_incoming"])
             copy(cursor, COPY_INCOMING, encoded)
@@ -257,14 +253,14 @@ class Sink:
         unchanged = len(rows) - inserted - updated
         return WriteResult(inserted, updated, unchanged, merged=True, advanced=move.advances)
 
-    def _begin(self, cursor: Cursor, rows: list[Reading]) -> None:
+    def _begin(self, cursor: Cursor, rows: pa.RecordBatch) -> None:
         """Begin the transaction, and keep the history of the rows open until it ends."""
         cursor.execute(SQL["begin"])
         row = cursor.set_result(-1).fetchone()
         assert row is not None
         closed_before, clock = row
         self.clock_lead = datetime.now(UTC) - clock
-        if closed_before is not None and rows[0].time < closed_before:
+        if closed_before is not None and count_before(rows["time"], closed_before):
             raise HistoryClosedError(closed_before)
 
     def _commit(self, cursor: Cursor, finish: sql.Composed) -> None:
@@ -325,95 +321,17 @@ def not_about_a_row() -> Iterator[None]:
         raise
 
 
-def encode(cursor: Cursor, rows: Iterable[Reading]) -> bytes:
-    """Readings as COPY takes them in binary form."""
-    encoded = BytesIO()
-    with Copy(cursor, binary=True, writer=FileWriter(encoded)) as formatter:
-        formatter.set_types(COLUMN_TYPES)
-        for row in rows:
-            formatter.write_row(astuple(row))
-    return encoded.getvalue()
+def as_columns(readings: pa.RecordBatch | Sequence[Reading]) -> pa.RecordBatch:
+    """Readings as columns, if they are not yet."""
+    return readings if isinstance(readings, pa.RecordBatch) else columns_of(readings)
+
+
+def count_before(times: pa.Array, moment: datetime) -> int:
+    """How many of the times are before a moment."""
+    return int(pc.sum(pc.less(times, microseconds(moment))).as_py() or 0)
 
 
 def copy(cursor: Cursor, statement: sql.Composed, encoded: bytes) -> None:
     """COPY readings that are encoded."""
     with cursor.copy(statement) as stream:
         stream.write(encoded)
-
-
-def last_values(rows: Iterable[Reading]) -> list[Reading]:
-    """One reading for each (sensor, time), by time and sensor: for each field the last value that is not None.
-
-    The order is the same for every consumer, so that two of them never wait for each other in a circle.
-    """
-    latest: list[Reading] = []
-    before: Reading | None = None
-    for row in sorted(sorted(rows, key=sensor_of), key=time_of):  # equal keys keep their order
-        if before is not None and before.time == row.time and before.sensor_id == row.sensor_id:
-            latest.pop()
-            row = Reading(
-                *(old if new is None else new for old, new in zip(astuple(before), astuple(row), strict=True))
-            )
-        latest.append(row)
-        before = row
-    return latest
-
-
-def touched_ranges(rows: Sequence[Reading]) -> Multirange[datetime]:
-    """The minutes that hold readings, as ranges [start, end), adjacent ones merged; the rows are in order of time.
-
-    Jumps from minute to minute by bisection, since most batches hold many readings of few minutes.
-    """
-    ranges: list[Range[datetime]] = []
-    first = last = (rows[0].time - EPOCH) // MINUTE
-    at = 0
-    while (at := bisect_left(rows, minute_start(last + 1), lo=at, key=time_of)) < len(rows):
-        minute = (rows[at].time - EPOCH) // MINUTE
-        if minute != last + 1:
-            ranges.append(minute_range(first, last))
-            first = minute
-        last = minute
-    ranges.append(minute_range(first, last))
-    return Multirange(ranges)
-
-
-def minute_start(minute: int) -> datetime:
-    """The start of a minute that is counted from 1970."""
-    return EPOCH + minute * MINUTE
-
-
-def minute_range(first: int, last: int) -> Range[datetime]:
-    """From the start of minute ``first`` to the end of minute ``last``, counted from 1970."""
-    return Range(minute_start(first), minute_start(last + 1), bounds="[)")
-
-
-def split_at_jumps(readings: Sequence[Reading]) -> list[list[int]]:
-    """Positions of the readings by time, in parts whose times do not jump; equal times keep their order.
-
-    At most MOST_TRANSACTIONS parts, split at the widest jumps; more only where a part has more than MOST_WEEKS weeks.
-    """
-    if not readings:
-        return []
-    times = list(map(time_of, readings))
-    order = sorted(range(len(times)), key=times.__getitem__)
-    if times[order[-1]] - times[order[0]] <= JUMP:
-        return [order]
-    times.sort()
-    jumps = [at for at in range(1, len(times)) if times[at] - times[at - 1] > JUMP]
-    widest = sorted(jumps, key=lambda at: times[at] - times[at - 1], reverse=True)[: MOST_TRANSACTIONS - 1]
-    edges = [0, *sorted(widest), len(order)]
-    return [order[start:end] for part in pairwise(edges) for start, end in pairwise(split_by_weeks(times, *part))]
-
-
-def split_by_weeks(times: Sequence[datetime], start: int, end: int) -> list[int]:
-    """Where to split the times (in order) from ``start`` to ``end``: no part has more than MOST_WEEKS weeks."""
-    edges = [start]
-    weeks, at = 0, start
-    while at < end:
-        if weeks == MOST_WEEKS:
-            edges.append(at)
-            weeks = 0
-        weeks += 1
-        week = (times[at] - EPOCH) // WEEK
-        at = bisect_left(times, EPOCH + (week + 1) * WEEK, lo=at, hi=end)
-    return [*edges, end]

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import pyarrow as pa
+
 from services.consumer.batch import Batch
+from services.consumer.columns import joined
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
 from services.consumer.patience import keep_trying
 from services.consumer.positions import Places, Positions
-from services.consumer.sink import PartitionsMovedError, Sink, WriteResult
+from services.consumer.sink import PartitionsMovedError, Refused, Sink, WriteResult
 from services.core.config import Settings
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, KAFKA
@@ -155,8 +158,7 @@ class Writer:
     def _store(self, batch: Batch) -> Outcome:
         """Commit the readings; what was refused goes to the dead letters before the commit that steps over it."""
         started = time.monotonic()
-        overwriting, filling = batch.split_repeated()
-        readings, repeated = ([batch.readings[at] for at in places] for places in (overwriting, filling))
+        readings, repeated = batch.split_repeated()
         move, advance = batch.positions, not batch.dead_letters
         try:
             result = keep_trying(
@@ -166,10 +168,10 @@ class Writer:
             )
             if result is None:
                 return self._left(batch)
-            places = [*overwriting, *filling]
-            letters = batch.dead_letters + [
-                DeadLetter(batch.messages[places[row.index]], row.reason, row.detail) for row in result.refused
-            ]
+            refused = self._letters_of(result.refused, [readings, repeated])
+            if refused is None:
+                return self._left(batch)
+            letters = batch.dead_letters + refused
             if letters and keep_trying(KAFKA, lambda: self._dead_letters.send(letters), self._abandon.wait) is None:
                 return self._left(batch)
             if (
@@ -184,20 +186,32 @@ class Writer:
             self._count(batch, result, letters, time.monotonic() - started)
         return Stored(batch, result, letters)
 
+    def _letters_of(self, refused: Sequence[Refused], readings: Sequence[pa.RecordBatch]) -> list[DeadLetter] | None:
+        """Dead letters for what was refused; None if that was given up, or if Kafka has dropped a message meanwhile."""
+        if not refused:
+            return []
+        rows = joined(readings).take(pa.array([row.index for row in refused], pa.int64()))
+        places = list(zip(rows["partition"].to_pylist(), rows["offset"].to_pylist(), strict=True))
+        messages = keep_trying(KAFKA, lambda: self._dead_letters.read_again(places), self._abandon.wait)
+        if messages is None or len(messages) < len(places):
+            return None
+        return [DeadLetter(messages[place], row.reason, row.detail) for place, row in zip(places, refused, strict=True)]
+
     def _left(self, batch: Batch) -> NotStored:
         MESSAGES_LEFT.inc(len(batch))
         return NotStored()
 
     def _count(self, batch: Batch, result: WriteResult, letters: Sequence[DeadLetter], seconds: float) -> None:
         path = "merge" if result.merged else "copy"
-        BATCH_READINGS.observe(len(batch.readings))
+        readings = len(batch) - len(batch.dead_letters)
+        BATCH_READINGS.observe(readings)
         BATCH_WRITE_SECONDS.labels(path).observe(seconds)
         for letter in letters:
             DEAD_LETTERS.labels(letter.reason).inc()
         log.info(
             "batch_written",
             extra=fields(
-                readings=len(batch.readings),
+                readings=readings,
                 inserted=result.inserted,
                 updated=result.updated,
                 unchanged=result.unchanged,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 
-from confluent_kafka import KafkaError, KafkaException, Message, TopicCollection
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.core.backoff import pauses
@@ -49,6 +50,7 @@ NOT_ALLOWED = frozenset(
 DAY_MS = 24 * 60 * 60 * 1000
 REPEAT_AFTER_S = 30.0
 CREATE_WITHIN_S = 5.0
+SILENCE_S = 10.0
 
 NO_ANSWER = frozenset(
     {
@@ -237,6 +239,38 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
         if cause.code() in NOT_ALLOWED:
             raise PermanentError(text) from error
         raise TransientError(text) from error
+
+
+def read_range(settings: Settings, topic: str, partition: int, first: int, end: int) -> Iterator[Message]:
+    """The messages of a partition from offset ``first`` up to before ``end``, as far as they exist, without a group.
+
+    Raises TransientError when Kafka does not answer.
+    """
+    consumer = Consumer(
+        client_settings(settings, "reader")
+        | {
+            "group.id": "not-used",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+            "enable.partition.eof": True,
+        }
+    )
+    try:
+        consumer.assign([TopicPartition(topic, partition, first)])
+        while first < end:
+            message = consumer.poll(SILENCE_S)
+            if message is None:
+                raise TransientError(f"Kafka topic {topic} cannot be read: no broker answers")
+            error = message.error()
+            if error is not None and error.code() == KafkaError._PARTITION_EOF:
+                return
+            if error is not None:
+                raise TransientError(f"Kafka topic {topic} cannot be read: {error.str()}")
+            first = place_of(message)[1] + 1
+            if first <= end:
+                yield message
+    finally:
+        consumer.close()
 
 
 def place_of(message: Message) -> tuple[int, int]:

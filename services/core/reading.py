@@ -8,6 +8,7 @@ Unknown fields are ignored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -78,6 +79,25 @@ class Decoder:
         self._latest = min(now, LATEST - self._max_future) + self._max_future
         self._past = _ago(now, self._max_past)
         self._earliest = max(self._past, _ago(now, self._max_age))
+
+    @property
+    def bounds(self) -> tuple[datetime, datetime]:
+        """The earliest and the latest time that a reading may have."""
+        return self._earliest, self._latest
+
+    def decode_all(self, values: Sequence[bytes | None]) -> list[Reading] | None:
+        """The readings in ``values``; None if one of them may not be one, so that they must be decoded one by one.
+
+        Much faster than ``decode``, because it leaves two checks to the caller, who can do them for all at once: that
+        the times are within ``bounds``, and that each reading has a measurement.
+        """
+        try:
+            if max(map(len, values), default=0) > self._max_bytes:  # type: ignore[arg-type]  # of None: TypeError
+                return None
+            readings = list(map(_decoder.decode, values))  # type: ignore[arg-type]
+        except (TypeError, ValueError, RecursionError):
+            return None
+        return readings if "".join([reading.sensor_id for reading in readings]).isprintable() else None
 
     def decode(self, value: bytes | None) -> Reading:
         """The reading in ``value``. Raises MalformedMessage, nothing else, whatever the bytes."""

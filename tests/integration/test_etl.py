@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
-from services.consumer.sink import Sink, touched_ranges
+from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
@@ -26,7 +26,7 @@ from services.etl.metrics import BASE, Metric, configured_metrics
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
-from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, wait_until
+from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
 
 Summary = list[tuple[object, ...]]
 

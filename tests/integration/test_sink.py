@@ -10,7 +10,8 @@ import psycopg
 import pytest
 
 from services.consumer.batch import Move
-from services.consumer.sink import COPY_READINGS, MOST_TRANSACTIONS, SESSION_NAME, PartitionsMovedError, Sink, encode
+from services.consumer.columns import MOST_TRANSACTIONS, columns_of, encode
+from services.consumer.sink import COPY_READINGS, SESSION_NAME, PartitionsMovedError, Sink
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import PermanentError, TransientError
@@ -319,7 +320,7 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
     frozen = connect(settings, SESSION_NAME)
     try:
         cursor = frozen.cursor()
-        encoded = encode(cursor, batch)
+        encoded = encode(columns_of(batch))
         cursor.execute("BEGIN")
         copying = cursor.copy(COPY_READINGS)
         copying.__enter__().write(encoded[:-2])

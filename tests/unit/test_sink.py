@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.consumer.sink import JUMP, MOST_TRANSACTIONS, WriteResult, last_values, split_at_jumps, touched_ranges
-from services.core.reading import EARLIEST, LATEST, Reading
+from services.consumer import columns
+from services.consumer.columns import JUMP, MOST_TRANSACTIONS, columns_of
+from services.consumer.sink import WriteResult
+from services.core.reading import EARLIEST, EPOCH, LATEST, METRICS, Reading
+from tests.fix_services import touched_ranges
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -24,6 +27,17 @@ nearby = st.integers(0, 4 * 3600).map(lambda seconds: START + timedelta(seconds=
 def batches(times: st.SearchStrategy[datetime] = anywhen | nearby) -> st.SearchStrategy[list[Reading]]:
     """Batches in which sensors and times meet often."""
     return st.lists(st.builds(Reading, st.sampled_from("abc"), times, values, values), min_size=1, max_size=30)
+
+
+def last_values(rows: list[Reading]) -> list[Reading]:
+    merged = columns.last_values(columns_of(rows))
+    times = [EPOCH + timedelta(microseconds=time) for time in merged["time"].to_pylist()]
+    values = [merged[metric].to_pylist() for metric in METRICS]
+    return [Reading(*row) for row in zip(merged["sensor_id"].to_pylist(), times, *values, strict=True)]
+
+
+def split_at_jumps(rows: list[Reading]) -> list[list[int]]:
+    return [part.to_pylist() for part in columns.split_at_jumps(columns_of(rows)["time"])]
 
 
 def one_by_one(rows: list[Reading]) -> dict[tuple[str, datetime], list[float | None]]:

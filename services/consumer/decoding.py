@@ -1,0 +1,78 @@
+"""From messages to columns: all of a chunk at once while all is well, else one message at a time.
+
+The way of one message at a time (core/reading.py) is the definition of what a reading is. What is decoded at once has
+to be the same, so anything unusual in a chunk sends all of it the slow way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from confluent_kafka import Message
+
+from services.consumer.columns import SCHEMA, columns_of, microseconds
+from services.consumer.dead_letter import DeadLetter
+from services.core.errors import MalformedMessage
+from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, headers_of
+from services.core.reading import METRICS, Decoder
+
+
+def decode(
+    messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool
+) -> tuple[pa.RecordBatch, list[DeadLetter], int]:
+    """The readings in these messages, dead letters for those that are not one, and the size of all in bytes.
+
+    ``fills_gaps``: what is marked REPEATED_IF_MOVED may have been stored before.
+    """
+    values = list(map(Message.value, messages))
+    size = sum(len(value) for value in values if value)
+    letters: list[DeadLetter] = []
+    columns = decode_at_once(values, decoder)
+    if columns is None:
+        readings, kept = [], []
+        for message, value in zip(messages, values, strict=True):
+            try:
+                readings.append(decoder.decode(value))
+            except MalformedMessage as error:
+                letters.append(DeadLetter(message, error.reason, str(error)))
+            else:
+                kept.append(message)
+        columns, messages = columns_of(readings), kept
+    return with_origin(columns, messages, fills_gaps=fills_gaps), letters, size
+
+
+def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> pa.RecordBatch | None:
+    """The columns of a chunk whose messages are all readings beyond doubt, else None."""
+    readings = decoder.decode_all(values)
+    if readings is None:
+        return None
+    try:
+        columns = columns_of(readings)
+    except OverflowError:  # a time that is before the year 1 or after 9999 in UTC
+        return None
+    earliest, latest = map(microseconds, decoder.bounds)
+    ends = pc.min_max(columns["time"])
+    if ends["min"].as_py() < earliest or ends["max"].as_py() > latest:
+        return None
+    metrics = [columns[metric] for metric in METRICS]
+    lacking = all(metric.null_count for metric in metrics) and pc.coalesce(*metrics).null_count
+    return None if lacking else columns
+
+
+def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], *, fills_gaps: bool) -> pa.RecordBatch:
+    """The columns, and where each reading came from: one from each message."""
+    partitions = pa.array(list(map(Message.partition, messages)), pa.int32())
+    offsets = pa.array(list(map(Message.offset, messages)), pa.int64())
+    repeated = pa.repeat(False, len(messages))
+    if any(map(Message.headers, messages)):
+        marks = {REPEATED, REPEATED_IF_MOVED} if fills_gaps else {REPEATED}
+        repeated = pa.array([mark(message) in marks for message in messages], pa.bool_())
+    return pa.RecordBatch.from_arrays([*columns.columns, partitions, offsets, repeated], schema=SCHEMA)
+
+
+def mark(message: Message) -> bytes | None:
+    """What the message says of having been stored before; of several marks the last."""
+    marks = [value for name, value in headers_of(message) if name == REPEAT_HEADER]
+    return marks[-1] if marks else None
