@@ -55,10 +55,11 @@ from services.core.shutdown import Shutdown
 
 log = logging.getLogger("consumer")
 
-POLL_AT_ONCE = 500  # librdkafka waits until it has this many, or the time is over
+POLL_AT_ONCE = 4000  # librdkafka waits until it has this many, or the time is over; what is decoded together
 MOST_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
+FIRST_BATCH_ROWS = 5000  # the database begins to work while the rest is fetched; each batch may be twice as large
 POLL_S = 0.1
-WRITER_LOOK_S = 0.01  # between two looks at the writer while a batch waits for it
+WRITER_LOOK_S = 0.01  # between two looks at the writer while something waits for it
 MOST_BATCH_BYTES = 8 * 1024 * 1024  # three batches, and what is fetched ahead, have to fit into a small container
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
 WATERMARKS_WITHIN_S = 5.0
@@ -130,6 +131,7 @@ class Worker:
         self._next: dict[int, int] = {}  # where each partition is once all batches are stored; some are not located yet
         self._filling = Batch()
         self._ready: Batch | None = None  # waits for the writer
+        self._batch_rows = min(FIRST_BATCH_ROWS, settings.consumer_batch_rows)
         self._poll_at_once = 10  # until we know how large messages are
         self._rebalances = 0
         self._next_check = time.monotonic() + CHECK_EVERY_S
@@ -161,7 +163,7 @@ class Worker:
 
     def _poll(self) -> None:
         """Fill the batch. A full one waits for the writer a moment at a time, and polls on when paused."""
-        room = self._settings.consumer_batch_rows - len(self._filling)
+        room = self._batch_rows - len(self._filling)
         if (room <= 0 or self._filling.size_bytes >= MOST_BATCH_BYTES) and not self._paused:
             self._settle(self._writer.wait(POLL_S / 2))
             return
@@ -193,6 +195,8 @@ class Worker:
                 del self._ends[partition]
 
     def _poll_timeout(self) -> float:
+        if not self._next:
+            return WRITER_LOOK_S  # partitions may be assigned at any moment, and then located
         if self._filling.is_empty or self._paused:
             return POLL_S
         if self._ready is not None:
@@ -311,6 +315,7 @@ class Worker:
             self._go_back()
         if self._ready is None and self._is_due():
             self._ready, self._filling = self._filling, self._new_batch()
+            self._batch_rows = min(2 * self._batch_rows, self._settings.consumer_batch_rows)
         unknown = self._assigned - self._next.keys()
         if self._writer.busy:
             self._note_blocked(has_more=self._ready is not None)
@@ -352,7 +357,7 @@ class Worker:
         batch = self._filling
         return not batch.is_empty and (
             not len(batch)  # only a position to correct
-            or len(batch) >= self._settings.consumer_batch_rows
+            or len(batch) >= self._batch_rows
             or batch.size_bytes >= MOST_BATCH_BYTES
             or time.monotonic() - batch.opened_at >= self._settings.consumer_batch_seconds
             or self._all_at_end()

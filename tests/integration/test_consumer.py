@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
 
+from services.consumer.worker import FIRST_BATCH_ROWS
 from services.core.config import Settings
 from services.core.kafka import client_settings, headers_of
 from tests.fix_services import Service, StartService, message, minutes, publish, read_topic, wait_until
@@ -321,3 +322,14 @@ def test_no_batch_is_larger_than_the_setting_says(settings: Settings, start: Sta
     assert consumer.wait() == 0
     sizes = [event["readings"] for event in consumer.events("batch_written")]
     assert (sum(sizes), max(sizes)) == (100, 7)
+
+
+def test_first_batches_are_small_so_that_the_database_begins_to_work_at_once(
+    settings: Settings, start: StartService
+) -> None:
+    publish(settings, (message(time=minutes(at), temperature=float(at)) for at in range(4 * FIRST_BATCH_ROWS)))
+    settings = settings.model_copy(update={"consumer_batch_seconds": 30})
+    consumer = start("consume", "--until-caught-up", settings=settings)
+    assert consumer.wait() == 0
+    sizes = [event["readings"] for event in consumer.events("batch_written")]
+    assert sizes == [FIRST_BATCH_ROWS, 2 * FIRST_BATCH_ROWS, FIRST_BATCH_ROWS]
