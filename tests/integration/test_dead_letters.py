@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
-from confluent_kafka import Producer
+import pytest
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
-from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of
-from tests.fix_services import message, minutes, publish, read_topic, run_cli
+from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of, place_of
+from tests.fix_services import StartService, message, minutes, publish, read_topic, run_cli, wait_until
 from tests.murmur2 import partition_of
+
+
+@pytest.fixture
+def humidity_check(connection: psycopg.Connection) -> Iterator[None]:
+    """A rule of the database that a reading can break."""
+    connection.execute("ALTER TABLE sensor_data ADD CONSTRAINT plausible CHECK (humidity <= 100)")
+    yield
+    connection.execute("ALTER TABLE sensor_data DROP CONSTRAINT plausible")
 
 
 def consume(settings: Settings, **environment: str) -> None:
@@ -113,3 +125,45 @@ def test_delete_takes_only_what_was_looked_at(settings: Settings) -> None:
     assert done.stdout == "3 dead letters deleted\n"
     assert [entry["value"] for entry in listed(settings)] == ["4"]
     assert "(there are 3 to 3)" in refusal("--up-to", "2")
+
+
+@pytest.mark.usefixtures("humidity_check")
+def test_what_the_database_refuses_is_sent_as_it_came(settings: Settings, connection: psycopg.Connection) -> None:
+    """The consumer keeps no messages: these are read again from the topic, each from its place."""
+    producer = Producer(client_settings(settings, "test"))
+    for at in range(300):
+        value = message(f"s{at}", minutes(at), 1.0, 101.0 if at in (0, 7, 8, 150, 299) else 50.0)
+        unusual = value.replace(b"{", b'{ "number": %d, ' % at)
+        producer.produce(settings.kafka_topic, unusual, f"s{at}", partition=at % 3, headers=[("number", str(at))])
+    assert producer.flush(30) == 0
+    consume(settings)
+    sent = {place_of(sent): sent for sent in read_topic(settings, settings.kafka_topic)}
+    numbers = set()
+    for letter in read_topic(settings, settings.dead_letter_topic):
+        its = dict(headers_of(letter))
+        assert its[REASON_HEADER] == b"refused_by_database"
+        place = int(its["__connect.errors.partition"] or 0), int(its["__connect.errors.offset"] or 0)
+        assert (letter.key(), letter.value()) == (sent[place].key(), sent[place].value())
+        numbers.add(its["number"])
+    assert numbers == {b"0", b"7", b"8", b"150", b"299"}
+    assert connection.execute("SELECT count(*) FROM sensor_data").fetchone() == (295,)
+
+
+@pytest.mark.usefixtures("humidity_check")
+def test_what_expires_before_it_can_be_read_again_is_counted_as_expired(
+    settings: Settings, connection: psycopg.Connection, start: StartService, tmp_path: Path
+) -> None:
+    publish(settings, [message(time=minutes(at), humidity=101.0 if at == 2 else 1.0) for at in range(10)], partition=0)
+    until = tmp_path / "until"
+    plan = json.dumps({"step": "write", "until": str(until)})
+    consumer = start(plan, "consume", "--until-caught-up", module="tests.crash_runner")
+    wait_until(Path(f"{until}.awaited").exists, "the batch is polled")
+    admin = AdminClient(client_settings(settings, "test"))
+    for done in admin.delete_records([TopicPartition(settings.kafka_topic, 0, 5)]).values():
+        done.result()
+    until.touch()
+    assert consumer.wait() == 0
+    (expired,) = consumer.events("messages_expired")
+    assert expired["messages"] == 5
+    assert connection.execute("SELECT count(*) FROM sensor_data").fetchone() == (9,)
+    assert read_topic(settings, settings.dead_letter_topic) == []
