@@ -6,7 +6,6 @@ encoding tens of thousands of them takes milliseconds, most of it without Python
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -20,8 +19,8 @@ from psycopg.types.range import Range
 
 from services.core.reading import EPOCH, METRICS, Reading
 
-MICROSECOND, MINUTE = timedelta(microseconds=1), timedelta(minutes=1)
-SHIFT = 2_000_000_000  # minutes; with them no time is negative, and dividing rounds down
+MICROSECOND, MINUTE, WEEK = timedelta(microseconds=1), timedelta(minutes=1), timedelta(weeks=1)
+SHIFT = 200_000 * (WEEK // MICROSECOND)  # with them no time is negative, and dividing rounds down
 
 # Where a message was, and whether it may have been stored before (it then fills gaps only).
 ORIGIN = (("partition", pa.int32()), ("offset", pa.int64()), ("repeated", pa.bool_()))
@@ -37,7 +36,6 @@ pack = msgspec.msgpack.Encoder().encode
 JUMP = timedelta(hours=1)
 MOST_TRANSACTIONS = 4
 # Each week may be a chunk to create, and a transaction locks all its chunks in a table of limited size.
-WEEK = timedelta(days=7)
 MOST_WEEKS = 100
 
 # COPY's binary form: https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
@@ -124,15 +122,15 @@ def last_values(rows: pa.RecordBatch) -> pa.RecordBatch:
     return whole(latest.sort_by([("time", "ascending"), ("sensor_id", "ascending")]))
 
 
-def minutes_of(times: pa.Array) -> pa.Array:
-    """The minutes of these times, counted from 1970."""
-    minute = MINUTE // MICROSECOND
-    return pc.subtract(pc.divide(pc.add(times, SHIFT * minute), minute), SHIFT)
+def periods(times: pa.Array, width: timedelta) -> pa.Array:
+    """The number of the period of this width that each time lies in, counted from 1970."""
+    unit = width // MICROSECOND
+    return pc.subtract(pc.divide(pc.add(times, SHIFT), unit), SHIFT // unit)
 
 
 def touched_ranges(times: pa.Array) -> Multirange[datetime]:
     """The minutes that hold readings, as ranges [start, end), adjacent ones merged; the times are in order."""
-    minutes = pc.unique(minutes_of(times)).to_pylist()
+    minutes = pc.unique(periods(times, MINUTE)).to_pylist()
     edges = [0, *(at for at in range(1, len(minutes)) if minutes[at] != minutes[at - 1] + 1), len(minutes)]
     return Multirange(
         Range(EPOCH + minutes[start] * MINUTE, EPOCH + (minutes[end - 1] + 1) * MINUTE, bounds="[)")
@@ -158,19 +156,12 @@ def split_at_jumps(times: pa.Array) -> list[pa.Array]:
     return [
         order[start:end]
         for part in pairwise(edges)
-        for start, end in pairwise(split_by_weeks(times[slice(*part)].to_pylist(), part[0]))
+        for start, end in pairwise(split_by_weeks(times[slice(*part)], *part))
     ]
 
 
-def split_by_weeks(times: Sequence[int], first: int) -> list[int]:
-    """Where to split the times (in order; the first is at ``first``): no part has more than MOST_WEEKS weeks."""
-    edges = [first]
-    week = WEEK // MICROSECOND
-    weeks, at = 0, 0
-    while at < len(times):
-        if weeks == MOST_WEEKS:
-            edges.append(first + at)
-            weeks = 0
-        weeks += 1
-        at = bisect_left(times, (times[at] // week + 1) * week, lo=at)
-    return [*edges, first + len(times)]
+def split_by_weeks(times: pa.Array, start: int, end: int) -> list[int]:
+    """Where to split the times (in order) from ``start`` to ``end``: no part has more than MOST_WEEKS weeks."""
+    weeks = periods(times, WEEK)
+    changes = pc.indices_nonzero(pc.not_equal(weeks[1:], weeks[:-1])).to_pylist()
+    return [start, *(start + at + 1 for at in changes[MOST_WEEKS - 1 :: MOST_WEEKS]), end]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.consumer import columns
-from services.consumer.columns import JUMP, MOST_TRANSACTIONS, columns_of
+from services.consumer.columns import JUMP, MOST_TRANSACTIONS, MOST_WEEKS, columns_of
 from services.consumer.sink import WriteResult
 from services.core.reading import EARLIEST, EPOCH, LATEST, METRICS, Reading
 from tests.fix_services import touched_ranges
@@ -143,6 +143,17 @@ def test_a_jump_is_more_than_an_hour() -> None:
     assert split_at_jumps(rows) == [[0, 1]]
     rows.append(Reading("a", START + 2 * JUMP + timedelta(microseconds=1), 1.0))
     assert split_at_jumps(rows) == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("first", [EARLIEST, START])
+def test_a_part_has_at_most_a_hundred_weeks(first: datetime) -> None:
+    """Half a week apart, so that each week is there twice; the widest jumps are the first ones."""
+    rows = [Reading("a", first + at * timedelta(days=3.5), 1.0) for at in range(500)]
+    parts = split_at_jumps(rows)
+    assert [at for part in parts for at in part] == list(range(500))
+    weeks = [{(rows[at].time - EPOCH) // timedelta(weeks=1) for at in part} for part in parts]
+    assert max(map(len, weeks)) == MOST_WEEKS
+    assert len(parts) <= MOST_TRANSACTIONS + len(set().union(*weeks)) // MOST_WEEKS
 
 
 def test_counts_of_parts_add_up() -> None:
