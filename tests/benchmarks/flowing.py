@@ -1,0 +1,62 @@
+"""From a Parquet file to the topic, and on to the table and both summaries."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from services.core.shutdown import Shutdown
+from services.producer.generate import Plan, generate
+from tests.benchmarks.history import SENSORS, START, History
+from tests.benchmarks.servers import Bench, peak_rss, rss_mb, source_of
+
+FLOOR_ROWS = 1_000_000
+
+
+def measure_produce(bench: Bench) -> None:
+    """A Parquet file of ten times as many rows to the topic, transactions on."""
+    path, count = bench.directory / "readings.parquet", 10 * bench.scale.rows
+    topic = bench.new_topic(**source_of(path))
+    plan = Plan(sensors=SENSORS, days=count / SENSORS / 1440, interval_s=60, seed=1, start=START)
+    generate(topic, plan, path, Shutdown())
+    started = time.monotonic()
+    rss = peak_rss([bench.start(topic, "produce")])
+    rows_s = count / (time.monotonic() - started)
+    bench.note(produce_rss_mb=rss, produce=rows_s)
+    if "drain" in bench.results:
+        bench.note(produce_over_drain=rows_s / bench.results["drain"])
+    path.unlink()
+
+
+def measure_end_to_end(bench: Bench) -> None:
+    """A reading every second of each sensor."""
+    end_to_end(bench, History(bench.scale.large), "end_to_end")
+
+
+def measure_end_to_end_minute(bench: Bench) -> None:
+    """A reading every minute of each sensor."""
+    end_to_end(bench, History(bench.scale.rows, every_s=60), "end_to_end_minute")
+
+
+def end_to_end(bench: Bench, history: History, name: str) -> None:
+    """From the start of the producer to the last reading in the table and the last interval in both summaries."""
+    path = bench.directory / "end_to_end.parquet"
+    history.write_parquet(path)
+    floor_rows = History(min(FLOOR_ROWS, history.count), history.every_s).rows()
+    rounds = bench.scale.rounds if history.count <= FLOOR_ROWS else 1
+    ratios, rss = [], 0.0
+    for _ in range(rounds):
+        floors = [bench.copy_floor(floor_rows)]
+        bench.truncate()
+        topic = bench.new_topic(**source_of(path))
+        with bench.running(topic, "consume", "etl") as (consumer, _etl):
+            started = time.monotonic()
+            producer = bench.start(topic, "produce")
+            bench.wait_until_complete(history.count, "the last reading and the last interval")
+            rows_s = history.count / (time.monotonic() - started)
+            rss = max(rss, rss_mb(consumer))
+            producer.wait()
+        floors.append(bench.copy_floor(floor_rows))
+        ratios.append(rows_s / statistics.mean(floors))
+    bench.note(**{f"{name}_ratio": statistics.median(ratios), f"{name}_rss_mb": rss})
+    path.unlink()
