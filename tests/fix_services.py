@@ -21,8 +21,9 @@ from psycopg.types.multirange import Multirange
 from services.consumer import columns
 from services.consumer.batch import Move
 from services.consumer.sink import Sink, WriteResult
+from services.core.block import decode_block
 from services.core.config import Settings
-from services.core.kafka import PARTITIONER, client_settings
+from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settings, headers_of
 from services.core.reading import Reading
 from tests.fix_stack import ROOT, as_environment
 
@@ -173,6 +174,14 @@ def publish(settings: Settings, values: Iterable[bytes | None], key: str = "s1",
             except BufferError:
                 producer.poll(0.1)
     assert producer.flush(PATIENCE_S) == 0
+
+
+def rows_of(message: Message) -> list[dict[str, Any]]:
+    """The readings of a message, in either format, with the names of the contract."""
+    if dict(headers_of(message)).get(FORMAT_HEADER) == ARROW:
+        rows: list[dict[str, Any]] = decode_block(message.value()).to_pylist()
+        return rows
+    return [json.loads(message.value() or b"")]
 
 
 def read_topic(settings: Settings, topic: str) -> list[Message]:

@@ -7,7 +7,9 @@ from prometheus_client import Counter, Gauge, Histogram
 REASONS = (
     "empty",
     "too_large",
+    "unknown_format",
     "invalid_json",
+    "invalid_block",
     "invalid_reading",
     "no_measurement",
     "future_time",

@@ -133,8 +133,12 @@ class Settings(BaseSettings):
         "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
     )
 
+    producer_format: Literal["json", "arrow"] = Field(
+        "json",
+        description="what a message holds: json (one reading) or arrow (a block of up to 1000, for bulk loads)",
+    )
     producer_transaction_rows: int = Field(
-        200_000, ge=1, le=10_000_000, description="messages a transaction of the producer: 1 to 10000000"
+        200_000, ge=1, le=10_000_000, description="readings a transaction of the producer: 1 to 10000000"
     )
     producer_transaction_timeout_seconds: int = Field(
         60,
@@ -161,7 +165,10 @@ class Settings(BaseSettings):
         description="age in seconds at which a smaller batch is written: above 0, at most 60",
     )
     max_message_bytes: int = Field(
-        65_536, ge=256, le=1_000_000, description="longer messages are dead letters: 256 to 1000000 bytes"
+        65_536,
+        ge=256,
+        le=1_000_000,
+        description="longer messages are dead letters, unless they hold blocks: 256 to 1000000 bytes",
     )
     max_future_seconds: int = Field(
         86_400,

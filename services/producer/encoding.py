@@ -1,4 +1,4 @@
-"""Record batches become messages, a whole column at a time.
+"""Record batches become messages, a whole column at a time: one for each row, in JSON, or blocks of rows.
 
 JSON is joined together by Arrow's string kernels: 2.3 million messages a second on one core, where the best
 encoder of one object after the other reached 1.8. Two facts that this rests on, both tested: Arrow prints
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 from textwrap import shorten
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,13 +33,15 @@ UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 class Columns:
     """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none.
 
-    Readings that are older than ``max_past`` (None: any) are not sent, since no consumer takes them.
+    Readings that are older than ``max_past`` (None: any) are not sent, since no consumer takes them. ``blocks``: they
+    are sent in blocks (blocks.py).
     """
 
     time: str
     metrics: tuple[tuple[str, str], ...]  # name and column of each metric that has one
     sensor: str
     max_past: timedelta | None = None
+    blocks: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
@@ -49,6 +52,7 @@ class Columns:
             tuple((metric, column) for metric, column in named if column),
             settings.data_feature_sensor,
             timedelta(days=settings.max_past_days),
+            settings.producer_format == "arrow",
         )
 
     @property
@@ -89,13 +93,29 @@ class Columns:
                 raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}")
 
 
+class Encoded(Protocol):
+    """What rows of a source became: messages, or rows for blocks."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows there were: ``sent`` plus the counts in ``skipped``."""
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many were no readings, by reason."""
+
+    @property
+    def sent(self) -> int:
+        """How many readings there are."""
+
+    @property
+    def content(self) -> Any:
+        """All readings, with those that are only too old by now: it depends on the rows and on nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """What ``rows`` rows of a source became: a key and a value for each message, and why others were skipped.
-
-    Equal keys are one object. ``rows`` is ``len(keys)`` plus the counts in ``skipped``. ``content`` is all values, with
-    those that are only too old by now: it depends on the rows and on nothing else.
-    """
+    """A key and a value for each reading. Equal keys are one object; ``content`` is all values."""
 
     rows: int
     keys: list[bytes]
@@ -103,11 +123,33 @@ class Messages:
     skipped: dict[str, int]
     content: bytes = b""
 
+    @property
+    def sent(self) -> int:
+        """How many readings there are."""
+        return len(self.keys)
 
-def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
-    """The messages of ``batch``, in its order, as services/core/reading.py defines them.
 
-    Null and NaN are null, and a null field is left out. A row is skipped for the first reason that applies:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The rows of a batch that are readings, in columns.
+
+    ``sensor``: where in ``keys`` the id of each is; ``time``: timestamps without a zone; ``numbers``: those of each
+    metric, as they were but for NaN, which is null. ``young``: which are not too old (None: all).
+    """
+
+    rows: int
+    skipped: dict[str, int]
+    keys: list[bytes]
+    sensor: pa.Array
+    time: pa.Array
+    numbers: dict[str, pa.Array]
+    young: pa.Array | None
+
+
+def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
+    """The readings of ``batch``, in its order.
+
+    Null and NaN are null. A row is skipped for the first reason that applies:
     ``bad_time`` (text that is no ISO 8601 time), ``time_out_of_range`` (not in the years 1900 to 9999),
     ``no_time``, ``no_sensor``, ``bad_sensor`` (longer than 255 characters, not UTF-8, or with characters that cannot be
     printed), ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all); and
@@ -123,35 +165,44 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
         ("no_sensor", sensor.missing),
         ("bad_sensor", sensor.bad),
         ("value_out_of_range", reduce(pc.or_, (far for _, far in numbers.values()))),
-        ("no_measurement", reduce(pc.and_, (text.is_null() for text, _ in numbers.values()))),
+        ("no_measurement", reduce(pc.and_, (number.is_null() for number, _ in numbers.values()))),
     )
-    prefix, index = sensor.prefix, sensor.index
-    members = [_member(metric, text) for metric, (text, _) in numbers.items()]
+    index, found = sensor.index, [number for number, _ in numbers.values()]
     if rows is not None:
-        prefix, index, time, *members = (column.filter(rows) for column in (prefix, index, time, *members))
+        index, time, *found = (column.filter(rows) for column in (index, time, *found))
+    young = _young(time, columns.max_past)
+    if young is not None:
+        skipped["time_out_of_range"] = skipped.get("time_out_of_range", 0) + len(young) - young.true_count
+    return Chosen(batch.num_rows, skipped, sensor.keys, index, time, dict(zip(numbers, found, strict=True)), young)
+
+
+def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
+    """A message for each reading of ``batch``, as services/core/reading.py defines it; a null field is left out."""
+    found = choose(batch, columns)
+    prefixes = pa.array([_prefix(key) for key in found.keys], pa.string())
     values = pc.binary_join_element_wise(
-        prefix,
-        pc.binary_replace_slice(time, 10, 11, "T"),
+        prefixes.take(found.sensor),
+        pc.binary_replace_slice(found.time.cast(pa.string()), 10, 11, "T"),
         'Z"',
-        *members,
+        *(_member(metric, number.cast(pa.string())) for metric, number in found.numbers.items()),
         "}",
         "",
     )
     texts = values.cast(pa.binary()).to_pylist()
     content = b"".join(texts)
-    young = _young(time, columns.max_past)
-    if young is not None:
-        index, texts = index.filter(young), values.filter(young).cast(pa.binary()).to_pylist()
-        skipped["time_out_of_range"] = skipped.get("time_out_of_range", 0) + len(young) - len(texts)
-    keys = [sensor.keys[i] for i in index.to_pylist()]
-    return Messages(batch.num_rows, keys, texts, skipped, content)
+    sensor = found.sensor
+    if found.young is not None:
+        sensor, texts = sensor.filter(found.young), values.filter(found.young).cast(pa.binary()).to_pylist()
+    keys = [found.keys[i] for i in sensor.to_pylist()]
+    return Messages(found.rows, keys, texts, found.skipped, content)
 
 
 def _young(time: pa.Array, max_past: timedelta | None) -> pa.Array | None:
-    """Which of the times, as text, are not too old; None: all."""
+    """Which of the times are not too old; None: all."""
     if max_past is None:
         return None
-    young = pc.greater_equal(time, f"{datetime.now(UTC).replace(tzinfo=None) - max_past:%Y-%m-%d %H:%M:%S.%f}")
+    earliest = datetime.now(UTC).replace(tzinfo=None) - max_past
+    young = pc.greater_equal(time, pa.scalar(earliest, pa.timestamp("us")))
     return None if young.true_count == len(young) else young
 
 
@@ -176,7 +227,7 @@ def _choose(*reasons: tuple[str, pa.Array]) -> tuple[pa.Array | None, dict[str, 
 
 def event_times(column: pa.Array) -> pa.Array:
     """The time of each row in microseconds since 1970, UTC; null where it has none that can be sent."""
-    return _times(_decoded(column))[0].cast(pa.timestamp("us")).cast(pa.int64())
+    return _times(_decoded(column))[0].cast(pa.int64())
 
 
 # --- types -------------------------------------------------------------------------------------------------
@@ -215,27 +266,27 @@ def _mask(rows: int) -> pa.Array:
 
 
 def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """The JSON text of each number (null for null and NaN), and where it is further from 0 than is allowed.
+    """The numbers (null for null and NaN), and where one is further from 0 than is allowed.
 
     Integers and decimals keep all their digits, and cannot be too large. Floats of any width become doubles
     first, so that the text says the value that is stored and not a shorter one that only a float of that width
     would read back.
     """
     if not pa.types.is_floating(column.type):
-        return column.cast(pa.string()), _mask(len(column))
+        return column, _mask(len(column))
     doubles = column.cast(pa.float64())
     far = pc.fill_null(pc.greater(pc.abs(doubles), LARGEST_VALUE), False)
     nan = pc.fill_null(pc.is_nan(doubles), False)
     if nan.true_count:
         doubles = pc.if_else(nan, pa.scalar(None, pa.float64()), doubles)
-    return doubles.cast(pa.string()), far
+    return doubles, far
 
 
 # --- times -------------------------------------------------------------------------------------------------
 
 
 def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """``2024-01-01 00:00:00.000000`` in UTC for each time, null where there is none; bad and far ones."""
+    """A timestamp("us") in UTC for each time, null where there is none; bad and far ones."""
     bad = _mask(len(column))
     if pa.types.is_null(column.type):
         column = column.cast(pa.timestamp("us"))
@@ -260,7 +311,7 @@ def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
     # The zone goes first: an instant with a zone is printed 30 times slower, and is the same in UTC.
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp(unit))
-    return column.cast(pa.timestamp("us")).cast(pa.string()), bad, far
+    return column.cast(pa.timestamp("us")), bad, far
 
 
 def _rounded(nanoseconds: pa.Array) -> pa.Array:
@@ -310,12 +361,11 @@ def _microseconds(text: bytes) -> int | None:
 class _Sensors:
     """Sensor ids of a batch: each distinct id is encoded once, rows point to it.
 
-    ``index``: where in ``keys`` a row's id is. ``prefix``: the start of each row's message.
+    ``index``: where in ``keys`` a row's id is.
     """
 
     keys: list[bytes]
     index: pa.Array
-    prefix: pa.Array
     missing: pa.Array
     bad: pa.Array
 
@@ -327,28 +377,29 @@ class _Sensors:
         distinct = column.cast(pa.string()).dictionary_encode()
         keys: list[bytes] = distinct.dictionary.cast(pa.binary()).to_pylist()
         index = distinct.indices
-        prefixes = [_prefix(key) for key in keys]
 
         def where(test: Callable[[int], bool]) -> pa.Array:
             flags = pa.array([test(i) for i in range(len(keys))], pa.bool_())
             return flags.take(index)
 
-        bad = where(lambda i: bool(keys[i]) and prefixes[i] is None)
+        bad = where(lambda i: bool(keys[i]) and not _is_id(keys[i]))
         empty = where(lambda i: not keys[i])
         return cls(
             keys=keys,
             index=index,
-            prefix=pa.array(prefixes, pa.string()).take(index),
             missing=pc.fill_null(empty, True),
             bad=pc.fill_null(bad, False),
         )
 
 
-def _prefix(key: bytes) -> str | None:
+def _is_id(key: bytes) -> bool:
     try:
         sensor = key.decode()
     except UnicodeDecodeError:
-        return None
-    if not 0 < len(sensor) <= LONGEST_SENSOR_ID or not sensor.isprintable():
-        return None
-    return f'{{"sensor_id":{json.dumps(sensor, ensure_ascii=False)},"time":"'
+        return False
+    return 0 < len(sensor) <= LONGEST_SENSOR_ID and sensor.isprintable()
+
+
+def _prefix(key: bytes) -> str:
+    """The start of a message of this sensor; of what is no id it is never used."""
+    return f'{{"sensor_id":{json.dumps(key.decode(errors="replace"), ensure_ascii=False)},"time":"'

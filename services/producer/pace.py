@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
-from services.producer.encoding import Messages, event_times
+from services.producer.encoding import Encoded, event_times
 
 TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
 MOST_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
@@ -38,7 +38,7 @@ class Pace(Protocol):
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """``batch`` in parts, in order; each is to be asked for only when the one before was sent."""
 
-    def due(self, messages: Messages) -> float:
+    def due(self, messages: Encoded) -> float:
         """When to send the newest part, which became ``messages``: seconds of time.monotonic()."""
 
 
@@ -54,7 +54,7 @@ class AtOnce:
         """The batch as it is."""
         yield batch
 
-    def due(self, messages: Messages) -> float:
+    def due(self, messages: Encoded) -> float:
         """Always overdue."""
         return -math.inf
 
@@ -78,10 +78,10 @@ class FixedRate:
         for start in range(0, batch.num_rows, self._part_rows):
             yield batch.slice(start, self._part_rows)
 
-    def due(self, messages: Messages) -> float:
+    def due(self, messages: Encoded) -> float:
         """So long after the part before as its readings take."""
         due = max(self._next, time.monotonic() - MOST_BEHIND_S)
-        self._next = due + len(messages.keys) / self._rate
+        self._next = due + messages.sent / self._rate
         return due
 
 
@@ -125,7 +125,7 @@ class Replay:
         began, first = self._began
         return began + (newest - first) / 1e6 / self._speed
 
-    def due(self, messages: Messages) -> float:
+    def due(self, messages: Encoded) -> float:
         """The moment of the newest part's first reading."""
         return self._due
 

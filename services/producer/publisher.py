@@ -15,9 +15,10 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import repeat as endlessly
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -26,14 +27,16 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.core.backoff import pauses
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, TransientError
-from services.core.kafka import PARTITIONER, REPEAT_HEADER, client_settings
+from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, REPEAT_HEADER, client_settings
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
+from services.producer.blocks import Rows
 from services.producer.encoding import Messages
 from services.producer.progress import Progress, Stopped, encode_progress, progress_topic, read_progress
 
 log = logging.getLogger("producer")
 
+METADATA_TIMEOUT_S = 10.0
 POLL_S = 0.1  # a longer poll, as a flush, goes on with callbacks after one of them has raised a fatal error
 CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
 STOP_WITHIN_S = 5.0  # how long a commit or abort may take once the service shall end
@@ -77,7 +80,7 @@ class TransactionExpired(TransactionAborted):
 class Publisher:
     """One transactional producer for one source; at most one such producer lives, the newest.
 
-    ``run`` names this run in progress records. ``pending`` counts the messages of the open transaction.
+    ``run`` names this run in progress records. ``pending`` counts the readings of the open transaction.
     """
 
     def __init__(self, settings: Settings, source_url: str, shutdown: Shutdown) -> None:
@@ -90,6 +93,7 @@ class Publisher:
         self._producer: Producer | None = None
         self._open_since: float | None = None
         self._opened_at = 0.0  # by the clock on the wall
+        self._partitions = 0  # of the topic, when the open transaction began
         self._last_note = 0.0
         self._failure: KafkaError | None = None
         self._losses = 0
@@ -117,24 +121,49 @@ class Publisher:
         """All committed progress, by record key. Raises Stopped when the service shall end."""
         return read_progress(self._settings, self._shutdown)
 
-    def send(self, messages: Messages, repeat: str = "") -> None:
-        """Add ``messages`` to the open transaction, or to a new one; ``repeat`` is the value of their REPEAT_HEADER.
+    def send(self, messages: Messages | Rows, repeat: str = "") -> None:
+        """Add ``messages``, or blocks of rows, to the open transaction, or to a new one.
 
-        Waits while the queue of 64 MB is full. Raises TransactionAborted, PermanentError or Stopped.
+        ``repeat`` is the value of their REPEAT_HEADER. Waits while the queue of 64 MB is full. Raises
+        TransactionAborted, PermanentError or Stopped.
         """
         producer = self._begin()
-        topic, mark = self._topic, _mark(repeat)
         produce: Callable[..., None] = producer.produce
-        self.pending += len(messages.keys)
+        self.pending += messages.sent
         try:
-            for key, value in zip(messages.keys, messages.values, strict=True):
+            for arguments in self._arguments(producer, messages, repeat):
                 try:
-                    produce(topic, value, key, *mark)
+                    produce(*arguments)
                 except BufferError:
-                    self._produce_waiting(producer, partial(produce, topic, value, key, *mark))
+                    self._produce_waiting(producer, partial(produce, *arguments))
             producer.poll(0)
         except KafkaException as error:
             self._abort(producer, error)
+
+    def _arguments(self, producer: Producer, messages: Messages | Rows, repeat: str) -> Iterator[tuple[Any, ...]]:
+        """The arguments of produce() for each message: by position, since by name takes longer.
+
+        Topic, value, key; then partition, callback, on_delivery and timestamp, each as by default; then the headers.
+        """
+        mark = [(REPEAT_HEADER, repeat.encode())] if repeat else []
+        if isinstance(messages, Rows):
+            headers = [(FORMAT_HEADER, ARROW), *mark]
+            for partition, _, value in messages.blocks(self._count_partitions(producer)):
+                yield self._topic, value, None, partition, None, None, 0, headers
+        elif mark:
+            for key, value in zip(messages.keys, messages.values, strict=True):
+                yield self._topic, value, key, -1, None, None, 0, mark
+        else:
+            yield from zip(endlessly(self._topic), messages.values, messages.keys, strict=False)
+
+    def _count_partitions(self, producer: Producer) -> int:
+        """Partitions of the topic, asked once in a transaction: somebody may add some while we run."""
+        if not self._partitions:
+            topic = producer.list_topics(self._topic, METADATA_TIMEOUT_S).topics[self._topic]
+            if topic.error is not None:
+                raise KafkaException(topic.error)
+            self._partitions = len(topic.partitions)
+        return self._partitions
 
     def commit(self, progress: Mapping[str, Progress]) -> None:
         """Commit the open transaction, or a new one, together with ``progress`` (by record key).
@@ -278,7 +307,7 @@ class Publisher:
 
     def _close_books(self) -> None:
         self._open_since, self._failure = None, None
-        self.pending = 0
+        self.pending = self._partitions = 0
 
     def _discard(self) -> None:
         """Give the client up; what it has sent is answered first, if Kafka does so within a second.
@@ -293,11 +322,3 @@ class Publisher:
                     self._producer.poll(POLL_S)
             self._producer.purge()
         self._producer = None
-
-
-def _mark(repeat: str) -> tuple[Any, ...]:
-    """What follows the key in the arguments of produce() to mark a message: by position, since by name takes longer.
-
-    Partition, callback, on_delivery and timestamp, each as by default; then the headers.
-    """
-    return (-1, None, None, 0, [(REPEAT_HEADER, repeat.encode())]) if repeat else ()

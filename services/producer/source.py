@@ -11,9 +11,9 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -22,7 +22,8 @@ import pyarrow.fs
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.shutdown import Shutdown
-from services.producer.encoding import Columns, Messages, encode_batch
+from services.producer.blocks import Rows, RowsDigest, choose_rows
+from services.producer.encoding import Columns, Encoded, Messages, encode_batch
 from services.producer.progress import Stopped
 from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 
@@ -36,10 +37,10 @@ QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """What hashlib makes, or RowsDigest."""
 
-    def update(self, data: bytes, /) -> None:
-        """Take ``data`` in."""
+    def update(self, content: Any, /) -> None:
+        """Take the contents of messages in."""
 
     def hexdigest(self) -> str:
         """What was taken in until now, as text."""
@@ -75,7 +76,7 @@ class SourceFile:
         start: int = 0,
         parts: Callable[[pa.RecordBatch], Iterator[pa.RecordBatch]] = _whole,
         end: int | None = None,
-    ) -> Iterator[Messages]:
+    ) -> Iterator[Messages | Rows]:
         """The rows from number ``start`` on, before number ``end``, in order, up to 20,000 at a time.
 
         ``parts`` may cut them further.
@@ -83,11 +84,14 @@ class SourceFile:
         Raises UnreadableFileError where the file turns out to be damaged, or has changed or gone.
         """
         row = start
+        encode: Callable[[pa.RecordBatch, Columns], Messages | Rows] = (
+            choose_rows if self.columns.blocks else encode_batch
+        )
         try:
             for answer in READER.batches(Request(self.filesystem, self.path, self.columns.names, start, end)):
                 if isinstance(answer, pa.RecordBatch):
                     for part in parts(answer):
-                        yield encode_batch(part, self.columns)
+                        yield encode(part, self.columns)
                         row += part.num_rows
                 elif answer != self.state:
                     raise UnreadableFileError(
@@ -100,18 +104,30 @@ class SourceFile:
 
     def digest(self, end: int) -> Digest:
         """The digest of the messages of the first ``end`` rows. Raises UnreadableFileError."""
-        digest = new_digest()
+        digest = new_digest(self.columns)
         for messages in self.messages(end=end) if end else ():
             add_to_digest(digest, messages)
         return digest
 
+    def begins_with(self, rows: int, digests: set[str]) -> bool:
+        """Whether one of these is the digest of the first ``rows`` rows, in either format.
 
-def new_digest() -> Digest:
+        Raises UnreadableFileError.
+        """
+        for blocks in (False, True):
+            if any(digest.startswith(RowsDigest.PREFIX) == blocks for digest in digests):
+                file = replace(self, columns=replace(self.columns, blocks=blocks))
+                if file.digest(rows).hexdigest() in digests:
+                    return True
+        return False
+
+
+def new_digest(columns: Columns) -> Digest:
     """The digest of no message."""
-    return hashlib.sha256()
+    return RowsDigest() if columns.blocks else hashlib.sha256()
 
 
-def add_to_digest(digest: Digest, messages: Messages) -> None:
+def add_to_digest(digest: Digest, messages: Encoded) -> None:
     """Let ``digest`` stand for ``messages`` too; how they are cut into batches makes no difference."""
     digest.update(messages.content)
 

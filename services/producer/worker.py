@@ -19,7 +19,7 @@ from services.core.logs import fields
 from services.core.monitoring import KAFKA, Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
-from services.producer.encoding import Messages
+from services.producer.encoding import Encoded
 from services.producer.history import Earlier, History
 from services.producer.instruments import (
     FILES_SENT,
@@ -40,7 +40,6 @@ from services.producer.source import (
     SourceFile,
     UnreadableFileError,
     add_to_digest,
-    new_digest,
     open_source,
 )
 from services.producer.watch import Watch
@@ -287,9 +286,9 @@ class _Job:
         rows to it, and sent again the older ones would undo what has been corrected since.
         """
         rows, digests = self.new.pop(file.url, (0, set()))
-        digest = file.digest(progress.rows or rows)
-        if progress.rows or digest.hexdigest() not in digests:
-            return progress, digest if progress.rows else new_digest()
+        if progress.rows or not file.begins_with(rows, digests):
+            return progress, file.digest(progress.rows)
+        digest = file.digest(rows)
         progress = msgspec.structs.replace(progress, rows=rows, digest=digest.hexdigest())
         self.committed[self._key(file)] = self.before[self._key(file)] = progress
         self.rows += rows
@@ -359,11 +358,11 @@ class _Job:
         )
 
 
-def _advance(progress: Progress, messages: Messages, digest: Digest, run: str) -> Progress:
+def _advance(progress: Progress, messages: Encoded, digest: Digest, run: str) -> Progress:
     return msgspec.structs.replace(
         progress,
         rows=progress.rows + messages.rows,
-        sent=progress.sent + len(messages.keys),
+        sent=progress.sent + messages.sent,
         skipped=dict(Counter(progress.skipped) + Counter(messages.skipped)),
         digest=digest.hexdigest(),
         run=run,

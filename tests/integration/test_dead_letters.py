@@ -13,8 +13,8 @@ from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of, place_of
+from services.core.murmur2 import partition_of
 from tests.fix_services import StartService, message, minutes, publish, read_topic, run_cli, wait_until
-from tests.murmur2 import partition_of
 
 
 @pytest.fixture

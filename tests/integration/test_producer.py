@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -34,6 +33,7 @@ from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from services.core.config import Settings
 from services.core.errors import PermanentError
 from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, client_settings, create_topics, headers_of
+from services.core.murmur2 import partition_of
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 from services.local.runtime import install
@@ -41,9 +41,8 @@ from services.local.servers import Kafka
 from services.producer.encoding import Messages
 from services.producer.progress import progress_topic
 from services.producer.publisher import Publisher
-from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, run_cli, wait_until
+from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli, wait_until
 from tests.fix_stack import ROOT, free_port
-from tests.murmur2 import partition_of
 
 BEGIN = datetime(2024, 1, 1, tzinfo=UTC)
 SENSORS = 20
@@ -59,6 +58,9 @@ def write(path: Path, rows: int, first: int = 0) -> Path:
     table = pa.table({"time_hour": times, "origin": sensors, "temp": numbers, "humid": pa.nulls(rows)})
     pq.write_table(table, path, row_group_size=50_000)
     return path
+
+
+FORMATS = pytest.mark.parametrize("form", ["json", "arrow"])
 
 
 def source(settings: Settings, url: Path, **changes: object) -> Settings:
@@ -92,7 +94,7 @@ def numbers(settings: Settings) -> Counter[int]:
         for message in consumer.consume(10_000, 0.2):
             error = message.error()
             if error is None:
-                found[int(json.loads(message.value() or b"")["temperature"])] += 1
+                found.update(int(row["temperature"]) for row in rows_of(message))
             else:
                 assert error.code() == KafkaError._PARTITION_EOF, error
                 ended.add(message.partition() or 0)
@@ -104,8 +106,8 @@ def marks(settings: Settings) -> dict[int, list[bytes | None]]:
     """The values of REPEAT_HEADER of each reading's messages, in the order of the topic, by the reading's number."""
     found: dict[int, list[bytes | None]] = {}
     for message in read_topic(settings, settings.kafka_topic):
-        number = int(json.loads(message.value() or b"")["temperature"])
-        found.setdefault(number, []).append(dict(headers_of(message)).get(REPEAT_HEADER))
+        for row in rows_of(message):
+            found.setdefault(int(row["temperature"]), []).append(dict(headers_of(message)).get(REPEAT_HEADER))
     return found
 
 
@@ -224,12 +226,13 @@ def nothing_is_open(settings: Settings) -> bool:
     return ends[0] == ends[1]
 
 
+@FORMATS
 def test_of_a_file_that_grew_only_the_new_rows_are_sent(
-    settings: Settings, start: StartService, tmp_path: Path
+    settings: Settings, start: StartService, tmp_path: Path, form: str
 ) -> None:
     """Twice, and the first time the producer was killed before; then one that grew and was changed as well."""
     path = write(tmp_path / "a.parquet", MANY)
-    settings = source(settings, path, producer_transaction_rows=20_000)
+    settings = source(settings, path, producer_transaction_rows=20_000, producer_format=form)
     first = start("produce", settings=settings)
     first.wait_for("transaction_committed", count=2)
     first.kill()
@@ -253,14 +256,15 @@ def test_of_a_file_that_grew_only_the_new_rows_are_sent(
     assert changed_too.events("rows_added") == []
 
 
+@FORMATS
 def test_what_may_have_been_stored_from_another_topic_is_marked(
-    settings: Settings, start: StartService, tmp_path: Path
+    settings: Settings, start: StartService, tmp_path: Path, form: str
 ) -> None:
     """The producer cannot know what was sent before the topic, or the record of what was sent, began."""
     data = tmp_path / "data"
     data.mkdir()
     old = write(data / "old.parquet", 1)
-    settings = source(settings, data)
+    settings = source(settings, data, producer_format=form)
     assert start("produce", settings=settings).wait() == 0
     write(data / "new.parquet", 1, first=1)
     late = write(data / "late.parquet", 1, first=2)
@@ -294,14 +298,17 @@ def test_overwrite_alone_is_refused(settings: Settings) -> None:
     assert ended.stderr == "error: --overwrite goes with --resend: it lets rows that are sent again overwrite\n"
 
 
+@FORMATS
 def test_each_sensor_is_where_a_java_client_would_put_it(
-    settings: Settings, start: StartService, tmp_path: Path
+    settings: Settings, start: StartService, tmp_path: Path, form: str
 ) -> None:
-    settings = source(settings, write(tmp_path / "a.parquet", SENSORS))
+    settings = source(settings, write(tmp_path / "a.parquet", SENSORS), producer_format=form)
     assert start("produce", settings=settings).wait() == 0
-    found = {message.key(): message.partition() for message in read_topic(settings, settings.kafka_topic)}
+    messages = read_topic(settings, settings.kafka_topic)
+    found = {row["sensor_id"]: message.partition() for message in messages for row in rows_of(message)}
     assert len(found) == SENSORS
-    assert found == {key: partition_of(key or b"", settings.kafka_partitions) for key in found}
+    assert found == {sensor: partition_of(sensor.encode(), settings.kafka_partitions) for sensor in found}
+    assert {message.key() for message in messages} == ({None} if form == "arrow" else {key.encode() for key in found})
 
 
 def test_the_same_files_by_another_url_are_not_sent_again(
@@ -400,8 +407,13 @@ def test_a_file_that_harms_its_reader_is_reported_and_those_after_it_are_sent(
 # --- deaths ------------------------------------------------------------------------------------------------
 
 
-def test_killed_again_and_again_each_row_is_there_once(settings: Settings, start: StartService, tmp_path: Path) -> None:
-    settings = source(settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=20_000)
+@FORMATS
+def test_killed_again_and_again_each_row_is_there_once(
+    settings: Settings, start: StartService, tmp_path: Path, form: str
+) -> None:
+    rows = MANY if form == "json" else 5 * MANY  # blocks are sent that much faster
+    path = write(tmp_path / "a.parquet", rows)
+    settings = source(settings, path, producer_transaction_rows=20_000, producer_format=form)
     moments = random.Random(20240101)  # noqa: S311 - a seed, so that a failure can be had again
     kills = 0
     while True:
@@ -416,7 +428,7 @@ def test_killed_again_and_again_each_row_is_there_once(settings: Settings, start
         kills += 1
     assert kills >= 4
     assert producer.wait() == 0
-    assert_once(settings, MANY)
+    assert_once(settings, rows)
 
 
 def has_committed(service: Service, commits: int) -> bool:
@@ -653,6 +665,23 @@ def test_sigterm_while_the_broker_is_away_ends_in_time(
     assert second.wait() == 0
     assert second.events("all_sent")[0]["sent"] >= said["rows_left"] - 50_000
     assert_once(settings, MANY)
+
+
+def test_a_file_may_go_on_in_the_other_format(settings: Settings, start: StartService, tmp_path: Path) -> None:
+    """In the middle of it, and when it has grown."""
+    path = write(tmp_path / "a.parquet", MANY)
+    settings = source(settings, path, producer_transaction_rows=20_000)
+    blocks = changed(settings, producer_format="arrow")
+    first = start("produce", settings=settings)
+    first.wait_for("transaction_committed", count=2)
+    first.kill()
+    assert start("produce", settings=blocks).wait() == 0
+    for rows, form in ((MANY + 10, settings), (MANY + 20, blocks), (MANY + 30, settings)):
+        write(path, rows)
+        grown = start("produce", settings=form)
+        assert grown.wait() == 0
+        assert grown.events("all_sent")[0]["sent"] == 10
+    assert_once(settings, MANY + 30)
 
 
 def test_messages_that_kafka_refuses_are_counted_and_end_the_run(

@@ -40,6 +40,7 @@ WRONG = [
     ("KAFKA_TOPIC", "sensor data", "letters, digits"),
     ("KAFKA_TOPIC", "a" * 201, "letters, digits"),
     ("KAFKA_PARTITIONS", "0", "at least 1"),
+    ("PRODUCER_FORMAT", "avro", "json (one reading) or arrow"),
     ("PRODUCER_RATE", "-1", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_RATE", "nan", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_RATE", "fast", "0 (as fast as possible) to 10000000"),

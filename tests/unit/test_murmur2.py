@@ -1,10 +1,10 @@
-"""The partitions that the integration tests expect are those of Kafka's own test."""
+"""Partitions are those of Kafka's own test."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.murmur2 import murmur2
+from services.core.murmur2 import murmur2
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading
+from services.producer.blocks import Rows
 from services.producer.encoding import Columns, Messages, encode_batch
 from services.producer.reader import BATCH_ROWS, READER
 from services.producer.source import Place, Source, SourceFile, UnreadableFileError, check_file, open_source
@@ -61,8 +62,9 @@ def encode(
     return encode_batch(batch, columns)
 
 
-def readings(messages: Messages) -> list[Reading]:
+def readings(messages: Messages | Rows) -> list[Reading]:
     """What a consumer makes of the messages."""
+    assert isinstance(messages, Messages)
     decoder = msgspec.json.Decoder(Reading)
     found = [decoder.decode(value) for value in messages.values]
     assert [reading.sensor_id.encode() for reading in found] == messages.keys
