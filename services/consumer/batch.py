@@ -97,8 +97,8 @@ class Batch:
                 raise OutOfPlaceError(f"a message of partition {partition} at {offset}")
             self.move(partition, place_of(messages[after - 1])[1] + 1, positions)
             first = after
-        columns, letters, size_bytes = decode(messages, decoder, fills_gaps=self.fills_gaps)
-        self.chunks.append(columns)
+        chunks, letters, size_bytes = decode(messages, decoder, fills_gaps=self.fills_gaps)
+        self.chunks += chunks
         self.dead_letters += letters
         self.size_bytes += size_bytes
 

@@ -6,26 +6,44 @@ to be the same, so anything unusual in a chunk sends all of it the slow way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Message
 
-from services.consumer.columns import SCHEMA, columns_of, microseconds
-from services.consumer.dead_letter import DeadLetter
+from services.consumer.blocks import split_refused
+from services.consumer.columns import ORIGIN, SCHEMA, columns_of, joined, microseconds
+from services.consumer.dead_letter import DeadLetter, RowMessage
+from services.core.block import decode_block
 from services.core.errors import MalformedMessage
-from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, headers_of
+from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
 from services.core.reading import METRICS, Decoder
 
+Decoded = tuple[list[pa.RecordBatch], list[DeadLetter], int]
 
-def decode(
-    messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool
-) -> tuple[pa.RecordBatch, list[DeadLetter], int]:
-    """The readings in these messages, dead letters for those that are not one, and the size of all in bytes.
+
+def decode(messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool) -> Decoded:
+    """The readings in these messages, dead letters for what is not one, and the size of all in bytes.
 
     ``fills_gaps``: what is marked REPEATED_IF_MOVED may have been stored before.
     """
+    marks = frozenset({REPEATED, REPEATED_IF_MOVED} if fills_gaps else {REPEATED})
+    if not any(map(Message.headers, messages)):
+        return decode_readings(messages, decoder, marks)
+    chunks, letters, size = [], [], 0
+    for form, run in groupby(messages, format_of):
+        decode_run = decode_readings if form == JSON else decode_blocks
+        more_chunks, more_letters, more = decode_run(list(run), decoder, marks)
+        chunks += more_chunks
+        letters += more_letters
+        size += more
+    return chunks, letters, size
+
+
+def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
+    """Messages that hold one reading each."""
     values = list(map(Message.value, messages))
     size = sum(len(value) for value in values if value)
     letters: list[DeadLetter] = []
@@ -40,7 +58,30 @@ def decode(
             else:
                 kept.append(message)
         columns, messages = columns_of(readings), kept
-    return with_origin(columns, messages, fills_gaps=fills_gaps), letters, size
+    return [with_origin(columns, messages, marks)], letters, size
+
+
+def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
+    """Messages that hold many each, or say that they hold what nobody knows."""
+    chunks: list[pa.RecordBatch] = []
+    letters: list[DeadLetter] = []
+    for message in messages:
+        try:
+            rows = decode_block(message.value(), format_of(message))
+        except MalformedMessage as error:
+            letters.append(DeadLetter(message, error.reason, str(error)))
+            continue
+        origin = (*place_of(message), mark(message) in marks)
+        origins = [pa.repeat(pa.scalar(at, kind), len(rows)) for at, (_, kind) in zip(origin, ORIGIN, strict=True)]
+        columns = [rows["sensor_id"], rows["time"].view(pa.int64()), *(rows[metric] for metric in METRICS), *origins]
+        chunks.append(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+    rows = joined(chunks)
+    readings, refused = split_refused(rows, decoder)
+    blocks = {place_of(message): message for message in messages} if refused else {}
+    for row in refused:
+        block = blocks[rows["partition"][row.number].as_py(), rows["offset"][row.number].as_py()]
+        letters.append(DeadLetter(RowMessage(block, row.sensor, row.value), row.reason, row.detail))
+    return [readings], letters, sum(len(message.value() or b"") for message in messages)
 
 
 def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> pa.RecordBatch | None:
@@ -61,13 +102,12 @@ def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> pa.Recor
     return None if lacking else columns
 
 
-def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], *, fills_gaps: bool) -> pa.RecordBatch:
+def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], marks: Container[bytes | None]) -> pa.RecordBatch:
     """The columns, and where each reading came from: one from each message."""
     partitions = pa.array(list(map(Message.partition, messages)), pa.int32())
     offsets = pa.array(list(map(Message.offset, messages)), pa.int64())
     repeated = pa.repeat(False, len(messages))
     if any(map(Message.headers, messages)):
-        marks = {REPEATED, REPEATED_IF_MOVED} if fills_gaps else {REPEATED}
         repeated = pa.array([mark(message) in marks for message in messages], pa.bool_())
     return pa.RecordBatch.from_arrays([*columns.columns, partitions, offsets, repeated], schema=SCHEMA)
 

@@ -133,6 +133,7 @@ class Worker:
         self._ready: Batch | None = None  # waits for the writer
         self._batch_rows = min(FIRST_BATCH_ROWS, settings.consumer_batch_rows)
         self._poll_at_once = 10  # until we know how large messages are
+        self._rows_each = 1  # of the newest messages, on average
         self._rebalances = 0
         self._next_check = time.monotonic() + CHECK_EVERY_S
         self._unanswered_commits = 0
@@ -168,7 +169,9 @@ class Worker:
             self._settle(self._writer.wait(POLL_S / 2))
             return
         rebalances = self._rebalances
-        messages = self._consumer.consume(max(1, min(room, self._poll_at_once)), timeout=self._poll_timeout())
+        messages = self._consumer.consume(
+            max(1, min(room // self._rows_each, self._poll_at_once)), timeout=self._poll_timeout()
+        )
         readable = [message for message in messages if message.error() is None]
         if readable and rebalances != self._rebalances:  # some may be of partitions that moved meanwhile
             self._go_back()
@@ -181,7 +184,7 @@ class Worker:
     def _fill(self, messages: list[Message]) -> None:
         MESSAGES_READ.inc(len(messages))
         self._decoder.set_clock(datetime.now(UTC) - self._writer.clock_lead)
-        before = self._filling.size_bytes
+        before, rows = self._filling.size_bytes, len(self._filling)
         try:
             self._filling.add(messages, self._decoder, self._next)
         except OutOfPlaceError as error:
@@ -189,6 +192,7 @@ class Worker:
             self._go_back()
             return
         average = max(1, (self._filling.size_bytes - before) // len(messages))
+        self._rows_each = max(1, (len(self._filling) - rows) // len(messages))
         self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // average))
         for partition, end in tuple(self._ends.items()):
             if self._next.get(partition, end) > end:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pytest
 from confluent_kafka import Message
 
 from services.consumer.decoding import decode, decode_at_once
+from services.core import block
 from services.core.errors import MalformedMessage
-from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, place_of
+from services.core.kafka import (
+    ARROW,
+    FORMAT_HEADER,
+    JSON,
+    REPEAT_HEADER,
+    REPEATED,
+    REPEATED_IF_MOVED,
+    place_of,
+)
 from services.core.reading import EPOCH, Decoder
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -86,6 +97,76 @@ def value(source: random.Random) -> bytes:
     return f'{{"sensor_id": {sensor}, "time": "{time}", {measured}}}'.encode()
 
 
+def row(source: random.Random) -> tuple[str | None, int | None, float | None, float | None]:
+    """A row of a block, nearly always a reading."""
+    odd = source.random() < 0.03
+    moment = (NOW - timedelta(days=28) - EPOCH) // MICROSECOND + source.randrange(27 * 86_400 * 10**6)
+    return (
+        source.choice([None, "", "x" * 256, "a\x00b", "a\u202e"] if odd else SENSORS),
+        source.choice([None, moment, -(2**63), 2**62, 0, moment + 10**14]) if odd else moment,
+        source.choice([math.nan, math.inf, -1.1e100, None]) if odd else source.uniform(-50, 50),
+        source.choice([None, 1e100, -0.0, 5e-324, 0.1]),
+    )
+
+
+def as_json(sensor: str | None, time: int | None, temperature: float | None, humidity: float | None) -> bytes:
+    """A row as the message that would have held it alone."""
+    try:
+        text = None if time is None else (EPOCH + time * MICROSECOND).isoformat()
+    except OverflowError:
+        text = str(time)
+    return json.dumps({"sensor_id": sensor, "time": text, "temperature": temperature, "humidity": humidity}).encode()
+
+
+def block_chunk(source: random.Random, first: int) -> list[tuple[Message, list[bytes | None]]]:
+    """Blocks and readings mixed, with what each message would be one by one; of what is no block, what is found."""
+    found: list[tuple[Message, list[bytes | None]]] = []
+    for offset in range(first, first + source.randint(1, 20)):
+        texts: list[bytes | None] = [value(source)]
+        form, sent = source.choice([None, JSON]), texts[0]
+        if source.random() < 0.7:
+            rows = [row(source) for _ in range(source.randrange(60))]
+            columns = [pa.array([each[at] for each in rows], field.type) for at, field in enumerate(block.SCHEMA)]
+            texts, form = [as_json(*each) for each in rows], ARROW
+            sent = block.encode_block(pa.record_batch(columns, schema=block.SCHEMA))
+        headers: list[tuple[str, str | bytes | None]] = [*(source.choice(MARKS) or [])]
+        headers += [(FORMAT_HEADER, form)] if form else []
+        message = Message(topic="t", partition=source.randrange(3), offset=offset, value=sent, headers=headers)
+        found.append((message, texts))
+    return found
+
+
+@pytest.mark.parametrize("fills_gaps", [False, True])
+def test_blocks_are_what_their_rows_say_one_by_one(fills_gaps: bool) -> None:
+    source = random.Random(int(fills_gaps))  # noqa: S311
+    number = 0
+    while number < MESSAGES // 2:
+        pairs = block_chunk(source, number)
+        rows, refused = [], []
+        for message, texts in pairs:
+            number += len(texts)
+            marked = dict(message.headers() or []).get(REPEAT_HEADER) in {REPEATED, fills_gaps and REPEATED_IF_MOVED}
+            for text in texts:
+                try:
+                    reading = decoder().decode(text)
+                except MalformedMessage as error:
+                    refused.append((message.offset(), error.reason))
+                else:
+                    time = (reading.time - EPOCH) // MICROSECOND
+                    values = (reading.sensor_id, time, reading.temperature, reading.humidity)
+                    rows.append((*values, *place_of(message), marked))
+        messages = [message for message, _ in pairs]
+        chunks, letters, size = decode(messages, decoder(), fills_gaps=fills_gaps)
+        assert repr(tuples(chunks)) == repr(rows)
+        assert sorted((letter.message.offset(), letter.reason) for letter in letters) == sorted(refused)
+        assert size == sum(len(message.value() or b"") for message in messages)
+
+
+def tuples(chunks: list[pa.RecordBatch]) -> list[tuple[object, ...]]:
+    """The rows of columns."""
+    return [each for columns in chunks for each in zip(*(column.to_pylist() for column in columns), strict=True)]
+
+
 def chunk(source: random.Random, first: int) -> list[Message]:
     """Messages as they are polled: often all are well, or all but one."""
     count = source.randint(1, 200)
@@ -128,8 +209,8 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
                 time, marked = (reading.time - EPOCH) // MICROSECOND, {REPEATED, fills_gaps and REPEATED_IF_MOVED}
                 row = (reading.sensor_id, time, reading.temperature, reading.humidity)
                 rows.append((*row, *place_of(message), repeated in marked))
-        columns, letters, decoded_size = decode(messages, decoder(), fills_gaps=fills_gaps)
-        assert repr(list(zip(*(column.to_pylist() for column in columns.columns), strict=True))) == repr(rows)
+        decoded, letters, decoded_size = decode(messages, decoder(), fills_gaps=fills_gaps)
+        assert repr(tuples(decoded)) == repr(rows)
         assert [(letter.message.offset(), letter.reason, letter.detail) for letter in letters] == refused
         assert decoded_size == size
         chunks += 1
