@@ -28,7 +28,9 @@ OUTPUT = ROOT / ".local" / "bench"
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "drain": consuming.measure_drain,
     "produce": flowing.measure_produce,
+    "produce_blocks": flowing.measure_produce_blocks,
     "end_to_end": flowing.measure_end_to_end,
+    "end_to_end_blocks": flowing.measure_end_to_end_blocks,
     "end_to_end_minute": flowing.measure_end_to_end_minute,
     "freshness": summarising.measure_freshness,
     "freshness_of_many": summarising.measure_freshness_of_many,

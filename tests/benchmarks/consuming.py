@@ -13,7 +13,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings
 from tests.benchmarks.history import History, Row
-from tests.benchmarks.servers import Bench
+from tests.benchmarks.servers import PATIENCE_S, Bench, source_of
 
 
 @dataclass(slots=True)
@@ -24,6 +24,7 @@ class Round:
     rows: list[Row]
     encoded: list[bytes]
     topic: Settings
+    topic_of_blocks: Settings
     found: dict[str, float] = field(default_factory=dict)
 
     def drain(self) -> None:
@@ -45,6 +46,17 @@ class Round:
             floor = self.bench.encoded_floor(self.encoded, streams)
             self.found[f"{name}_floor"] = floor
             self.found[f"drain_over_{name}"] = self.found["drain"] / floor
+
+    def blocks(self) -> None:
+        """The same readings in blocks."""
+        self.bench.truncate()
+        drained = self.bench.drain(self.topic_of_blocks)
+        self.found |= {
+            "drain_blocks": drained.rows_s,
+            "drain_blocks_ratio": drained.rows_s / self.found["copy_floor"],
+            "drain_blocks_cpu_s_per_million": drained.cpu_s_per_million,
+            "drain_blocks_rss_mb": drained.rss_mb,
+        }
 
     def merge(self) -> None:
         """A replay of what is stored already, and the upsert onto it."""
@@ -71,11 +83,13 @@ class Round:
         self.found["peer_loop_ratio"] = self.found["drain"] / peer
 
 
+BLOCKS = ("drain_blocks", "drain_blocks_ratio", "drain_blocks_cpu_s_per_million", "drain_blocks_rss_mb")
 BESIDE = (
     (
         Round.encoded_floors,
         ("encoded_floor", "drain_over_encoded", "encoded_two_floor", "drain_over_encoded_two"),
     ),
+    (Round.blocks, BLOCKS),
     (Round.merge, ("upsert_floor", "merge_ratio")),
     (Round.two_consumers, ("two_consumers_ratio",)),
     (Round.malformed, ("malformed_ratio",)),
@@ -86,17 +100,29 @@ BESIDE = (
 def measure_drain(bench: Bench) -> None:
     """Each round measures the floor and one consumer, and beside them what is wanted."""
     history = History(bench.scale.rows)
-    rows, encoded, topic = history.rows(), list(history.encoded()), bench.new_topic()
+    rows, encoded, topic, blocks = history.rows(), list(history.encoded()), bench.new_topic(), bench.new_topic()
     bench.fill(topic, rows)
+    if bench.wants(*BLOCKS):
+        blocks = fill_with_blocks(bench, history)
     rounds = []
     for _ in range(bench.scale.rounds):
-        turn = Round(bench, rows, encoded, topic)
+        turn = Round(bench, rows, encoded, topic, blocks)
         turn.drain()
         for measure, names in BESIDE:
             if bench.wants(*names):
                 measure(turn)
         rounds.append(turn.found)
     bench.note(**{name: statistics.median(found[name] for found in rounds) for name in rounds[0]})
+
+
+def fill_with_blocks(bench: Bench, history: History) -> Settings:
+    """A topic that the producer has filled."""
+    path = bench.directory / "blocks.parquet"
+    history.write_parquet(path)
+    topic = bench.new_topic(**source_of(path), producer_format="arrow")
+    assert bench.start(topic, "produce").wait(PATIENCE_S) == 0
+    path.unlink()
+    return topic
 
 
 def peer_loop(bench: Bench, settings: Settings, count: int) -> float:

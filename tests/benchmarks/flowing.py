@@ -14,31 +14,45 @@ FLOOR_ROWS = 1_000_000
 
 
 def measure_produce(bench: Bench) -> None:
+    """JSON."""
+    produce(bench, "json", "produce")
+    if {"produce", "drain"} <= bench.results.keys():
+        bench.note(produce_over_drain=bench.results["produce"] / bench.results["drain"])
+
+
+def measure_produce_blocks(bench: Bench) -> None:
+    """Arrow."""
+    produce(bench, "arrow", "produce_blocks")
+
+
+def produce(bench: Bench, form: str, name: str) -> None:
     """A Parquet file of ten times as many rows to the topic, transactions on."""
     path, count = bench.directory / "readings.parquet", 10 * bench.scale.rows
-    topic = bench.new_topic(**source_of(path))
+    topic = bench.new_topic(**source_of(path), producer_format=form)
     plan = Plan(sensors=SENSORS, days=count / SENSORS / 1440, interval_s=60, seed=1, start=START)
     generate(topic, plan, path, Shutdown())
     started = time.monotonic()
     rss = peak_rss([bench.start(topic, "produce")])
-    rows_s = count / (time.monotonic() - started)
-    bench.note(produce_rss_mb=rss, produce=rows_s)
-    if "drain" in bench.results:
-        bench.note(produce_over_drain=rows_s / bench.results["drain"])
+    bench.note(**{f"{name}_rss_mb": rss, name: count / (time.monotonic() - started)})
     path.unlink()
 
 
 def measure_end_to_end(bench: Bench) -> None:
-    """A reading every second of each sensor."""
+    """A reading every second of each sensor, JSON."""
     end_to_end(bench, History(bench.scale.large), "end_to_end")
 
 
+def measure_end_to_end_blocks(bench: Bench) -> None:
+    """The same in blocks."""
+    end_to_end(bench, History(bench.scale.large), "end_to_end_blocks", "arrow")
+
+
 def measure_end_to_end_minute(bench: Bench) -> None:
-    """A reading every minute of each sensor."""
+    """A reading every minute of each sensor, JSON."""
     end_to_end(bench, History(bench.scale.rows, every_s=60), "end_to_end_minute")
 
 
-def end_to_end(bench: Bench, history: History, name: str) -> None:
+def end_to_end(bench: Bench, history: History, name: str, form: str = "json") -> None:
     """From the start of the producer to the last reading in the table and the last interval in both summaries."""
     path = bench.directory / "end_to_end.parquet"
     history.write_parquet(path)
@@ -48,7 +62,7 @@ def end_to_end(bench: Bench, history: History, name: str) -> None:
     for _ in range(rounds):
         floors = [bench.copy_floor(floor_rows)]
         bench.truncate()
-        topic = bench.new_topic(**source_of(path))
+        topic = bench.new_topic(**source_of(path), producer_format=form)
         with bench.running(topic, "consume", "etl") as (consumer, _etl):
             started = time.monotonic()
             producer = bench.start(topic, "produce")
