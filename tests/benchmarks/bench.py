@@ -4,6 +4,7 @@ Absolute figures drift from hour to hour, ratios hardly do. Floors and subjects 
 the median counts. Prints a table with the goals (goals.py) and writes .local/bench/native.json or embedded.json;
 ``--readme`` prints what README shows of both. It runs on a local stack, or on native servers where TEST_POSTGRE_* and
 TEST_KAFKA_* name them (their database is emptied; BENCH_KAFKA is the version of that Kafka, which no client is told).
+``BENCH_HISTORY=100000000 ... --only history_cost`` measures with more history.
 """
 
 from __future__ import annotations

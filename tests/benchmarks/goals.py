@@ -34,9 +34,9 @@ class Key:
         return self.native if kind == "native" else self.embedded
 
     def judge(self, kind: str, value: float) -> str:
-        """``missed`` or nothing."""
+        """``missed`` or nothing, for the figure as it is shown."""
         least, most = self.goal(kind) or at_least(0)
-        return "" if least <= float(f"{value:.3g}") <= most else "missed"
+        return "" if least <= round(value, 2) <= most else "missed"
 
     def show(self, value: float) -> str:
         """The figure as README has it."""

@@ -33,19 +33,25 @@ PATIENCE_S = 600.0
 class Scale:
     """How much is measured: what a server of many processes takes, and what the embedded one does in reasonable time.
 
-    ``rows`` of a topic that is drained, ``large`` of a load from end to end, ``fresh_s`` of a steady stream.
+    ``rows`` of a topic that is drained, ``large`` of a load from end to end, ``history`` for one small change,
+    ``fresh_s`` of a steady stream.
     """
 
     kind: str
     rows: int
     large: int
+    history: int
     fresh_s: int
     rounds: int = 3
 
     @classmethod
     def of_servers(cls) -> Scale:
+        """The scale of the servers at hand; BENCH_ROWS and BENCH_HISTORY change it."""
         rows = int(os.environ.get("BENCH_ROWS", "1000000"))
-        return cls("native", rows, 10 * rows, 180) if is_native() else cls("embedded", rows, rows, 20)
+        history = int(os.environ.get("BENCH_HISTORY", 10 * rows))
+        if is_native():
+            return cls("native", rows, 10 * rows, history, fresh_s=180)
+        return cls("embedded", rows, rows, history, fresh_s=20)
 
 
 @dataclass(slots=True)

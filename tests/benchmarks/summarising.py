@@ -120,8 +120,8 @@ def publish_steadily(
 
 
 def measure_history_cost(bench: Bench) -> None:
-    """One refresh and mirror of a small change, with some history and with ten times as much."""
-    small, large = (small_change_s(bench, history) for history in (bench.scale.rows, 10 * bench.scale.rows))
+    """One refresh and mirror of a small change, with some history and with ten times as much (or BENCH_HISTORY)."""
+    small, large = (small_change_s(bench, history) for history in (bench.scale.rows, bench.scale.history))
     bench.note(refresh_small_change_s=small, history_cost_ratio=large / small)
 
 
