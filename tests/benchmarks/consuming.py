@@ -34,7 +34,7 @@ class Round:
         drained = self.bench.drain(self.topic)
         self.found |= {
             "copy_floor": floor,
-            "drain": drained.rows_s,
+            "drain_rows_s": drained.rows_s,
             "drain_ratio": drained.rows_s / floor,
             "drain_cpu_s_per_million": drained.cpu_s_per_million,
             "drain_rss_mb": drained.rss_mb,
@@ -45,14 +45,14 @@ class Round:
         for name, streams in (("encoded", 1), ("encoded_two", 2)):
             floor = self.bench.encoded_floor(self.encoded, streams)
             self.found[f"{name}_floor"] = floor
-            self.found[f"drain_over_{name}"] = self.found["drain"] / floor
+            self.found[f"drain_over_{name}"] = self.found["drain_rows_s"] / floor
 
     def blocks(self) -> None:
         """The same readings in blocks."""
         self.bench.truncate()
         drained = self.bench.drain(self.topic_of_blocks)
         self.found |= {
-            "drain_blocks": drained.rows_s,
+            "drain_blocks_rows_s": drained.rows_s,
             "drain_blocks_ratio": drained.rows_s / self.found["copy_floor"],
             "drain_blocks_cpu_s_per_million": drained.cpu_s_per_million,
             "drain_blocks_rss_mb": drained.rss_mb,
@@ -68,22 +68,22 @@ class Round:
         """The partitions divided between two processes."""
         self.bench.truncate()
         both = self.bench.drain(self.topic, consumers=2)
-        self.found["two_consumers_ratio"] = both.rows_s / self.found["drain"]
+        self.found["two_consumers_ratio"] = both.rows_s / self.found["drain_rows_s"]
 
     def malformed(self) -> None:
         """The first half of the readings, each hundredth message cut off."""
         dirty = self.bench.new_topic()
         self.bench.fill(dirty, self.rows[: len(self.rows) // 2], every_bad=100)
         self.bench.truncate()
-        self.found["malformed_ratio"] = self.bench.drain(dirty).rows_s / self.found["drain"]
+        self.found["malformed_ratio"] = self.bench.drain(dirty).rows_s / self.found["drain_rows_s"]
 
     def peer_loop(self) -> None:
         """The loop that tutorials show, over a tenth of the readings."""
         peer = peer_loop(self.bench, self.topic, len(self.rows) // 10)
-        self.found["peer_loop_ratio"] = self.found["drain"] / peer
+        self.found["peer_loop_ratio"] = self.found["drain_rows_s"] / peer
 
 
-BLOCKS = ("drain_blocks", "drain_blocks_ratio", "drain_blocks_cpu_s_per_million", "drain_blocks_rss_mb")
+BLOCKS = ("drain_blocks_rows_s", "drain_blocks_ratio", "drain_blocks_cpu_s_per_million", "drain_blocks_rss_mb")
 BESIDE = (
     (
         Round.encoded_floors,

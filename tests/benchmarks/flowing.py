@@ -16,8 +16,8 @@ FLOOR_ROWS = 1_000_000
 def measure_produce(bench: Bench) -> None:
     """JSON."""
     produce(bench, "json", "produce")
-    if {"produce", "drain"} <= bench.results.keys():
-        bench.note(produce_over_drain=bench.results["produce"] / bench.results["drain"])
+    if {"produce_rows_s", "drain_rows_s"} <= bench.results.keys():
+        bench.note(produce_over_drain=bench.results["produce_rows_s"] / bench.results["drain_rows_s"])
 
 
 def measure_produce_blocks(bench: Bench) -> None:
@@ -33,7 +33,7 @@ def produce(bench: Bench, form: str, name: str) -> None:
     generate(topic, plan, path, Shutdown())
     started = time.monotonic()
     rss = peak_rss([bench.start(topic, "produce")])
-    bench.note(**{f"{name}_rss_mb": rss, name: count / (time.monotonic() - started)})
+    bench.note(**{f"{name}_rss_mb": rss, f"{name}_rows_s": count / (time.monotonic() - started)})
     path.unlink()
 
 
