@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import psycopg
+from confluent_kafka import KafkaException
+
 from tests.benchmarks import consuming, flowing, summarising
 from tests.benchmarks.goals import GROUPS, Run, chosen, readme, table
 from tests.benchmarks.servers import Bench, Scale, describe, servers
@@ -49,8 +52,9 @@ def say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-def measure(only: frozenset[str]) -> Run:
-    """Run all measurements, or those of the figures that are wanted."""
+def measure(only: frozenset[str]) -> tuple[Run, list[str]]:
+    """Run all measurements, or those of the figures that are wanted; and what failed, after which the others go on."""
+    failures = []
     logging.disable(logging.INFO)  # of what runs in this process: the table is what counts
     started = time.monotonic()
     scale = Scale.of_servers()
@@ -59,9 +63,12 @@ def measure(only: frozenset[str]) -> Run:
         for group, measurement in MEASUREMENTS.items():
             if bench.wants(*(key.name for key in GROUPS[group])) and (scale.kind == "native" or group not in NATIVE):
                 say(f"{time.monotonic() - started:4.0f} s  measuring {group}")
-                measurement(bench)
+                try:
+                    measurement(bench)
+                except (AssertionError, KafkaException, psycopg.Error) as error:
+                    failures.append(f"{group}: {error}")
         where = f"{describe(settings, scale)}; {(time.monotonic() - started) / 60:.0f} minutes"
-    return Run(scale.kind, where, bench.results)
+    return Run(scale.kind, where, bench.results), failures
 
 
 def saved() -> list[Run]:
@@ -71,7 +78,7 @@ def saved() -> list[Run]:
 
 
 def main() -> int:
-    """A goal that is missed is reported; it is not a failure."""
+    """A goal that is missed is reported; it is not a failure. A measurement that fails is one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--only", metavar="KEY[,KEY]", help="only these figures or groups of them; nothing is saved")
     parser.add_argument("--readme", action="store_true", help="print the saved runs as README shows them")
@@ -83,14 +90,16 @@ def main() -> int:
         only = chosen(filter(None, (options.only or "").split(",")))
     except ValueError as error:
         parser.error(str(error))
-    run = measure(only)
+    run, failures = measure(only)
     say(f"\n{table(run)}")
-    if not only:
+    for failure in failures:
+        say(f"FAILED {failure}")
+    if not only and not failures:
         OUTPUT.mkdir(parents=True, exist_ok=True)
         path = OUTPUT / f"{run.kind}.json"
         path.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
         say(f"written to {path.relative_to(ROOT)}")
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -117,11 +117,8 @@ def measure_drain(bench: Bench) -> None:
 
 def fill_with_blocks(bench: Bench, history: History) -> Settings:
     """A topic that the producer has filled."""
-    path = bench.directory / "blocks.parquet"
-    history.write_parquet(path)
-    topic = bench.new_topic(**source_of(path), producer_format="arrow")
+    topic = bench.new_topic(**source_of(bench.parquet(history)), producer_format="arrow")
     assert bench.start(topic, "produce").wait(PATIENCE_S) == 0
-    path.unlink()
     return topic
 
 

@@ -27,7 +27,7 @@ def measure_produce_blocks(bench: Bench) -> None:
 
 def produce(bench: Bench, form: str, name: str) -> None:
     """A Parquet file of ten times as many rows to the topic, transactions on."""
-    path, count = bench.directory / "readings.parquet", 10 * bench.scale.rows
+    path, count = bench.directory / "generated.parquet", 10 * bench.scale.rows
     topic = bench.new_topic(**source_of(path), producer_format=form)
     plan = Plan(sensors=SENSORS, days=count / SENSORS / 1440, interval_s=60, seed=1, start=START)
     generate(topic, plan, path, Shutdown())
@@ -54,8 +54,7 @@ def measure_end_to_end_minute(bench: Bench) -> None:
 
 def end_to_end(bench: Bench, history: History, name: str, form: str = "json") -> None:
     """From the start of the producer to the last reading in the table and the last interval in both summaries."""
-    path = bench.directory / "end_to_end.parquet"
-    history.write_parquet(path)
+    path = bench.parquet(history)
     floor_rows = History(min(FLOOR_ROWS, history.count), history.every_s).rows()
     rounds = bench.scale.rounds if history.count <= FLOOR_ROWS else 1
     ratios, rss = [], 0.0
@@ -73,4 +72,3 @@ def end_to_end(bench: Bench, history: History, name: str, form: str = "json") ->
         floors.append(bench.copy_floor(floor_rows))
         ratios.append(rows_s / statistics.mean(floors))
     bench.note(**{f"{name}_ratio": statistics.median(ratios), f"{name}_rss_mb": rss})
-    path.unlink()

@@ -22,7 +22,8 @@ from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.core.reading import METRICS, Reading, encode
 from services.local.runtime import KAFKA_VERSION
-from tests.benchmarks.history import BATCH, COPY, Row
+from tests.benchmarks.goals import KEYS
+from tests.benchmarks.history import BATCH, COPY, History, Row
 from tests.fix_services import Service, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
 
@@ -80,6 +81,7 @@ class Bench:
 
     def note(self, **values: float) -> None:
         """Keep the figures that are wanted."""
+        assert values.keys() <= KEYS.keys()
         self.results |= {name: value for name, value in values.items() if self.wants(name)}
 
     # The database ----------------------------------------------------------------------------------------
@@ -210,6 +212,13 @@ class Bench:
 
         with connect(self.settings) as connection:  # one for all looks: to connect takes longer than to look
             wait_until(is_complete, what, PATIENCE_S)
+
+    def parquet(self, history: History) -> Path:
+        """The file of these readings, written once."""
+        path = self.directory / f"{history.count}-{history.every_s:g}.parquet"
+        if not path.exists():
+            history.write_parquet(path)
+        return path
 
 
 def source_of(path: Path) -> dict[str, str]:
