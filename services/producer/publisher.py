@@ -36,7 +36,7 @@ from services.producer.progress import Progress, Stopped, encode_progress, progr
 
 log = logging.getLogger("producer")
 
-METADATA_TIMEOUT_S = 10.0
+METADATA_TIMEOUT_S = 2.0
 POLL_S = 0.1  # a longer poll, as a flush, goes on with callbacks after one of them has raised a fatal error
 CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
 STOP_WITHIN_S = 5.0  # how long a commit or abort may take once the service shall end
@@ -291,7 +291,7 @@ class Publisher:
             raise TransactionExpired(f"the transaction grew older than {self._timeout_s:g} s") from error
         self._losses += cause.fatal()
         if cause.code() in PERMANENT or self._losses > MOST_LOSSES:
-            raise PermanentError(f"{pending} messages were not delivered: {cause.str()}") from error
+            raise PermanentError(f"{pending} readings were not delivered: {cause.str()}") from error
         raise TransactionAborted(cause.str()) from error
 
     def _end(self, producer: Producer, cause: KafkaError) -> KafkaError | None:

@@ -100,8 +100,9 @@ class Chaos:
                 tail = service.log_path.read_text(encoding="utf-8").splitlines()[-1:]
                 self.ended_by_themselves.append(f"{name}: {service.process.returncode} {tail}")
             kind = name.split("-")[0]
+            form = self.random.choice(("json", "arrow"))
             self.services[name] = Service(
-                self.settings_of[kind],
+                self.settings_of[kind].model_copy(update={"producer_format": form}),
                 COMMANDS[kind],
                 log_path=self.directory / f"{name}.log",
                 module="tests.chaos.hasty" if kind == "etl" else "services.cli",

@@ -6,7 +6,6 @@ dead letter, by what it is.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from psycopg import Connection
 from services.consumer.replay import read_headers
 from services.core.kafka import REASON_HEADER, place_of
 from tests.chaos.traffic import POISON_KEY, Sample, Traffic
+from tests.fix_services import rows_of
 from tests.model import METRICS, Key, Row, Rows, Values, floor, same
 
 Place = tuple[int, int]  # partition and offset
@@ -59,12 +59,12 @@ class Verdict:
         for message in self.messages:
             if message.key() == POISON_KEY.encode():
                 continue
-            sensor, sample = read_sample(message)
-            topic[sensor].append(sample)
-            if sensor in self.traffic.racers and place_of(message) in self.lettered:
-                self.refused.add(sensor)
-            else:
-                self._apply(sensor, sample)
+            for sensor, sample in read_samples(message):
+                topic[sensor].append(sample)
+                if sensor in self.traffic.racers and place_of(message) in self.lettered:
+                    self.refused.add(sensor)
+                else:
+                    self._apply(sensor, sample)
         for sensor in sorted(topic.keys() | self.traffic.sent.keys()):
             there, sent = topic.get(sensor, []), self.traffic.sent.get(sensor, [])
             if there != sent:
@@ -87,7 +87,7 @@ class Verdict:
                     self.found.append(f"dead letters: none for {place} ({reason})")
                 continue
             if reason is None:
-                reason = "too_late" if read_sample(message)[0] in self.traffic.racers else "none"
+                reason = "too_late" if read_samples(message)[0][0] in self.traffic.racers else "none"
             stated = read_headers(letter).get(REASON_HEADER)
             if stated != reason or (letter.key(), letter.value() or b"") != (message.key(), value):
                 self.found.append(f"dead letters: {place} is {stated}, must be {reason}: {value[:80]!r}")
@@ -160,11 +160,15 @@ class Verdict:
             self.found.append(f"{metric}_summary_live: {differing} rows are not those of the summary")
 
 
-def read_sample(message: Message) -> tuple[str, Sample]:
-    """The sensor and the reading of a message."""
-    fields = json.loads(message.value() or b"")
-    time = datetime.fromisoformat(fields["time"])
-    return fields["sensor_id"], (time, fields.get("temperature"), fields.get("humidity"))
+def read_samples(message: Message) -> list[tuple[str, Sample]]:
+    """The readings of a message, each with its sensor."""
+    return [
+        (
+            row["sensor_id"],
+            (datetime.fromisoformat(str(row["time"])), row.get("temperature"), row.get("humidity")),
+        )
+        for row in rows_of(message)
+    ]
 
 
 def summarised(values: Iterable[tuple[str, datetime, float]], stored: Rows, old: int, new: int) -> Rows:

@@ -60,6 +60,11 @@ def write(path: Path, rows: int, first: int = 0) -> Path:
     return path
 
 
+def enough(form: str) -> int:
+    """Rows of a file that are not sent at once; blocks are sent several times as fast."""
+    return MANY if form == "json" else 5 * MANY
+
+
 FORMATS = pytest.mark.parametrize("form", ["json", "arrow"])
 
 
@@ -411,7 +416,7 @@ def test_a_file_that_harms_its_reader_is_reported_and_those_after_it_are_sent(
 def test_killed_again_and_again_each_row_is_there_once(
     settings: Settings, start: StartService, tmp_path: Path, form: str
 ) -> None:
-    rows = MANY if form == "json" else 5 * MANY  # blocks are sent that much faster
+    rows = enough(form)
     path = write(tmp_path / "a.parquet", rows)
     settings = source(settings, path, producer_transaction_rows=20_000, producer_format=form)
     moments = random.Random(20240101)  # noqa: S311 - a seed, so that a failure can be had again
@@ -628,15 +633,18 @@ def own_settings(settings: Settings, broker: Kafka) -> Settings:
     return changed(settings, kafka_host="127.0.0.1", kafka_port=broker.port)
 
 
+@FORMATS
 def test_a_broker_that_dies_is_waited_for(
-    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka, form: str
 ) -> None:
     """Away for longer than a transaction may last, so that what was open is sent again."""
+    rows = enough(form)
     settings = source(
         own_settings,
-        write(tmp_path / "a.parquet", MANY),
+        write(tmp_path / "a.parquet", rows),
         producer_transaction_rows=50_000,
         producer_transaction_timeout_seconds=5,
+        producer_format=form,
     )
     producer = start("produce", settings=settings)
     producer.wait_for("transaction_committed", count=2)
@@ -645,14 +653,17 @@ def test_a_broker_that_dies_is_waited_for(
     broker.start()
     broker.wait_ready()
     assert producer.wait(within_s=60) == 0
-    assert producer.events("all_sent")[0]["sent"] == MANY
-    assert_once(settings, MANY)
+    assert producer.events("all_sent")[0]["sent"] == rows
+    assert_once(settings, rows)
 
 
+@FORMATS
 def test_sigterm_while_the_broker_is_away_ends_in_time(
-    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka, form: str
 ) -> None:
-    settings = source(own_settings, write(tmp_path / "a.parquet", MANY), producer_transaction_rows=50_000)
+    rows = enough(form)
+    path = write(tmp_path / "a.parquet", rows)
+    settings = source(own_settings, path, producer_transaction_rows=50_000, producer_format=form)
     producer = start("produce", settings=settings)
     producer.wait_for("transaction_committed", count=2)
     broker.kill()
@@ -664,7 +675,7 @@ def test_sigterm_while_the_broker_is_away_ends_in_time(
     second = start("produce", settings=settings)
     assert second.wait() == 0
     assert second.events("all_sent")[0]["sent"] >= said["rows_left"] - 50_000
-    assert_once(settings, MANY)
+    assert_once(settings, rows)
 
 
 def test_a_file_may_go_on_in_the_other_format(settings: Settings, start: StartService, tmp_path: Path) -> None:
@@ -694,7 +705,7 @@ def test_messages_that_kafka_refuses_are_counted_and_end_the_run(
     admin.create_topics([topic])[settings.kafka_topic].result()
     producer = start("produce", settings=settings)
     assert producer.wait() == 1
-    assert last_line(producer).startswith("error: 1000 messages were not delivered: ")
+    assert last_line(producer).startswith("error: 1000 readings were not delivered: ")
     assert numbers(settings) == Counter()
 
 
