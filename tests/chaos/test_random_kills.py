@@ -31,7 +31,7 @@ from services.local.stack import Stack
 from tests.chaos.bystanders import Bystander, dump, read_live_view, read_live_view_at_once
 from tests.chaos.slow_commits import slow_commits
 from tests.chaos.traffic import COLUMNS, COMPRESS_AFTER_DAYS, Traffic
-from tests.chaos.verdict import Verdict, count_reasons
+from tests.chaos.verdict import Verdict, count_readings, count_reasons
 from tests.fix_services import Service, read_topic, run_cli, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
 
@@ -220,7 +220,7 @@ class Chaos:
         def is_sent() -> bool:
             self.tend()
             messages[:] = read_topic(self.settings, self.settings.kafka_topic)
-            return len(messages) >= sent
+            return sum(map(count_readings, messages)) >= sent
 
         wait_until(is_sent, "all is sent", CATCH_UP_WITHIN_S)
         ends = dict(map(place_of, messages))

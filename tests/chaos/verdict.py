@@ -171,6 +171,11 @@ def read_samples(message: Message) -> list[tuple[str, Sample]]:
     ]
 
 
+def count_readings(message: Message) -> int:
+    """How many readings a message holds; poison counts as one."""
+    return 1 if message.key() == POISON_KEY.encode() else len(rows_of(message))
+
+
 def summarised(values: Iterable[tuple[str, datetime, float]], stored: Rows, old: int, new: int) -> Rows:
     """The rows of a summary; of the old width where there is such a row."""
     groups: dict[tuple[str, datetime, int], list[float]] = defaultdict(list)
