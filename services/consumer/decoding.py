@@ -1,12 +1,12 @@
 """From messages to columns: all of a chunk at once while all is well, else one message at a time.
 
 The way of one message at a time (core/reading.py) is the definition of what a reading is. What is decoded at once has
-to be the same, so anything unusual in a chunk sends all of it the slow way.
+to be the same, so what cannot be decoded, and all of a chunk that holds anything unusual, goes the slow way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 
 import pyarrow as pa
@@ -45,20 +45,32 @@ def decode(messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool) -
 def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
     """Messages that hold one reading each."""
     values = list(map(Message.value, messages))
-    size = sum(len(value) for value in values if value)
-    letters: list[DeadLetter] = []
-    columns = decode_at_once(values, decoder)
-    if columns is None:
-        readings, kept = [], []
-        for message, value in zip(messages, values, strict=True):
-            try:
-                readings.append(decoder.decode(value))
-            except MalformedMessage as error:
-                letters.append(DeadLetter(message, error.reason, str(error)))
-            else:
-                kept.append(message)
-        columns, messages = columns_of(readings), kept
-    return [with_origin(columns, messages, marks)], letters, size
+    at_once = decode_at_once(values, decoder)
+    if at_once is not None:
+        columns, others = at_once
+        readings, refused = decode_each(values, others, decoder)
+        if readings:  # deeply nested JSON: how deep it may be depends on who asks
+            at_once = None
+    if at_once is None:
+        readings, refused = decode_each(values, range(len(values)), decoder)
+        columns = columns_of(readings)
+    letters = [DeadLetter(messages[at], error.reason, str(error)) for at, error in refused.items()]
+    kept = [message for at, message in enumerate(messages) if at not in refused] if refused else messages
+    return [with_origin(columns, kept, marks)], letters, sum(len(value) for value in values if value)
+
+
+def decode_each(
+    values: Sequence[bytes | None], places: Iterable[int], decoder: Decoder
+) -> tuple[list[Reading], dict[int, MalformedMessage]]:
+    """The readings at these places, and why others are none, by their places."""
+    readings: list[Reading] = []
+    refused: dict[int, MalformedMessage] = {}
+    for at in places:
+        try:
+            readings.append(decoder.decode(values[at]))
+        except MalformedMessage as error:
+            refused[at] = error
+    return readings, refused
 
 
 def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
@@ -84,10 +96,13 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Containe
     return [readings], letters, sum(len(message.value() or b"") for message in messages)
 
 
-def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> pa.RecordBatch | None:
-    """The columns of a chunk whose messages are all readings beyond doubt, else None."""
-    readings = decoder.decode_all(values)
-    if readings is None:
+def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> tuple[pa.RecordBatch, list[int]] | None:
+    """The columns of what is a reading beyond doubt, and the places of what is none at all; None if anything is odd."""
+    decoded = decoder.decode_all(values)
+    if decoded is None:
+        return None
+    readings, others = decoded
+    if not readings:
         return None
     try:
         columns = columns_of(readings)
@@ -99,7 +114,7 @@ def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> pa.Recor
         return None
     metrics = [columns[metric] for metric in METRICS]
     lacking = all(metric.null_count for metric in metrics) and pc.coalesce(*metrics).null_count
-    return None if lacking else columns
+    return None if lacking else (columns, others)
 
 
 def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], marks: Container[bytes | None]) -> pa.RecordBatch:

@@ -520,7 +520,7 @@ def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
 
 
 def collect_garbage_seldom() -> None:
-    """A batch is tens of thousands of objects, none of them in a cycle.
+    """Messages and readings come in thousands, none of them in a cycle.
 
     By default each 700 new ones start a garbage collection, which took a quarter of this process's time.
     """
