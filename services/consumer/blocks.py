@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import reduce
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from confluent_kafka import Message
 
 from services.consumer.columns import microseconds
 from services.core.errors import MalformedMessage
+from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
 from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, METRICS, Decoder
 
 
-@dataclass(frozen=True, slots=True)
-class RefusedRow:
-    """A row that is not a reading: which one, its sensor, the value of its message, and what is wrong with it."""
-
-    number: int
-    sensor: str | None
-    value: bytes
-    reason: str
-    detail: str
-
-
-def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, list[RefusedRow]]:
-    """The rows that are readings, in their order, and those that ``decoder`` refuses.
+def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, MalformedMessage]]:
+    """The rows that are readings, in their order, and why others are not, by their numbers.
 
     Columns are looked at as a whole. Only a row with something unusual goes through ``decoder``, as the JSON that it
     would be, so that a reading is one by the same rules in either format.
     """
-    refused: dict[int, RefusedRow] = {}
+    refused: dict[int, MalformedMessage] = {}
     for number in pc.indices_nonzero(_unusual(rows, decoder)).to_pylist():
-        row = rows.slice(number, 1)
-        text = as_json(row)
         try:
-            decoder.decode(text)
+            decoder.decode(as_json(rows.slice(number, 1)))
         except MalformedMessage as error:
-            refused[number] = RefusedRow(number, row["sensor_id"][0].as_py(), text, error.reason, str(error))
+            refused[number] = error
     if refused:
         rows = rows.filter(pa.array([number not in refused for number in range(len(rows))], pa.bool_()))
-    return rows, list(refused.values())
+    return rows, refused
+
+
+def alone(message: Message, row: pa.RecordBatch) -> Message:
+    """The message of one reading: that which it came in or, of a block, would have come in without the others."""
+    if format_of(message) == JSON:
+        return message
+    sensor = row["sensor_id"][0].as_py()
+    return Message(
+        topic=message.topic(),
+        partition=message.partition(),
+        offset=message.offset(),
+        key=None if sensor is None else sensor.encode(),
+        value=as_json(row),
+        headers=[header for header in headers_of(message) if header[0] != FORMAT_HEADER],
+    )
 
 
 def as_json(row: pa.RecordBatch) -> bytes:

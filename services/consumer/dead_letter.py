@@ -17,7 +17,6 @@ from services.core.config import Settings
 from services.core.errors import PermanentError, TransientError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
-    FORMAT_HEADER,
     NOT_ALLOWED,
     PARTITIONER,
     REASON_HEADER,
@@ -56,43 +55,10 @@ Header = tuple[str, str | bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
-class RowMessage:
-    """A row of a block as the message that would have held it alone, at the block's place."""
-
-    block: Message
-    sensor: str | None
-    text: bytes
-
-    def topic(self) -> str | None:
-        """The block's."""
-        return self.block.topic()
-
-    def partition(self) -> int | None:
-        """The block's."""
-        return self.block.partition()
-
-    def offset(self) -> int | None:
-        """The block's."""
-        return self.block.offset()
-
-    def key(self) -> bytes | None:
-        """The sensor, as in any message."""
-        return None if self.sensor is None else self.sensor.encode()
-
-    def value(self) -> bytes:
-        """The row in JSON."""
-        return self.text
-
-    def headers(self) -> list[tuple[str, bytes | None]]:
-        """The block's, but for the one that says that it is a block."""
-        return [header for header in headers_of(self.block) if header[0] != FORMAT_HEADER]
-
-
-@dataclass(frozen=True, slots=True)
 class DeadLetter:
     """A message that was not stored: a stable reason, and what was found."""
 
-    message: Message | RowMessage
+    message: Message
     reason: str
     detail: str
 
@@ -176,7 +142,7 @@ class DeadLetterTopic:
 
         for letter in letters:
 
-            def note(error: KafkaError | None, _message: Message | None, letter: DeadLetter = letter) -> None:
+            def note(error: KafkaError | None, _message: Message, letter: DeadLetter = letter) -> None:
                 if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
                     too_large.append(letter)
                 elif error is not None:
@@ -185,7 +151,7 @@ class DeadLetterTopic:
             try:
                 self._produce(letter, at_most, note)
             except KafkaException as error:
-                note(error.args[0], None)
+                note(error.args[0], letter.message)
         waiting = self._producer.flush(FLUSH_TIMEOUT_S)
         if failed and failed[0].code() in NEVER_TAKEN:
             raise PermanentError(

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Message
 
-from services.consumer.blocks import split_refused
+from services.consumer.blocks import alone, split_refused
 from services.consumer.columns import ORIGIN, SCHEMA, columns_of, joined, microseconds
-from services.consumer.dead_letter import DeadLetter, RowMessage
+from services.consumer.dead_letter import DeadLetter
 from services.core.block import decode_block
 from services.core.errors import MalformedMessage
 from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
@@ -90,9 +90,10 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Containe
     rows = joined(chunks)
     readings, refused = split_refused(rows, decoder)
     blocks = {place_of(message): message for message in messages} if refused else {}
-    for row in refused:
-        block = blocks[rows["partition"][row.number].as_py(), rows["offset"][row.number].as_py()]
-        letters.append(DeadLetter(RowMessage(block, row.sensor, row.value), row.reason, row.detail))
+    for number, why in refused.items():
+        row = rows.slice(number, 1)
+        block = blocks[row["partition"][0].as_py(), row["offset"][0].as_py()]
+        letters.append(DeadLetter(alone(block, row), why.reason, str(why)))
     return [readings], letters, sum(len(message.value() or b"") for message in messages)
 
 

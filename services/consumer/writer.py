@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import pyarrow as pa
-from confluent_kafka import Message
 
 from services.consumer.batch import Batch
-from services.consumer.blocks import as_json
+from services.consumer.blocks import alone
 from services.consumer.columns import joined
-from services.consumer.dead_letter import DeadLetter, DeadLetterTopic, RowMessage
+from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
 from services.consumer.patience import keep_trying
 from services.consumer.positions import Places, Positions
 from services.consumer.sink import PartitionsMovedError, Refused, Sink, WriteResult
 from services.core.config import Settings
-from services.core.kafka import JSON, format_of
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, KAFKA
 
@@ -198,8 +196,10 @@ class Writer:
         messages = keep_trying(KAFKA, lambda: self._dead_letters.read_again(places), self._abandon.wait)
         if messages is None or len(messages) < len(set(places)):
             return None
-        found = [alone(messages[place], rows.slice(at, 1)) for at, place in enumerate(places)]
-        return [DeadLetter(message, row.reason, row.detail) for message, row in zip(found, refused, strict=True)]
+        return [
+            DeadLetter(alone(messages[place], rows.slice(at, 1)), row.reason, row.detail)
+            for at, (place, row) in enumerate(zip(places, refused, strict=True))
+        ]
 
     def _left(self, batch: Batch) -> NotStored:
         MESSAGES_LEFT.inc(len(batch))
@@ -224,8 +224,3 @@ class Writer:
                 seconds=round(seconds, 4),
             ),
         )
-
-
-def alone(message: Message, row: pa.RecordBatch) -> Message | RowMessage:
-    """The message of one reading: that which it came in, or would have come in without the others of its block."""
-    return message if format_of(message) == JSON else RowMessage(message, row["sensor_id"][0].as_py(), as_json(row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -278,26 +278,13 @@ def read_range(settings: Settings, topic: str, partition: int, first: int, end: 
         consumer.close()
 
 
-class Placed(Protocol):
-    """What has a place and headers: a message, or one that stands for a part of it."""
-
-    def partition(self) -> int | None:
-        """Its partition."""
-
-    def offset(self) -> int | None:
-        """Its offset."""
-
-    def headers(self) -> Any:
-        """Its headers; none: nothing."""
-
-
 def format_of(message: Message) -> bytes | None:
     """What the message says that it holds; of several words the last."""
     forms = [value for name, value in headers_of(message) if name == FORMAT_HEADER]
     return forms[-1] if forms else JSON
 
 
-def place_of(message: Placed) -> tuple[int, int]:
+def place_of(message: Message) -> tuple[int, int]:
     """Partition and offset of a message that came from a broker."""
     partition, offset = message.partition(), message.offset()
     assert partition is not None
@@ -305,6 +292,6 @@ def place_of(message: Placed) -> tuple[int, int]:
     return partition, offset
 
 
-def headers_of(message: Placed) -> list[tuple[str, bytes | None]]:
+def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
     """The headers of a message that came from a broker, in their order."""
     return cast("list[tuple[str, bytes | None]]", message.headers() or [])

@@ -12,12 +12,14 @@ from itertools import pairwise
 import msgspec
 import pyarrow as pa
 import pytest
+from confluent_kafka import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.consumer.blocks import RefusedRow, split_refused
+from services.consumer.blocks import alone, split_refused
 from services.core.block import SCHEMA, decode_block, encode_block
 from services.core.errors import MalformedMessage
+from services.core.kafka import ARROW, FORMAT_HEADER
 from services.core.murmur2 import partition_of
 from services.core.reading import EPOCH, LARGEST_VALUE, Decoder, Reading
 from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
@@ -240,11 +242,21 @@ def decoder() -> Decoder:
     return found
 
 
-def read(value: bytes) -> tuple[pa.RecordBatch, list[RefusedRow]]:
+Refused = tuple[str | None, bytes, str, str]  # sensor, value, reason and what was found
+
+
+def read(value: bytes) -> tuple[pa.RecordBatch, list[Refused]]:
     """The readings of a block, with times as in SCHEMA, and the rows that are none."""
     block = decode_block(value)
-    rows, refused = split_refused(block.set_column(1, "time", block["time"].view(pa.int64())), decoder())
-    return rows.set_column(1, "time", rows["time"].view(SCHEMA.field("time").type)), refused
+    numbers = block.set_column(1, "time", block["time"].view(pa.int64()))
+    rows, refused = split_refused(numbers, decoder())
+    whole = Message(topic="t", partition=0, offset=0, value=value, headers=[(FORMAT_HEADER, ARROW)])
+    letters = [(alone(whole, numbers.slice(number, 1)), error) for number, error in refused.items()]
+    found = [
+        (key.decode() if (key := letter.key()) is not None else None, letter.value() or b"", error.reason, str(error))
+        for letter, error in letters
+    ]
+    return rows.set_column(1, "time", rows["time"].view(SCHEMA.field("time").type)), found
 
 
 def time_text(microseconds: int | None) -> object:
@@ -270,11 +282,11 @@ def test_a_row_is_a_reading_exactly_if_its_json_is(
             reasons.append((sensor, error.reason))
     batch, refused = read(encode_block(pa.record_batch(columns, schema=SCHEMA)))
     assert [Reading(**row) for row in batch.to_pylist()] == stored
-    assert [(row.sensor, row.reason) for row in refused] == reasons
-    for row in refused:  # as a message it is refused again, for the same reason
+    assert [(sensor, reason) for sensor, _, reason, _ in refused] == reasons
+    for _, value, reason, _ in refused:  # as a message it is refused again, for the same reason
         with pytest.raises(MalformedMessage) as again:
-            decoder().decode(row.value)
-        assert again.value.reason == row.reason
+            decoder().decode(value)
+        assert again.value.reason == reason
 
 
 def test_a_refused_row_says_what_is_wrong_and_is_json() -> None:
@@ -282,6 +294,6 @@ def test_a_refused_row_says_what_is_wrong_and_is_json() -> None:
     columns = [pa.array([row[at] for row in rows], field.type) for at, field in enumerate(SCHEMA)]
     batch, refused = read(encode_block(pa.record_batch(columns, schema=SCHEMA)))
     assert batch["sensor_id"].to_pylist() == ["s1"]
-    assert [(row.sensor, row.reason) for row in refused] == [("", "invalid_reading"), ("s2", "future_time")]
-    assert json.loads(refused[1].value) == {"sensor_id": "s2", "time": "2026-01-03T00:00:00+00:00", "humidity": 2.5}
-    assert refused[1].detail == "2026-01-03 00:00:00+00:00 is later than MAX_FUTURE_SECONDS allows"
+    assert [(sensor, reason) for sensor, _, reason, _ in refused] == [("", "invalid_reading"), ("s2", "future_time")]
+    assert json.loads(refused[1][1]) == {"sensor_id": "s2", "time": "2026-01-03T00:00:00+00:00", "humidity": 2.5}
+    assert refused[1][3] == "2026-01-03 00:00:00+00:00 is later than MAX_FUTURE_SECONDS allows"
