@@ -19,7 +19,7 @@ from services.consumer.dead_letter import DeadLetter
 from services.core.block import decode_block
 from services.core.errors import MalformedMessage
 from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
-from services.core.reading import METRICS, Decoder
+from services.core.reading import METRICS, Decoder, Reading
 
 Decoded = tuple[list[pa.RecordBatch], list[DeadLetter], int]
 

@@ -216,3 +216,15 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
         chunks += 1
         at_once += decode_at_once([message.value() for message in messages], decoder()) is not None
     assert 0.5 < at_once / chunks < 0.95, "both ways are taken"
+
+
+def test_json_that_is_nested_as_deeply_as_can_be_decoded_costs_no_other_message() -> None:
+    decode_from = decoder()
+    good = b'{"sensor_id": "a", "time": "2024-03-01T11:00:00Z", "humidity": 1}'
+    for depth in range(500, 1100):
+        nested = good.replace(b"}", b', "x": ' + b"[" * depth + b"]" * depth + b"}")
+        values = enumerate([good, nested, good])
+        messages = [Message(topic="t", partition=0, offset=offset, value=value) for offset, value in values]
+        chunks, letters, _ = decode(messages, decode_from, fills_gaps=False)
+        assert sum(map(len, chunks)) + len(letters) == 3, depth
+        assert len(letters) <= 1, depth
