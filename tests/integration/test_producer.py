@@ -249,7 +249,7 @@ def test_of_a_file_that_grew_only_the_new_rows_are_sent(
     killed.kill()
     last = start("produce", settings=settings)
     assert last.wait() == 0
-    assert last.events("all_sent")[0]["sent"] <= 30_000
+    assert sum(event["sent"] for event in last.events("all_sent")) <= 30_000  # none, if all was sent before the kill
     assert_once(settings, MANY + 30_000)
 
     write(path, 100, first=MANY + 30_000)
@@ -652,7 +652,7 @@ def test_a_broker_that_dies_is_waited_for(
     producer.wait_for("waiting_for_kafka")
     broker.start()
     broker.wait_ready()
-    assert producer.wait(within_s=60) == 0
+    assert producer.wait(within_s=120) == 0
     assert producer.events("all_sent")[0]["sent"] == rows
     assert_once(settings, rows)
 
