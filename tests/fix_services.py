@@ -25,6 +25,7 @@ from services.core.block import decode_block
 from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settings, headers_of
 from services.core.reading import Reading
+from services.etl import aggregates
 from tests.fix_stack import ROOT, as_environment
 
 PATIENCE_S = 30.0
@@ -94,6 +95,12 @@ class Service:
 
 
 StartService = Callable[..., Service]
+
+
+@pytest.fixture
+def in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An etl in this process takes all readings for dense; others leave it at that while there are few."""
+    monkeypatch.setattr(aggregates, "minutes_pay", lambda _, **__: True)
 
 
 @pytest.fixture

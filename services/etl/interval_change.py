@@ -1,11 +1,14 @@
-"""Changing an interval's width: no lost history, no moment without a summary.
+"""Changing an interval's width, or what it is made of: no lost history, no moment without a summary.
 
-A restart repeats these steps safely:
+It is made of minutes where readings are dense, and of the readings where they are not. A restart repeats these steps
+safely:
 
-1. create the new aggregate beside the old one, which goes on feeding the summary (aggregates.py),
+1. create the new aggregate beside the old one, which goes on feeding the summary (aggregates.py); from now on what the
+   queue names is refreshed in both,
 2. refresh the new one over all the raw history there is, going on with the queue in between,
-3. in one transaction replace the summary's rows, the state and the live view,
-4. drop the old aggregate.
+3. in one transaction replace the summary's rows, the state and the live view (at the same width the rows are the same,
+   and stay),
+4. drop the old aggregate, and the minutes if nothing else is made of them.
 
 Readers see the old intervals until the transaction of step 3 commits, and then the new ones. History whose raw
 readings are gone stays at its old width; where that ends is a boundary of both widths, so no two rows overlap. If that
@@ -18,13 +21,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from psycopg import Connection
 
 from services.core.database import queries
 from services.core.logs import fields
-from services.etl.aggregates import Aggregates
+from services.etl.aggregates import Aggregates, statement
 from services.etl.lease import Lease
 from services.etl.metrics import BASE, Metric
 from services.etl.retention import close
@@ -37,7 +41,7 @@ log = logging.getLogger("etl")
 
 
 class IntervalChange:
-    """Brings the widths of the summaries to those that the settings ask for."""
+    """Brings the aggregates to the widths that the settings ask for, and to what the readings ask for."""
 
     def __init__(
         self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: Summaries, keep: timedelta
@@ -51,21 +55,22 @@ class IntervalChange:
 
     def steps(self) -> Iterator[None]:
         """All that is left to change, piece by piece; in between the queue is worked off."""
-        for metric in self._aggregates.configured:
-            if self._aggregates.current[metric.name] != metric:
-                yield from self._change(metric)
+        for metric in self._aggregates.wanted():
+            old = self._aggregates.current[metric.name]
+            edge = None if metric.minutes == old.minutes else self._common_edge(old, metric)
+            new = metric if edge is not None else replace(metric, minutes=old.minutes)
+            if new == old:
+                self._aggregates.building.pop(metric.name, None)
+            else:
+                yield from self._change(old, new, edge)
         self._aggregates.drop_others()
 
-    def _change(self, metric: Metric) -> Iterator[None]:
-        old = self._aggregates.current[metric.name]
-        edge = self._common_edge(old, metric)
-        if edge is None:
-            return
-        if metric.name not in self._aggregates.building:
+    def _change(self, old: Metric, metric: Metric, edge: str | None) -> Iterator[None]:
+        if self._aggregates.building.get(metric.name) != metric:
             self._aggregates.build(metric)
             log.info("interval_change_begun", extra=fields(old=old.aggregate, new=metric.aggregate))
             yield
-        if edge != WHOLE_HISTORY:
+        if edge not in (None, WHOLE_HISTORY):
             # Between what is frozen and the edge nothing will feed the summary; let the last readings through.
             close(self._connection, self._lease, {metric.name: edge}, self._keep)
             while self._summaries.is_queued_before(edge):
@@ -74,7 +79,8 @@ class IntervalChange:
         while start is not None and end is not None and start < end:
             began = time.monotonic()
             stop = min(start + max(self._summaries.step // metric.width, 1) * metric.width, end)
-            self._summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
+            if metric.of_minutes:
+                self._summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
             self._summaries.refresh(metric.aggregate, start, stop)
             start = stop
             self._summaries.pace(time.monotonic() - began)
@@ -108,8 +114,8 @@ class IntervalChange:
             )
         return None
 
-    def _history(self, metric: Metric, edge: str) -> tuple[datetime | None, datetime | None]:
+    def _history(self, metric: Metric, edge: str | None) -> tuple[datetime | None, datetime | None]:
         """From the first interval after the edge to the end of the last one; None without readings."""
-        row = self._connection.execute(SQL["history"], {"edge": edge, "width": metric.width}).fetchone()
+        row = self._connection.execute(statement("history", metric), {"edge": edge}).fetchone()
         assert row is not None
         return row[0], row[1]

@@ -10,19 +10,23 @@ from psycopg import sql
 from services.core.config import Settings
 from services.core.reading import METRICS
 
-# Between the readings and all intervals: sums, least, greatest and counts of each minute, since an interval is made
+# Between dense readings and all intervals: sums, least, greatest and counts of each minute, since an interval is made
 # of whole minutes. A reading that comes into an open interval of a day makes us read again its minute, not the day.
 BASE = "sensor_data_minute"
 BASE_WIDTH = timedelta(minutes=1)
 BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each metric
+OF_MINUTES = "_of_minutes"  # how the aggregates end that are made of it and not of the readings
+# Readings per minute of each sensor: from so many on minutes are worth their while, and below so few no longer.
+DENSE, SPARSE = 8.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric at one interval width; two widths of one metric can exist side by side."""
+    """A metric at one interval width; two widths, or sources, of one metric can exist side by side."""
 
     name: str  # the column of sensor_data
     minutes: int
+    of_minutes: bool = False  # made of BASE; else of the readings
 
     @property
     def width(self) -> timedelta:
@@ -32,7 +36,7 @@ class Metric:
     @property
     def aggregate(self) -> str:
         """Name of the continuous aggregate."""
-        return f"{self.name}_{self.minutes}min"
+        return f"{self.name}_{self.minutes}min" + (OF_MINUTES if self.of_minutes else "")
 
     def identifiers(self) -> dict[str, sql.Composable]:
         """What the statements of queries.sql have in braces."""
@@ -40,7 +44,7 @@ class Metric:
             "metric": sql.Identifier(self.name),
             "metric_name": sql.Literal(self.name),
             "aggregate": sql.Identifier(self.aggregate),
-            "aggregate_name": sql.Literal(f" {self.aggregate}"),
+            "aggregate_name": sql.Literal(rf"\m{self.aggregate}\M"),
             "summary": sql.Identifier(f"{self.name}_summary"),
             "live": sql.Identifier(f"{self.name}_summary_live"),
             "live_name": sql.Literal(f"{self.name}_summary_live"),
@@ -56,3 +60,8 @@ class Metric:
 def configured_metrics(settings: Settings) -> tuple[Metric, ...]:
     """The metrics and the widths that the settings ask for."""
     return tuple(Metric(name, getattr(settings, f"{name}_interval")) for name in METRICS)
+
+
+def minutes_pay(rate: float | None, *, have_paid: bool) -> bool:
+    """Whether to make the intervals of minutes, at so many readings per minute of each sensor; None: nobody knows."""
+    return have_paid if rate is None else rate >= (SPARSE if have_paid else DENSE)

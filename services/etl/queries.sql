@@ -173,8 +173,9 @@ ORDER BY range_start
 SELECT drop_chunks('sensor_data', newer_than => %(start)s::timestamptz, older_than => %(end)s::timestamptz)
 
 -- name: drop_frozen_minutes
--- They would only be in the way: nothing reads the minutes of frozen intervals again.
-SELECT drop_chunks({base}, older_than => min(frozen_before)) FROM summary_state
+-- If there are any: they would only be in the way, since nothing reads the minutes of frozen intervals again.
+SELECT drop_chunks(view_name::regclass, older_than => (SELECT min(frozen_before) FROM summary_state))
+FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND view_name = %(base)s
 
 -- name: uncompressed_chunks
 -- Bit 1 says that a chunk is compressed, 2 and 8 that readings came later, 4 that somebody has frozen it.
@@ -208,8 +209,9 @@ WHERE proname = 'refresh_continuous_aggregate'
 SET LOCAL ROLE sensor_etl
 
 -- name: create_base
+-- Without an index that begins with the sensor: whatever reads it asks for a time.
 CREATE MATERIALIZED VIEW {base}
-WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
 SELECT sensor_id,
        time_bucket(interval '1 minute', time) AS minute,
        {columns}
@@ -224,7 +226,27 @@ sum({metric}) AS {base_sum}, min({metric}) AS {base_min}, max({metric}) AS {base
 -- name: list_columns
 SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
 
--- name: create_aggregate
+-- name: built_on
+SELECT view_name FROM timescaledb_information.continuous_aggregates
+WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) = (
+    SELECT materialization_hypertable_schema, materialization_hypertable_name
+    FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND view_name = %(base)s)
+
+-- name: create_of_readings
+CREATE MATERIALIZED VIEW {aggregate}
+WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+SELECT sensor_id,
+       time_bucket({width}, time) AS interval_start,
+       avg({metric}) AS average,
+       min({metric}) AS least,
+       max({metric}) AS greatest,
+       count({metric}) AS reading_count
+FROM sensor_data
+WHERE {metric} IS NOT NULL
+GROUP BY sensor_id, time_bucket({width}, time)
+WITH NO DATA
+
+-- name: create_of_minutes
 -- The CASE is for the server, to which a quotient below the smallest number is an error.
 CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
@@ -252,7 +274,7 @@ ALTER TABLE {materialized} SET (autovacuum_vacuum_scale_factor = 0, autovacuum_v
 DROP MATERIALIZED VIEW {aggregate}
 
 -- name: live_view_shows
-SELECT strpos(pg_get_viewdef({live_name}::regclass), {aggregate_name}) > 0
+SELECT pg_get_viewdef({live_name}::regclass) ~ {aggregate_name}
 
 -- name: probe_live_view
 -- Changes nothing, but waits for whoever reads the view in an open transaction.
@@ -280,11 +302,25 @@ WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE metric = {
 CREATE OR REPLACE VIEW {live} AS SELECT * FROM {summary}
 
 -- name: read_state
-SELECT metric, extract(epoch FROM width)::bigint / 60 FROM summary_state ORDER BY metric
+SELECT metric, extract(epoch FROM width)::bigint / 60, aggregate FROM summary_state ORDER BY metric
 
 -- name: write_state
 INSERT INTO summary_state (metric, aggregate, width) VALUES (%(metric)s, %(aggregate)s, %(width)s)
-ON CONFLICT (metric) DO NOTHING
+ON CONFLICT (metric) DO UPDATE SET aggregate = excluded.aggregate
+
+-- name: newest_chunks
+-- Where the last ten begin: a reading from the future may have one of its own.
+SELECT min(range_start)::text
+FROM (SELECT range_start FROM timescaledb_information.chunks
+      WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' ORDER BY range_start DESC LIMIT 10) AS newest
+
+-- name: rate
+-- How many readings per minute a sensor sends, by the newest of all, without those before and after most; no row where
+-- that cannot be told: few readings, or none of most sensors came again. By a constant time, or each chunk is locked.
+SELECT 60 * 0.8 * count(*) / count(DISTINCT sensor_id) / nullif(extract(epoch FROM
+           percentile_disc(0.9) WITHIN GROUP (ORDER BY time) - percentile_disc(0.1) WITHIN GROUP (ORDER BY time)), 0)::float8
+FROM (SELECT sensor_id, time FROM sensor_data WHERE time >= %(since)s::timestamptz ORDER BY time DESC LIMIT 20000) AS newest
+HAVING count(*) >= greatest(1000, 2 * count(DISTINCT sensor_id))
 
 -- name: queue_all
 -- All the history there is, for an aggregate that has just been created; by chunks, since a look into thousands of them
@@ -294,15 +330,18 @@ SELECT range_agg(tstzrange(range_start, range_end)) FROM timescaledb_information
 WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' HAVING count(*) > 0
 
 -- name: history
--- The whole intervals that hold all there is from the edge on, which is where an interval begins: chunks of readings, and
--- minutes whose readings were deleted by hand. Without any nothing: greatest() takes no notice of NULL.
-SELECT CASE WHEN min(first) IS NOT NULL THEN greatest(time_bucket(%(width)s, min(first)), %(edge)s::timestamptz) END,
-       time_bucket(%(width)s, max(last)) + %(width)s
+-- The whole intervals that hold all there is from the edge on, which is where an interval begins, and is not frozen:
+-- chunks of readings, and intervals whose readings were deleted by hand. Without any nothing: greatest() takes no notice
+-- of NULL.
+SELECT CASE WHEN min(first) IS NOT NULL
+            THEN greatest(time_bucket({width}, min(first)), %(edge)s::timestamptz,
+                          (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})) END,
+       time_bucket({width}, max(last)) + {width}
 FROM (SELECT min(range_start) AS first, max(range_end) - interval '1 microsecond' AS last
       FROM timescaledb_information.chunks
       WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
       UNION ALL
-      SELECT min(minute), max(minute) FROM sensor_data_minute) AS stored
+      SELECT min(interval_start), max(interval_start) FROM {summary}) AS stored
 
 -- name: piece_before
 -- The last interval before the edge that can hold a reading (by its chunk) or has a summary row, and what is before it
@@ -382,8 +421,9 @@ FROM (SELECT CASE WHEN isfinite(closed_before)
       FROM summary_state WHERE metric = %(metric)s) AS state
 
 -- name: replace_state
+-- Without an edge nothing more is frozen.
 UPDATE summary_state
-SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = %(edge)s::timestamptz,
+SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = coalesce(%(edge)s::timestamptz, frozen_before),
     closed_before = greatest(closed_before, %(edge)s::timestamptz)
 WHERE metric = %(metric)s
 

@@ -25,7 +25,7 @@ from datetime import timedelta
 from functools import partial
 
 import psycopg
-from psycopg import Connection, sql
+from psycopg import Connection
 
 from services.core.config import Settings
 from services.core.database import queries
@@ -84,7 +84,7 @@ class Retention:
             yield
         if chunks:
             with self._lease.transaction():
-                self._connection.execute(SQL["drop_frozen_minutes"].format(base=sql.Literal(BASE)))
+                self._connection.execute(SQL["drop_frozen_minutes"], {"base": BASE})
 
 
 def close(connection: Connection, lease: Lease, edges: Mapping[str, str], keep: timedelta) -> None:

@@ -107,8 +107,9 @@ class Summaries:
             return False
         step = take_newest(self._whole_minutes(queued.touched), self.step)
         intervals = {metric: self._widen(metric, step) for metric in self._aggregates.all_refreshed()}
-        for start, end in step.windows:
-            self.refresh(BASE, start, end, force=True)
+        if self._aggregates.are_minutes_refreshed():
+            for start, end in step.windows:
+                self.refresh(BASE, start, end, force=True)
         for metric, windows in intervals.items():
             for start, end in windows:
                 self.refresh(metric.aggregate, start, end, force=True)

@@ -33,6 +33,7 @@ SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
 SHORT_STEP_S = 0.02
 TAKE_EVERY_S = 0.2
 DUTIES_EVERY_S = 600.0
+CHANGE_EVERY_S = 60.0  # readings may have become dense
 CANCEL_AFTER_S = 4.0  # a service has 10 s to end
 CUT_AFTER_S = 1.0
 HUNG_AFTER_S = 3600.0  # one step: a refresh of a day, or of one long interval
@@ -163,10 +164,10 @@ class Leader:
         self._aggregates.prepare()
         self.summaries = Summaries(connection, self._aggregates, lease, keep)
         self._lease = lease
-        change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
+        self.change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
         self._duties = [
             Duty("live_views", self._aggregates.show_live, DUTIES_EVERY_S),
-            Duty("interval_change", change.steps, DUTIES_EVERY_S),
+            Duty("interval_change", self.change.steps, CHANGE_EVERY_S),
             Duty("retention", Retention(connection, lease, keep).steps, DUTIES_EVERY_S),
         ]
 

@@ -85,7 +85,8 @@ def _of_intervals(settings: Settings, tables: Tables) -> Iterator[Problem]:
     for summary in tables.summaries:
         name = f"{summary.metric}_interval"
         wanted = getattr(settings, name)
-        begun = tables.etl_leads and f"{summary.metric}_{wanted}min" in tables.aggregates
+        aggregate = f"{summary.metric}_{wanted}min"
+        begun = tables.etl_leads and not {aggregate, f"{aggregate}_of_minutes"}.isdisjoint(tables.aggregates)
         if summary.minutes not in (None, wanted) and not begun:
             yield Problem(
                 f"{summary.metric} intervals have {summary.minutes} minutes in the database, {wanted} in the settings",

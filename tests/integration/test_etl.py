@@ -22,7 +22,7 @@ from services.core.database import connect
 from services.core.reading import Reading
 from services.etl.aggregates import Aggregates
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, Metric, configured_metrics
+from services.etl.metrics import BASE, OF_MINUTES, Metric, configured_metrics
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
@@ -39,9 +39,11 @@ def sink(settings: Settings) -> Iterator[Sink]:
     sink.close()
 
 
-@pytest.fixture
-def leader(settings: Settings, connection: psycopg.Connection) -> Leader:
-    """An etl in this process, which works when a test says so."""
+@pytest.fixture(params=["of readings", "of minutes"])
+def leader(request: pytest.FixtureRequest, settings: Settings, connection: psycopg.Connection) -> Leader:
+    """An etl in this process, which works when a test says so; what its aggregates are made of."""
+    if request.param == "of minutes":
+        request.getfixturevalue("in_minutes")
     return Leader(connection, settings)
 
 
@@ -113,7 +115,7 @@ def test_a_committed_reading_shows_in_table_and_live_view(
 ) -> None:
     etl = start("etl")
     etl.wait_for("leading")
-    wait_until(lambda: len(aggregates(connection)) == 3, "aggregates")
+    wait_until(lambda: len(aggregates(connection)) == 2, "aggregates")
     store(sink, at(1, 20.0, 50.0), at(2, 22.0), at(3, None, 52.0), at(11, 10.0, sensor="s2"))
     expected = [("s1", minutes(0), 21.0, 20.0, 22.0, 2), ("s2", minutes(10), 10.0, 10.0, 10.0, 1)]
     wait_until(lambda: summary(connection) == expected, "the summary", within_s=5)
@@ -171,10 +173,11 @@ def test_a_late_reading_recomputes_its_interval_and_no_other(
     with caplog.at_level(logging.INFO, "etl"):
         store(sink, at(months_ago + 302, 80.0))
         leader.run_once()
+    of = OF_MINUTES if windows[0][0] == BASE else ""
     assert windows == [
-        (BASE, minutes(months_ago + 302), minutes(months_ago + 303)),
-        ("temperature_10min", minutes(months_ago + 300), minutes(months_ago + 310)),
-        ("humidity_20min", minutes(months_ago + 300), minutes(months_ago + 320)),
+        *([(BASE, minutes(months_ago + 302), minutes(months_ago + 303))] if of else []),
+        (f"temperature_10min{of}", minutes(months_ago + 300), minutes(months_ago + 310)),
+        (f"humidity_20min{of}", minutes(months_ago + 300), minutes(months_ago + 320)),
     ]
     (refreshed,) = [record.fields for record in caplog.records if record.message == "summaries_refreshed"]  # type: ignore[attr-defined]
     assert (refreshed["queue_rows"], refreshed["summary_rows_changed"]) == (1, 1)
@@ -497,7 +500,7 @@ def test_changing_an_interval_never_shows_an_empty_or_mixed_answer(
             changed = settings.model_copy(update={"temperature_interval": width})
             etl = start("etl", settings=changed)
             etl.wait_for("interval_changed")
-            wait_until(lambda: len(aggregates(connection)) == 3, "the old aggregate is gone")
+            wait_until(lambda: len(aggregates(connection)) == 2, "the old aggregate is gone")
             assert f"temperature_{width}min" in aggregates(connection)
             assert etl.stop() == 0
             assert differences(connection, changed) == []
@@ -516,7 +519,7 @@ def test_an_interval_change_that_was_killed_finishes_on_restart(
         etl.kill()
         assert run_cli(changed, "etl", "--once").returncode == 0
     assert seen == []
-    assert aggregates(connection) == {BASE, "temperature_15min", "humidity_7min"}
+    assert aggregates(connection) == {"temperature_15min", "humidity_7min"}
     assert differences(connection, changed) == []
 
 
@@ -532,7 +535,7 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
     begun.build(Metric("temperature", 15))  # begun, and no more
     assert "temperature_15min" in aggregates(connection)
     Leader(connection, settings).run_once()
-    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
+    assert aggregates(connection) == {"temperature_10min", "humidity_20min"}
     assert differences(connection, settings) == []
 
 
@@ -547,10 +550,13 @@ def old_aggregates(connection: psycopg.Connection, settings: Settings) -> Aggreg
     return aggregates
 
 
+@pytest.mark.parametrize("of", ["", OF_MINUTES])
 def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
-    connection: psycopg.Connection, settings: Settings, sink: Sink
+    connection: psycopg.Connection, settings: Settings, sink: Sink, request: pytest.FixtureRequest, of: str
 ) -> None:
-    """The aggregates of an etl that knew temperature alone are built anew; readers see its summary all the while."""
+    """Minutes of an etl that knew temperature alone are made again; readers see its summary all the while."""
+    if of:
+        request.getfixturevalue("in_minutes")
     older = old_aggregates(connection, settings)
     store(sink, *(at(minute, float(minute), 50.0) for minute in range(100)), at(60 * 24 * 30, 1.0))
     summaries = Summaries(connection, older, Lease(connection), timedelta(0))
@@ -562,7 +568,8 @@ def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
     assert summary(connection, "humidity") == []
     leader.run_once()
     assert summary(connection) == before
-    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min"}
+    base = {BASE} if of else set()
+    assert aggregates(connection) == {f"temperature_10min{of}", f"humidity_20min{of}"} | base
     assert differences(connection, settings) == []
 
 
@@ -575,7 +582,7 @@ def test_aggregates_of_somebody_else_are_left_alone(
         " SELECT time_bucket('1 hour', time) AS hour, count(*) FROM sensor_data GROUP BY 1 WITH NO DATA"
     )
     Leader(connection, settings)
-    assert aggregates(connection) == {BASE, "temperature_10min", "humidity_20min", "theirs"}
+    assert aggregates(connection) == {"temperature_10min", "humidity_20min", "theirs"}
 
 
 def test_an_interval_changes_while_readings_come_without_a_pause(

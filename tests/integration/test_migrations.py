@@ -116,7 +116,7 @@ def test_ids_mean_the_same_on_every_machine(settings: Settings, connection: psyc
         " WHERE attname = 'sensor_id' AND relkind IN ('r', 'v', 'i')"
     ).fetchall()
     assert {collation for _, collation in rows} == {"C"}
-    assert {name for name, _ in rows} >= {"sensor_data", "temperature_summary", "sensor_data_minute", "sensor_data_key"}
+    assert {name for name, _ in rows} >= {"sensor_data", "temperature_summary", "temperature_10min", "sensor_data_key"}
 
 
 def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(

@@ -25,7 +25,7 @@ from tests.fix_stack import downgrade, upgrade
 PASSWORD = "only for this test"
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
 SUMMARIES = ("temperature_summary", "humidity_summary", "temperature_summary_live", "humidity_summary_live")
-AGGREGATES = {"sensor_data_minute", "temperature_10min", "humidity_20min"}
+AGGREGATES = {"temperature_10min", "humidity_20min"}
 
 
 def ago(days: float) -> datetime:
@@ -201,7 +201,6 @@ def test_all_that_etl_does_whoever_began_it(
     store(consumer, Reading("s1", ago(20), 21.0, 50.0), Reading("s2", ago(60), 61.0, 51.0))
     summarise(other, **policies, temperature_interval=15)
     assert owners(connection) == {
-        "sensor_data_minute": "sensor_etl",
         "temperature_15min": "sensor_etl",
         "humidity_20min": "sensor_etl",
     }
