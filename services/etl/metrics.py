@@ -35,7 +35,7 @@ class Metric:
 
     @property
     def aggregate(self) -> str:
-        """Name of the continuous aggregate."""
+        """Name of the continuous aggregate: temperature_10min, temperature_10min_of_minutes."""
         return f"{self.name}_{self.minutes}min" + (OF_MINUTES if self.of_minutes else "")
 
     def identifiers(self) -> dict[str, sql.Composable]:

@@ -35,8 +35,9 @@ UPDATE etl_lease SET holder = 0, expires_at = '-infinity' WHERE holder = pg_back
 -- name: prefer_hashing
 -- A refresh makes few groups of many readings. Without statistics of a chunk that is being filled the server expects
 -- as many groups as readings, and would sort them all. The mirror compares sensors of one interval: a merge by time alone,
--- which needs no sort, would look at each pair of them.
-SET enable_sort = off; SET enable_mergejoin = off
+-- which needs no sort, would look at each pair of them. Where there is no way but a sort, it counts as so dear that the
+-- server would compile the statement, for longer than it takes.
+SET enable_sort = off; SET enable_mergejoin = off; SET jit = off
 
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
@@ -234,7 +235,7 @@ WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) = (
 
 -- name: create_of_readings
 CREATE MATERIALIZED VIEW {aggregate}
-WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
 SELECT sensor_id,
        time_bucket({width}, time) AS interval_start,
        avg({metric}) AS average,
@@ -249,7 +250,7 @@ WITH NO DATA
 -- name: create_of_minutes
 -- The CASE is for the server, to which a quotient below the smallest number is an error.
 CREATE MATERIALIZED VIEW {aggregate}
-WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
+WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
 SELECT sensor_id,
        time_bucket({width}, minute) AS interval_start,
        CASE WHEN abs(sum({base_sum})) >= sum({base_count}) * '5e-324'::float8
@@ -317,10 +318,13 @@ FROM (SELECT range_start FROM timescaledb_information.chunks
 -- name: rate
 -- How many readings per minute a sensor sends, by the newest of all, without those before and after most; no row where
 -- that cannot be told: few readings, or none of most sensors came again. By a constant time, or each chunk is locked.
-SELECT 60 * 0.8 * count(*) / count(DISTINCT sensor_id) / nullif(extract(epoch FROM
+WITH newest AS MATERIALIZED (
+    SELECT sensor_id, time FROM sensor_data WHERE time >= %(since)s::timestamptz ORDER BY time DESC LIMIT 20000
+)
+SELECT 60 * 0.8 * count(*) / max(sensors) / nullif(extract(epoch FROM
            percentile_disc(0.9) WITHIN GROUP (ORDER BY time) - percentile_disc(0.1) WITHIN GROUP (ORDER BY time)), 0)::float8
-FROM (SELECT sensor_id, time FROM sensor_data WHERE time >= %(since)s::timestamptz ORDER BY time DESC LIMIT 20000) AS newest
-HAVING count(*) >= greatest(1000, 2 * count(DISTINCT sensor_id))
+FROM newest, (SELECT count(*) AS sensors FROM (SELECT DISTINCT sensor_id FROM newest) AS each) AS counted
+HAVING count(*) >= greatest(1000, 2 * max(sensors))
 
 -- name: queue_all
 -- All the history there is, for an aggregate that has just been created; by chunks, since a look into thousands of them

@@ -48,8 +48,9 @@ from services.core.errors import MalformedMessage, TransientError
 from services.core.kafka import headers_of
 from services.core.reading import Decoder, Reading
 from services.core.shutdown import Shutdown
+from services.etl import aggregates
 from services.etl.lease import Lease
-from services.etl.metrics import BASE
+from services.etl.metrics import BASE, OF_MINUTES
 from services.etl.reconcile import reconcile
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, publish, read_topic, wait_until
@@ -197,12 +198,15 @@ class Etl:
 class Pipeline(RuleBasedStateMachine):
     """The rules are what can happen, the invariants are what is promised."""
 
+    is_dense = False  # as etl believes of the readings, which are too few to tell
+
     def __init__(self, servers: Settings, database: psycopg.Connection) -> None:
         super().__init__()
         stored = database.execute("SELECT * FROM partition_progress WHERE topic_id <> %s", (TOPIC,)).fetchall()
         empty(database)
         for row in [*stored, (TOPIC, 1, 0)]:
             database.execute("INSERT INTO partition_progress VALUES (%s, %s, %s)", row)
+        Pipeline.is_dense = False
         self.position = 0  # of the partition
         self.database = database
         self.settings = servers
@@ -306,22 +310,32 @@ class Pipeline(RuleBasedStateMachine):
         self.configure({"temperature_interval": temperature, "humidity_interval": humidity})
         self.run_etl()
 
+    @rule(is_dense=st.booleans())
+    def change_density(self, is_dense: bool) -> None:
+        self.configure({})
+        Pipeline.is_dense = is_dense
+        self.run_etl()
+
     @rule(days=st.sampled_from([0, *AGES]), compress=st.sampled_from([0, 0, 8, 15]))
     def change_retention(self, days: int, compress: int) -> None:
         self.configure({"raw_retention_days": days, "compress_after_days": compress})
         self.run_etl()
 
-    @rule(after=st.integers(0, 40), batch=batches, update=st.one_of(st.none(), updates))
-    def cut_etl(self, after: int, batch: list[bytes], update: dict[str, int] | None) -> None:
+    @rule(after=st.integers(0, 60), batch=batches, update=st.one_of(st.none(), updates), is_dense=st.booleans())
+    def cut_etl(self, after: int, batch: list[bytes], update: dict[str, int] | None, is_dense: bool) -> None:
         self.write(batch)
         if update is not None:
             self.configure(update)
+            Pipeline.is_dense = is_dense
         self.run_etl(after)
 
-    @rule(after=st.integers(0, 40), batch=batches, update=st.one_of(st.none(), updates))
-    def store_while_etl_runs(self, after: int, batch: list[bytes], update: dict[str, int] | None) -> None:
+    @rule(after=st.integers(0, 60), batch=batches, update=st.one_of(st.none(), updates), is_dense=st.booleans())
+    def store_while_etl_runs(
+        self, after: int, batch: list[bytes], update: dict[str, int] | None, is_dense: bool
+    ) -> None:
         if update is not None:
             self.configure(update)
+            Pipeline.is_dense = is_dense
         self.run_etl(after, batch)
 
     @rule()
@@ -610,9 +624,10 @@ class Pipeline(RuleBasedStateMachine):
         self.named.clear()
         self.changed.clear()
         self.is_all_queued = False
-        aggregates = self.database.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates")
-        wanted = {f"{metric}_{state.minutes}min" for metric, state in self.model.summaries.items()}
-        assert {name for (name,) in aggregates} == wanted | {BASE}
+        views = self.database.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates")
+        of = OF_MINUTES if self.is_dense else ""
+        wanted = {f"{metric}_{state.minutes}min{of}" for metric, state in self.model.summaries.items()}
+        assert {name for (name,) in views} == wanted | ({BASE} if of else set())
         seen = {row[0] for row in self.database.execute("SELECT range_start FROM raw_chunk WHERE dropped_at IS NULL")}
         assert all(start in seen for start in self.chunks() if start + CHUNK > self.model.summaries[METRICS[0]].frozen)
         for metric, state in self.model.summaries.items():  # what the run has repaired by the way
@@ -724,6 +739,12 @@ def overlapping(rows: Rows, except_for: Iterable[Key]) -> list[tuple[Key, Key]]:
     return [(first, second) for first, second in pairwise(keys) if first[0] == second[0] and rows[first][0] > second[1]]
 
 
+@pytest.fixture(autouse=True)
+def believed_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pipeline.is_dense = False
+    monkeypatch.setattr(aggregates, "minutes_pay", lambda _, **__: Pipeline.is_dense)
+
+
 def test_the_pipeline_does_what_the_model_says(settings: Settings) -> None:
     with connect(settings) as database:
 
@@ -746,9 +767,12 @@ def test_the_pipeline_does_what_the_model_says(settings: Settings) -> None:
         )
 
 
+@pytest.mark.parametrize("density", [(False, False), (False, True), (True, False)], ids=str)
 @pytest.mark.parametrize("event", ["cut", "store"])
-def test_at_any_statement_of_a_change_of_interval_and_retention(settings: Settings, event: str) -> None:
-    """With history that is frozen, history that expires, readings of both and of now, and one of a new old chunk."""
+def test_at_any_statement_of_a_change_of_interval_and_retention(
+    settings: Settings, event: str, density: tuple[bool, bool]
+) -> None:
+    """And of density. With frozen history, some that expires, readings of both and of now, and one of a new chunk."""
     before = chunk_of(NOW)
     days = next(days for days in AGES if chunk_of(NOW - days * DAY) == before - 2 * CHUNK)
     times = [before - week * CHUNK + at * MINUTE for week in (0, 1, 2, 4, 5) for at in (1, 29, 64)]
@@ -757,6 +781,7 @@ def test_at_any_statement_of_a_change_of_interval_and_retention(settings: Settin
     with connect(settings) as database:
         while True:
             pipeline = Pipeline(settings, database)
+            Pipeline.is_dense = density[0]
             pipeline.configure({"temperature_interval": 10, "humidity_interval": 15})
             pipeline.write([encode(Reading("a", time, 1.0, 2.0)) for time in times])
             pipeline.run_etl()
@@ -764,6 +789,7 @@ def test_at_any_statement_of_a_change_of_interval_and_retention(settings: Settin
             pipeline.run_etl()
             pipeline.write([encode(Reading("b", time, 5.0, 6.0)) for time in times[:12]])
             pipeline.configure({"temperature_interval": 7, "raw_retention_days": days})
+            Pipeline.is_dense = density[1]
             etl = pipeline.etl = pipeline.start_etl()
             etl.leader = Leader(etl.connection, pipeline.settings)
             is_reached = pipeline.run_etl(after, late if event == "store" else None)

@@ -1,13 +1,18 @@
-"""Which windows etl refreshes in one step: little at once, the newest first, and in the end all that was touched."""
+"""Which windows etl refreshes in one step: little at once, the newest first, and in the end all that was touched.
+
+And what the intervals are made of.
+"""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.etl.metrics import minutes_pay
 from services.etl.summaries import MOST_WINDOWS, NEAR, Window, join_near, take_newest
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
@@ -64,3 +69,13 @@ def test_an_hour_of_little_is_joined_where_there_are_many_windows() -> None:
     hourly = [(START + at * 60 * MINUTE, START + (at * 60 + 1) * MINUTE) for at in range(7 * 24)]
     assert len(take_newest(hourly, timedelta(days=7)).windows) == 1
     assert len(take_newest(hourly[:10], timedelta(days=7)).windows) == 10
+
+
+@pytest.mark.parametrize(
+    ("rate", "have_paid", "pay"),
+    [(60.0, False, True), (5.0, False, False), (5.0, True, True), (1.0, True, False), (None, True, True)],
+)
+def test_minutes_pay_where_readings_are_dense_and_no_change_is_made_for_little(
+    rate: float | None, have_paid: bool, pay: bool
+) -> None:
+    assert minutes_pay(rate, have_paid=have_paid) == pay
