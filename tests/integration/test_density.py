@@ -156,6 +156,15 @@ def width_of(connection: psycopg.Connection) -> int:
     return int(width)
 
 
+def materialized(connection: psycopg.Connection) -> set[str]:
+    """The tables of what is made of minutes, and theirs."""
+    query = (
+        "SELECT materialization_hypertable_name FROM timescaledb_information.continuous_aggregates"
+        " WHERE view_name ~ 'minute'"
+    )
+    return {name for (name,) in connection.execute(query)}
+
+
 def test_what_was_begun_and_given_up_feeds_nothing(
     connection: psycopg.Connection, settings: Settings, sink: Sink, dense: list[bool]
 ) -> None:
@@ -173,6 +182,7 @@ def test_what_was_begun_and_given_up_feeds_nothing(
         assert aggregates(connection) == OF_READINGS
         dense.append(True)
         next(leader.change.steps())
+        begun = materialized(connection)
         leader = Leader(connection, settings)  # a restart
         store(sink, minute)
         work_off(leader)
@@ -180,6 +190,7 @@ def test_what_was_begun_and_given_up_feeds_nothing(
         for _ in leader.change.steps():
             pass
         assert aggregates(connection) == OF_DENSE
+        assert not begun & materialized(connection)
         assert differences(connection, settings) == []
         dense.append(False)
         for _ in leader.change.steps():
