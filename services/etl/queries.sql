@@ -235,7 +235,7 @@ WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) = (
 
 -- name: create_of_readings
 CREATE MATERIALIZED VIEW {aggregate}
-WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
+WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
        time_bucket({width}, time) AS interval_start,
        avg({metric}) AS average,
@@ -250,7 +250,7 @@ WITH NO DATA
 -- name: create_of_minutes
 -- The CASE is for the server, to which a quotient below the smallest number is an error.
 CREATE MATERIALIZED VIEW {aggregate}
-WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
+WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
        time_bucket({width}, minute) AS interval_start,
        CASE WHEN abs(sum({base_sum})) >= sum({base_count}) * '5e-324'::float8
