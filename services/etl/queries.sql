@@ -457,6 +457,10 @@ WHERE (stored.interval_end, stored.{min}, stored.{max}, stored.reading_count)
       IS DISTINCT FROM (excluded.interval_end, excluded.{min}, excluded.{max}, excluded.reading_count)
    OR abs(stored.{avg} - excluded.{avg}) > 1e-12 * greatest(abs(stored.{avg}), abs(excluded.{avg}), 1e-200)
 
+-- name: never_compare_all_pairs
+-- Until the transaction ends. Without statistics the server expects one row, and would read all of them for each.
+SET LOCAL enable_nestloop = off
+
 -- name: delete_vanished
 DELETE FROM {summary} AS stored
 WHERE interval_start >= %(start)s AND interval_start < %(end)s

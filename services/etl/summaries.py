@@ -216,6 +216,7 @@ class Summaries:
             if self._is_chunk_missing():
                 raise ChunkDroppedError
             materialized = self._aggregates.materialized()
+            self._connection.execute(SQL["never_compare_all_pairs"])
             changed = {
                 metric.name: self._mirror(metric, materialized[metric.aggregate], intervals[metric])
                 for metric in self._aggregates.current.values()
