@@ -17,18 +17,18 @@ from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
 from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, METRICS, Decoder
 
 
-def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, MalformedMessage]]:
-    """The rows that are readings, in their order, and why others are not, by their numbers.
+def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, tuple[str, str]]]:
+    """The rows that are readings, in their order; reason and detail of why others are not, by their numbers.
 
     Columns are looked at as a whole. Only a row with something unusual goes through ``decoder``, as the JSON that it
     would be, so that a reading is one by the same rules in either format.
     """
-    refused: dict[int, MalformedMessage] = {}
+    refused: dict[int, tuple[str, str]] = {}
     for number in pc.indices_nonzero(_unusual(rows, decoder)).to_pylist():
         try:
             decoder.decode(as_json(rows.slice(number, 1)))
         except MalformedMessage as error:
-            refused[number] = error
+            refused[number] = error.reason, str(error)
     if refused:
         rows = rows.filter(pa.array([number not in refused for number in range(len(rows))], pa.bool_()))
     return rows, refused

@@ -54,22 +54,25 @@ def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Contai
     if at_once is None:
         readings, refused = decode_each(values, range(len(values)), decoder)
         columns = columns_of(readings)
-    letters = [DeadLetter(messages[at], error.reason, str(error)) for at, error in refused.items()]
+    letters = [DeadLetter(messages[at], *why) for at, why in refused.items()]
     kept = [message for at, message in enumerate(messages) if at not in refused] if refused else messages
     return [with_origin(columns, kept, marks)], letters, sum(len(value) for value in values if value)
 
 
 def decode_each(
     values: Sequence[bytes | None], places: Iterable[int], decoder: Decoder
-) -> tuple[list[Reading], dict[int, MalformedMessage]]:
-    """The readings at these places, and why others are none, by their places."""
+) -> tuple[list[Reading], dict[int, tuple[str, str]]]:
+    """The readings at these places, and the reason and the detail of why others are none, by their places.
+
+    No exception is kept: it knows this call, which would know it, and nobody looks for such circles often.
+    """
     readings: list[Reading] = []
-    refused: dict[int, MalformedMessage] = {}
+    refused: dict[int, tuple[str, str]] = {}
     for at in places:
         try:
             readings.append(decoder.decode(values[at]))
         except MalformedMessage as error:
-            refused[at] = error
+            refused[at] = error.reason, str(error)
     return readings, refused
 
 
@@ -93,7 +96,7 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Containe
     for number, why in refused.items():
         row = rows.slice(number, 1)
         block = blocks[row["partition"][0].as_py(), row["offset"][0].as_py()]
-        letters.append(DeadLetter(alone(block, row), why.reason, str(why)))
+        letters.append(DeadLetter(alone(block, row), *why))
     return [readings], letters, sum(len(message.value() or b"") for message in messages)
 
 

@@ -43,6 +43,14 @@ CONNECT_TIMEOUT_S = 5
 
 # libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
 TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
+# libpq's words for a connection that ended after the password was sent.
+LOST_WORDS = (
+    "closed the connection",
+    "could not receive data",
+    "could not send data",
+    "timeout expired",
+    "SYSCALL error",
+)
 
 # A pooler may drop the options without a word. The server reports this one to its clients, and nobody else sets it.
 DATE_STYLE = "ISO,YMD"
@@ -139,7 +147,8 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
     text = " ".join(str(error).split())
     if "unsupported startup parameter" in text:
         return _pooled(settings)
-    refused = error.pgconn is not None and bool(error.pgconn.used_password)
+    is_lost = any(words in text for words in LOST_WORDS)
+    refused = error.pgconn is not None and bool(error.pgconn.used_password) and not is_lost
     busy = any(word in text for word in ("slots", "too many", "starting up", "shutting down", "recovery"))
     if refused and not busy:
         reason = text.rsplit("FATAL:", 1)[-1].strip()

@@ -12,6 +12,8 @@ import pytest
 from pydantic import SecretStr
 
 from services.core.config import Settings
+from services.core.database import connect
+from services.core.errors import TransientError
 from services.local.stack import Stack
 from tests.expected import Expected, committed_offsets, member_ids, samples
 from tests.fix_proxy import Moment, Proxy
@@ -199,6 +201,13 @@ def test_connections_cut_at_any_step_of_a_refresh_leave_exact_summaries(
 # The database refuses to work ----------------------------------------------------------------------------------
 
 
+def test_a_connection_that_ends_after_the_password_was_sent_is_no_refusal(proxied: Settings, proxy: Proxy) -> None:
+    cut = proxy.cut_at(b"SCRAM-SHA-256", Moment.ANSWERED)
+    with pytest.raises(TransientError, match="does not answer"):
+        connect(proxied)
+    assert cut.done.is_set()
+
+
 def test_a_read_only_database_is_waited_for(
     proxied: Settings, proxy: Proxy, expected: Expected, start: StartService, connection: psycopg.Connection
 ) -> None:
@@ -217,7 +226,7 @@ def test_a_read_only_database_is_waited_for(
         connection.execute("ALTER ROLE CURRENT_USER RESET default_transaction_read_only")
     proxy.cut()
     expected.wait_until_stored()
-    expected.wait_until_summarised()
+    expected.wait_until_summarised(within_s=60)  # etl may have begun its longest pause
     assert_alive(consumer, etl)
 
 

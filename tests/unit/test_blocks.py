@@ -251,10 +251,10 @@ def read(value: bytes) -> tuple[pa.RecordBatch, list[Refused]]:
     numbers = block.set_column(1, "time", block["time"].view(pa.int64()))
     rows, refused = split_refused(numbers, decoder())
     whole = Message(topic="t", partition=0, offset=0, value=value, headers=[(FORMAT_HEADER, ARROW)])
-    letters = [(alone(whole, numbers.slice(number, 1)), error) for number, error in refused.items()]
+    letters = [(alone(whole, numbers.slice(number, 1)), why) for number, why in refused.items()]
     found = [
-        (key.decode() if (key := letter.key()) is not None else None, letter.value() or b"", error.reason, str(error))
-        for letter, error in letters
+        (key.decode() if (key := letter.key()) is not None else None, letter.value() or b"", *why)
+        for letter, why in letters
     ]
     return rows.set_column(1, "time", rows["time"].view(SCHEMA.field("time").type)), found
 
