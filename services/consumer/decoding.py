@@ -64,7 +64,7 @@ def decode_each(
 ) -> tuple[list[Reading], dict[int, tuple[str, str]]]:
     """The readings at these places, and the reason and the detail of why others are none, by their places.
 
-    No exception is kept: it knows this call, which would know it, and nobody looks for such circles often.
+    No exception is kept: its traceback would refer to this frame, a reference cycle that is seldom collected.
     """
     readings: list[Reading] = []
     refused: dict[int, tuple[str, str]] = {}

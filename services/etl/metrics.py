@@ -16,7 +16,7 @@ BASE = "sensor_data_minute"
 BASE_WIDTH = timedelta(minutes=1)
 BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each metric
 OF_MINUTES = "_of_minutes"  # how the aggregates end that are made of it and not of the readings
-# Readings per minute of each sensor: from so many on minutes are worth their while, and below so few no longer.
+# Readings per minute of each sensor: from the first number on minutes pay, below the second they no longer do.
 DENSE, SPARSE = 8.0, 2.0
 
 
@@ -63,5 +63,5 @@ def configured_metrics(settings: Settings) -> tuple[Metric, ...]:
 
 
 def minutes_pay(rate: float | None, *, have_paid: bool) -> bool:
-    """Whether to make the intervals of minutes, at so many readings per minute of each sensor; None: nobody knows."""
+    """Whether to make the intervals of minutes; ``rate``: readings per minute of each sensor, None if unknown."""
     return have_paid if rate is None else rate >= (SPARSE if have_paid else DENSE)
