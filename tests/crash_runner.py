@@ -78,7 +78,7 @@ STEPS = {
     "copy": Step(psycopg.Copy, "write"),  # after it: in the middle of COPY, whose end has not come
     "commit": Step(Sink, "_commit"),
     "letters": Step(DeadLetterTopic, "send", lambda arguments: len(arguments[1]) > 0),
-    "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[1], Stored)),
+    "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[2], Stored)),
     "round": Step(Leader, "_work"),
 }
 

@@ -29,6 +29,8 @@ SCHEMA = pa.schema([*READING, *ORIGIN])  # times are microseconds since 1970; wh
 
 sensor_of, time_of, *metrics_of = map(attrgetter, Reading.__struct_fields__)
 
+pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what batches have left: 50 MB
+
 pack = msgspec.msgpack.Encoder().encode
 
 # A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
@@ -41,6 +43,7 @@ MOST_WEEKS = 100
 # COPY's binary form: https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 COPY_HEADER, COPY_TRAILER = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
 FIELD_COUNT = (2 + len(METRICS)).to_bytes(2, "big")
+MILLION = pa.scalar(1_000_000, pa.int64())  # of a bare int Arrow would look for its type, in each call
 EIGHT_BYTES, NULL = (8).to_bytes(4, "big"), b"\xff\xff\xff\xff"  # the lengths that fields begin with
 POSTGRES_EPOCH_US = 946_684_800_000_000  # 2000
 
@@ -63,7 +66,7 @@ def microseconds_of(times: list[datetime]) -> pa.Array:
     seconds = bytearray(8 * count)
     for byte in range(4):
         seconds[byte::8] = packed[head + 5 - byte :: 6]
-    return pc.multiply(pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(seconds)]), 1_000_000)
+    return pc.multiply(pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(seconds)]), MILLION)
 
 
 def joined(chunks: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

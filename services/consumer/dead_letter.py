@@ -83,7 +83,7 @@ class DeadLetterTopic:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._producer = self._create_producer()
+        self._producer: Producer | None = None  # made when it is needed: most consumers never have a dead letter
 
     def _create_producer(self) -> Producer:
         return Producer(
@@ -122,8 +122,9 @@ class DeadLetterTopic:
             return True
         except (BufferError, KafkaException, TransientError) as error:
             # What the producer still holds must not go out later, between other letters.
-            self._producer.purge()
-            self._producer = self._create_producer()
+            producer, self._producer = self._producer, None
+            if producer is not None:
+                producer.purge()
             raise TransientError(f"dead letters could not be sent: {error}") from error
 
     def _send_truncated(self, letter: DeadLetter) -> None:
@@ -137,6 +138,7 @@ class DeadLetterTopic:
 
     def _send_and_wait(self, letters: Sequence[DeadLetter], at_most: int | None = None) -> list[DeadLetter]:
         """Send letters, cut to ``at_most`` bytes of their values; returns those that were too large."""
+        producer = self._producer = self._producer or self._create_producer()
         failed: list[KafkaError] = []
         too_large: list[DeadLetter] = []
 
@@ -149,10 +151,10 @@ class DeadLetterTopic:
                     failed.append(error)
 
             try:
-                self._produce(letter, at_most, note)
+                self._produce(producer, letter, at_most, note)
             except KafkaException as error:
                 note(error.args[0], letter.message)
-        waiting = self._producer.flush(FLUSH_TIMEOUT_S)
+        waiting = producer.flush(FLUSH_TIMEOUT_S)
         if failed and failed[0].code() in NEVER_TAKEN:
             raise PermanentError(
                 f"Kafka topic {self._settings.dead_letter_topic} takes no dead letters: {failed[0].str()}"
@@ -163,12 +165,10 @@ class DeadLetterTopic:
             raise TransientError(f"Kafka does not answer, {waiting} wait")
         return too_large
 
-    def _produce(self, letter: DeadLetter, at_most: int | None, note: Callable[..., None]) -> None:
+    def _produce(self, producer: Producer, letter: DeadLetter, at_most: int | None, note: Callable[..., None]) -> None:
         key, value, headers = letter.message.key(), letter.message.value(), letter.headers(self._settings.kafka_group)
         if at_most is not None:
             size = str(len(value or b"")).encode()
             key, value = (key or b"")[:LONGEST_KEY], (value or b"")[:at_most]
             headers = [*letter.own_headers(self._settings.kafka_group), (ORIGINAL_BYTES_HEADER, size)]
-        self._producer.produce(
-            self._settings.dead_letter_topic, key=key, value=value, headers=headers, on_delivery=note
-        )
+        producer.produce(self._settings.dead_letter_topic, key=key, value=value, headers=headers, on_delivery=note)

@@ -6,7 +6,7 @@ to be the same, so what cannot be decoded, and all of a chunk that holds anythin
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import groupby
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ def decode(messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool) -
     """
     marks = frozenset({REPEATED, REPEATED_IF_MOVED} if fills_gaps else {REPEATED})
     if not any(map(Message.headers, messages)):
-        return decode_readings(messages, decoder, marks)
+        return decode_readings(messages, decoder, frozenset())
     chunks, letters, size = [], [], 0
     for form, run in groupby(messages, format_of):
         decode_run = decode_readings if form == JSON else decode_blocks
@@ -42,8 +42,8 @@ def decode(messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool) -
     return chunks, letters, size
 
 
-def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
-    """Messages that hold one reading each."""
+def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Set[bytes | None]) -> Decoded:
+    """Messages that hold one reading each; no ``marks``: none of them has a header."""
     values = list(map(Message.value, messages))
     at_once = decode_at_once(values, decoder)
     if at_once is not None:
@@ -56,7 +56,7 @@ def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Contai
         columns = columns_of(readings)
     letters = [DeadLetter(messages[at], *why) for at, why in refused.items()]
     kept = [message for at, message in enumerate(messages) if at not in refused] if refused else messages
-    return [with_origin(columns, kept, marks)], letters, sum(len(value) for value in values if value)
+    return [with_origin(columns, kept, marks)], letters, sum(map(len, filter(None, values)))
 
 
 def decode_each(
@@ -76,7 +76,7 @@ def decode_each(
     return readings, refused
 
 
-def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Container[bytes | None]) -> Decoded:
+def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Set[bytes | None]) -> Decoded:
     """Messages that hold many each, or say that they hold what nobody knows."""
     chunks: list[pa.RecordBatch] = []
     letters: list[DeadLetter] = []
@@ -121,14 +121,14 @@ def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> tuple[pa
     return None if lacking else (columns, others)
 
 
-def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], marks: Container[bytes | None]) -> pa.RecordBatch:
+def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], marks: Set[bytes | None]) -> pa.RecordBatch:
     """The columns, and where each reading came from: one from each message."""
     partitions = pa.array(list(map(Message.partition, messages)), pa.int32())
     offsets = pa.array(list(map(Message.offset, messages)), pa.int64())
-    repeated = pa.repeat(False, len(messages))
-    if any(map(Message.headers, messages)):
-        repeated = pa.array([mark(message) in marks for message in messages], pa.bool_())
-    return pa.RecordBatch.from_arrays([*columns.columns, partitions, offsets, repeated], schema=SCHEMA)
+    repeated = [mark(message) in marks for message in messages] if marks else [False] * len(messages)
+    return pa.RecordBatch.from_arrays(
+        [*columns.columns, partitions, offsets, pa.array(repeated, pa.bool_())], schema=SCHEMA
+    )
 
 
 def mark(message: Message) -> bytes | None:

@@ -12,9 +12,8 @@ The order is the guarantee:
 A crash between two steps repeats the earlier ones, and those change nothing the second time. A consumer that has lost
 its partitions, and does not know it yet, fails at step 4.
 
-Two threads: this one polls and decodes the next batch while the writer stores the one before. Each holds one
-batch, so memory is bounded whatever the database does. When the writer is stuck, the partitions are paused and
-polling goes on: the group never takes us for dead.
+This thread polls and decodes the next batches while writers, in threads of their own, store those before (lane.py).
+When a writer is stuck, its partitions are paused and polling goes on: the group never takes us for dead.
 """
 
 from __future__ import annotations
@@ -24,19 +23,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import groupby
+from queue import Empty, SimpleQueue
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.consumer.batch import Batch, OutOfPlaceError
 from services.consumer.dead_letter import DeadLetter
-from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_LEFT, MESSAGES_READ
+from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_READ
 from services.consumer.lag import Lag
+from services.consumer.lane import Lane
 from services.consumer.positions import Places, Positions
 from services.consumer.sink import WriteResult
-from services.consumer.writer import Locate, NotStored, Outcome, Stored, Writer
+from services.consumer.writer import Locate, NotStored, Outcome, Stored
 from services.core.config import Settings
 from services.core.database import connect_at_start
 from services.core.errors import ConfigurationError, PermanentError
@@ -57,13 +60,10 @@ log = logging.getLogger("consumer")
 
 POLL_AT_ONCE = 4000  # librdkafka waits until it has this many, or the time is over; what is decoded together
 MOST_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
-FIRST_BATCH_ROWS = 5000  # the database begins to work while the rest is fetched; each batch may be twice as large
 POLL_S = 0.1
-WRITER_LOOK_S = 0.01  # between two looks at the writer while something waits for it
-MOST_BATCH_BYTES = 8 * 1024 * 1024  # three batches, and what is fetched ahead, have to fit into a small container
+WRITER_LOOK_S = 0.01  # between two looks at the writers while something waits for one
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
 WATERMARKS_WITHIN_S = 5.0
-CHECK_EVERY_S = 5.0
 FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
 HUNG_AFTER_S = 60.0
@@ -124,24 +124,20 @@ class Worker:
         self._positions = Positions(settings, shutdown)
         self._protocol = protocol
         self._consumer = Consumer(consumer_settings(settings, protocol) | {"on_commit": self._on_commit})
-        self._writer = Writer(settings, self._positions)
+        self._outcomes: SimpleQueue[tuple[Lane, Outcome]] = SimpleQueue()
+        self._lanes = [Lane(settings, self._positions, self._outcomes) for _ in range(settings.consumer_writers)]
         self._lag = Lag(self._consumer, settings.kafka_topic)
-        self._assigned: set[int] = set()
+        self._lane_of: dict[int, Lane] = {}  # the partitions that are assigned to us
         self._places = Places()  # of the topic that we read
         self._next: dict[int, int] = {}  # where each partition is once all batches are stored; some are not located yet
-        self._filling = Batch()
-        self._ready: Batch | None = None  # waits for the writer
-        self._batch_rows = min(FIRST_BATCH_ROWS, settings.consumer_batch_rows)
         self._poll_at_once = 10  # until we know how large messages are
         self._rows_each = 1  # of the newest messages, on average
         self._rebalances = 0
-        self._next_check = time.monotonic() + CHECK_EVERY_S
+        self._clock_lead = timedelta(0)
         self._unanswered_commits = 0
         self._ends: dict[int, int] = {}  # where a partition ended, until more comes
         self._ends_committed: dict[int, int] = {}
         self._commit_again = False  # Kafka refused one, and there may never be a next one
-        self._blocked_since: float | None = None
-        self._paused = False
         self._closing = False
 
     def run(self) -> Totals:
@@ -156,25 +152,29 @@ class Worker:
             self._finish()
         finally:
             self._closing = True
-            self._writer.stop()
+            for lane in self._lanes:
+                lane.writer.stop()
+            for lane in self._lanes:
+                lane.writer.join()
             self._consumer.close()
         return self.totals
 
     # Polling ---------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
-        """Fill the batch. A full one waits for the writer a moment at a time, and polls on when paused."""
-        room = self._batch_rows - len(self._filling)
-        if (room <= 0 or self._filling.size_bytes >= MOST_BATCH_BYTES) and not self._paused:
-            self._settle(self._writer.wait(POLL_S / 2))
+        """Fill the batches. A full one waits for its writer a moment at a time, and polls on when paused."""
+        lanes = [lane for lane in self._lanes if lane.partitions and not lane.paused]
+        if any(lane.is_full for lane in lanes):
+            self._settle_all(POLL_S / 2)
             return
+        room = min((lane.room for lane in lanes), default=1)
         rebalances = self._rebalances
         messages = self._consumer.consume(
             max(1, min(room // self._rows_each, self._poll_at_once)), timeout=self._poll_timeout()
         )
         readable = [message for message in messages if message.error() is None]
         if readable and rebalances != self._rebalances:  # some may be of partitions that moved meanwhile
-            self._go_back()
+            self._go_back(self._lanes)
         elif readable:
             self._fill(readable)
         if len(readable) < len(messages):
@@ -183,30 +183,40 @@ class Worker:
 
     def _fill(self, messages: list[Message]) -> None:
         MESSAGES_READ.inc(len(messages))
-        self._decoder.set_clock(datetime.now(UTC) - self._writer.clock_lead)
-        before, rows = self._filling.size_bytes, len(self._filling)
-        try:
-            self._filling.add(messages, self._decoder, self._next)
-        except OutOfPlaceError as error:
-            log.warning("messages_out_of_place", extra=fields(detail=error))
-            self._go_back()
-            return
-        average = max(1, (self._filling.size_bytes - before) // len(messages))
-        self._rows_each = max(1, (len(self._filling) - rows) // len(messages))
-        self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // average))
+        self._decoder.set_clock(datetime.now(UTC) - self._clock_lead)
+        rows = size = 0
+        for lane, those in self._by_lane(messages):
+            before = len(lane.filling), lane.filling.size_bytes
+            try:
+                lane.filling.add(those, self._decoder, self._next)
+            except OutOfPlaceError as error:
+                log.warning("messages_out_of_place", extra=fields(detail=error))
+                self._go_back([lane])
+                continue
+            rows += len(lane.filling) - before[0]
+            size += lane.filling.size_bytes - before[1]
+        self._rows_each = max(1, rows // len(messages))
+        self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // max(1, size // len(messages))))
         for partition, end in tuple(self._ends.items()):
             if self._next.get(partition, end) > end:
                 del self._ends[partition]
 
+    def _by_lane(self, messages: list[Message]) -> list[tuple[Lane, list[Message]]]:
+        """The messages of each lane, in the order they came."""
+        if len(self._lanes) == 1:
+            return [(self._lanes[0], messages)]
+        found: dict[Lane, list[Message]] = {}
+        for partition, run in groupby(messages, Message.partition):
+            found.setdefault(self._lane_of.get(partition or 0, self._lanes[0]), []).extend(run)
+        return list(found.items())
+
     def _poll_timeout(self) -> float:
         if not self._next:
             return WRITER_LOOK_S  # partitions may be assigned at any moment, and then located
-        if self._filling.is_empty or self._paused:
-            return POLL_S
-        if self._ready is not None:
+        working = [lane for lane in self._lanes if not lane.paused]
+        if any(lane.ready is not None for lane in working):
             return WRITER_LOOK_S
-        age = time.monotonic() - self._filling.opened_at
-        return min(POLL_S, max(0.0, self._settings.consumer_batch_seconds - age))
+        return min(POLL_S, *(lane.left_s() for lane in working if not lane.filling.is_empty), POLL_S)
 
     def _note_error(self, message: Message) -> None:
         error = message.error()
@@ -243,36 +253,37 @@ class Worker:
         topic = self._settings.kafka_topic
         return [TopicPartition(topic, partition, self._next.get(partition, 0)) for partition in partitions]
 
-    def _fetch(self, partitions: Iterable[int]) -> None:
+    def _fetch(self, lane: Lane, partitions: Iterable[int]) -> None:
         """Go on where these partitions are. A seek would be refused while one has no position that is valid."""
         places = self._at(partitions)
         if places:
             self._consumer.incremental_unassign(places)
             self._consumer.incremental_assign(places)
-            (self._consumer.pause if self._paused else self._consumer.resume)(places)
+            (self._consumer.pause if lane.paused else self._consumer.resume)(places)
 
-    def _go_back(self) -> None:
+    def _go_back(self, lanes: Iterable[Lane]) -> None:
         """Forget what is not stored; nothing is fetched until the database has said where to go on."""
-        MESSAGES_LEFT.inc(len(self._filling) + len(self._ready or ()))
-        self._blocked_since, self._paused = None, False
-        self._ends.clear()
-        self._next.clear()
-        self._ready, self._filling = None, self._new_batch()
-        if self._assigned:
-            self._consumer.pause(self._at(self._assigned))
+        for lane in lanes:
+            lane.forget(self._new_batch())
+            for partition in lane.partitions:
+                self._ends.pop(partition, None)
+                self._next.pop(partition, None)
+            if lane.partitions:
+                self._consumer.pause(self._at(lane.partitions))
 
-    def _take_places(self, places: Places) -> None:
+    def _take_places(self, lane: Lane, places: Places) -> None:
         """The database's answer: fetch from there, unless a partition is another consumer's by now."""
         if self._places.topic_id not in ("", places.topic_id):
             log.warning("topic_replaced", extra=fields(topic=self._settings.kafka_topic))
-            self._go_back()
+            self._go_back(self._lanes)
         self._places = places
-        if self._filling.is_empty:
-            self._filling = self._new_batch()
-        found = {partition: at for partition, at in places.positions.items() if partition in self._assigned}
+        for each in self._lanes:
+            if each.filling.is_empty:
+                each.filling = self._new_batch()
+        found = {partition: at for partition, at in places.positions.items() if partition in lane.partitions}
         self._next |= found
         self._lag.begin(found)
-        self._fetch(found)
+        self._fetch(lane, found)
 
     def _leave_missing(self, partition: int | None) -> None:
         """Kafka has nothing at our position: what was there has expired, or a broker has lost the end of its log."""
@@ -306,80 +317,89 @@ class Worker:
                 ),
             )
         if not first <= position <= end:
-            self._filling.move(partition, min(max(position, first), end), self._next)
-        self._fetch([partition])
+            self._lane_of[partition].filling.move(partition, min(max(position, first), end), self._next)
+        self._fetch(self._lane_of[partition], [partition])
 
-    # Handing batches to the writer -----------------------------------------------------------------------
+    # Handing batches to the writers ----------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Take the writer's outcome, then give it what comes next."""
-        self._settle(self._writer.wait(0))
-        self._lag.look(paused=self._paused)
+        """Take the writers' outcomes, then give them what comes next."""
+        self._settle_all()
+        self._lag.look(paused=any(lane.paused for lane in self._lanes))
         if self._next and self._positions.topic_was_replaced(self._places.topic_id):
-            self._go_back()
-        if self._ready is None and self._is_due():
-            self._ready, self._filling = self._filling, self._new_batch()
-            self._batch_rows = min(2 * self._batch_rows, self._settings.consumer_batch_rows)
-        unknown = self._assigned - self._next.keys()
-        if self._writer.busy:
-            self._note_blocked(has_more=self._ready is not None)
-        elif unknown:
-            self._writer.submit(Locate(frozenset(unknown)))
-        elif self._ready is not None:
-            batch, self._ready = self._ready, None
-            self._writer.submit(batch)
-            self._unblock()
-        else:
-            self._unblock()
-            self._commit_ends()
-            self._check_positions()
+            self._go_back(self._lanes)
+        for lane in self._lanes:
+            self._advance_lane(lane)
 
-    def _settle(self, outcome: Outcome | None) -> None:
+    def _advance_lane(self, lane: Lane) -> None:
+        lane.close_batch(self._new_batch(), at_end=self._all_at_end())
+        if lane.writer.busy:
+            self._pause_if_stuck(lane)
+            return
+        unknown = lane.partitions - self._next.keys()
+        if unknown:
+            lane.writer.submit(Locate(frozenset(unknown)))
+            return
+        if lane.paused:
+            lane.paused = False
+            self._consumer.resume(self._at(lane.partitions))
+            log.info("resumed")
+        if lane.ready is not None:
+            lane.submit_ready()
+        else:
+            self._commit_ends(lane)
+            self._check_positions(lane)
+
+    def _pause_if_stuck(self, lane: Lane) -> None:
+        if lane.blocked_s() > PAUSE_AFTER_S and not lane.paused:
+            lane.paused = True
+            self._consumer.pause(self._at(lane.partitions))
+            log.warning("paused", extra=fields(waiting=lane.waiting))
+
+    def _settle_all(self, within_s: float = 0.0) -> None:
+        """Take the outcomes that are there; wait that long for the first one."""
+        with suppress(Empty):
+            self._settle(*self._outcomes.get(timeout=within_s or None, block=within_s > 0))
+            while True:
+                self._settle(*self._outcomes.get_nowait())
+
+    def _settle(self, lane: Lane, outcome: Outcome) -> None:
+        lane.writer.take(outcome)
+        self._clock_lead = lane.writer.clock_lead
         match outcome:
             case Places():
-                self._take_places(outcome)
+                self._take_places(lane, outcome)
             case Stored(batch, result, letters) if len(batch):
                 self.totals.add(result, letters)
                 self._commit({each: end for each, end in batch.end.items() if each in self._next})
             case NotStored():
-                self._go_back()
+                self._go_back([lane])
 
-    def _check_positions(self) -> None:
+    def _check_positions(self, lane: Lane) -> None:
         """While nothing comes, look whether the database has been emptied or restored, or told to go back."""
-        now = time.monotonic()
-        if now < self._next_check or not self._next or not self._filling.is_empty:
+        if not lane.partitions or not lane.filling.is_empty or not lane.is_check_due():
             return
-        self._next_check = now + CHECK_EVERY_S
         if self._commit_again:
             self._commit_again = False
             self._ends_committed.clear()
         check = self._new_batch()
-        check.start = check.end = dict(self._next)
-        self._writer.submit(check)
+        check.start = check.end = {partition: self._next[partition] for partition in lane.partitions}
+        lane.writer.submit(check)
 
-    def _is_due(self) -> bool:
-        batch = self._filling
-        return not batch.is_empty and (
-            not len(batch)  # only a position to correct
-            or len(batch) >= self._batch_rows
-            or batch.size_bytes >= MOST_BATCH_BYTES
-            or time.monotonic() - batch.opened_at >= self._settings.consumer_batch_seconds
-            or self._all_at_end()
-        )
-
-    def _commit_ends(self) -> None:
+    def _commit_ends(self, lane: Lane) -> None:
         """When all that was polled is stored, step over what is not a message (a transaction's end marker).
 
         Otherwise there would be a lag for ever, and nobody could tell it from a real one.
         """
-        if not self._filling.is_empty or self._ends == self._ends_committed:
+        ends = {partition: self._ends[partition] for partition in lane.partitions & self._ends.keys()}
+        if not lane.filling.is_empty or ends.items() <= self._ends_committed.items():
             return
-        behind = {partition: end for partition, end in self._ends.items() if end > self._next[partition]}
+        behind = {partition: end for partition, end in ends.items() if end > self._next[partition]}
         for partition, end in behind.items():
-            self._filling.move(partition, end, self._next)
+            lane.filling.move(partition, end, self._next)
         if not behind:
-            self._ends_committed = dict(self._ends)
-            self._commit(self._ends)
+            self._ends_committed |= ends
+            self._commit(ends)
 
     def _commit(self, offsets: Mapping[int, int]) -> None:
         """Tell Kafka how far we are."""
@@ -412,39 +432,25 @@ class Worker:
         log.warning("offsets_not_committed", extra=fields(detail=error.str()))
         self._commit_again = True
 
-    # Back-pressure ---------------------------------------------------------------------------------------
-
-    def _note_blocked(self, *, has_more: bool) -> None:
-        now = time.monotonic()
-        self._blocked_since = (self._blocked_since or now) if has_more else None
-        if self._blocked_since and not self._paused and now - self._blocked_since > PAUSE_AFTER_S:
-            self._paused = True
-            self._consumer.pause(self._at(self._assigned))
-            log.warning("paused", extra=fields(waiting=len(self._ready or ()) + len(self._filling)))
-
-    def _unblock(self) -> None:
-        self._blocked_since = None
-        if self._paused:
-            self._paused = False
-            self._consumer.resume(self._at(self._next))
-            log.info("resumed")
-
     # Membership ------------------------------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """More partitions are ours from now on. They wait until the database has said where to begin."""
         self._rebalances += 1
-        added = {place.partition for place in partitions}
-        self._assigned |= added
+        added = sorted(place.partition for place in partitions)
+        for partition in added:
+            lane = self._lane_of[partition] = min(self._lanes, key=lambda lane: len(lane.partitions))
+            lane.partitions.add(partition)
         consumer.incremental_assign(self._at(added))
         if added:
             consumer.pause(self._at(added))
-        log.info("partitions_assigned", extra=fields(partitions=sorted(added)))
+        log.info("partitions_assigned", extra=fields(partitions=added))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Partitions go to another consumer: let the batch in hand finish first, so that it need not be repeated."""
-        if not self._closing and partitions:
-            self._drain_writer(HAND_OVER_WITHIN_S if self._writer.is_storing else 0.0)
+        """Partitions go to another consumer: let the batches in hand finish first, so that none is repeated."""
+        if not self._closing:
+            gone = {place.partition for place in partitions}
+            self._finish_jobs([lane for lane in self._lanes if lane.partitions & gone], HAND_OVER_WITHIN_S)
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -454,40 +460,45 @@ class Worker:
         log.info("partitions_revoked", extra=fields(partitions=sorted(gone)))
         if gone:
             consumer.resume(partitions)  # librdkafka keeps a pause for the day the partition comes back
-        held = len(self._filling) + len(self._ready or ())
-        self._assigned -= gone
-        for each in (self._next, self._ends, self._ends_committed):
+        for each in (self._lane_of, self._next, self._ends, self._ends_committed):
             for partition in gone & each.keys():
                 del each[partition]
-        self._filling = self._filling.without(gone)
-        self._ready = None if self._ready is None else self._ready.without(gone)
-        MESSAGES_LEFT.inc(held - len(self._filling) - len(self._ready or ()))
+        for lane in self._lanes:
+            lane.lose(gone)
         self._lag.forget(gone)
 
-    def _drain_writer(self, within_s: float) -> None:
-        """Wait for the batch in hand; abandon it when it takes too long."""
-        self._settle(self._writer.wait(within_s))
-        if self._writer.busy:
-            self._writer.abandon()
-            self._settle(self._writer.wait(POLL_S))
+    def _finish_jobs(self, lanes: Sequence[Lane], within_s: float) -> None:
+        """Wait for what is being stored; abandon it when it takes too long, and what is not a batch at once."""
+        self._wait_until_stored(lanes, within_s)
+        for lane in lanes:
+            lane.writer.abandon()
+        self._wait_until_stored(lanes, POLL_S)
+
+    def _wait_until_stored(self, lanes: Sequence[Lane], within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        while any(lane.writer.is_storing for lane in lanes) and (left_s := deadline - time.monotonic()) > 0:
+            self._settle_all(left_s)
 
     # The end ---------------------------------------------------------------------------------------------
 
     def _all_at_end(self) -> bool:
-        return self._until_caught_up and bool(self._assigned) and self._ends.keys() >= self._assigned
+        return self._until_caught_up and bool(self._lane_of) and self._ends.keys() >= self._lane_of.keys()
 
     def _caught_up(self) -> bool:
-        if not self._all_at_end() or not self._filling.is_empty or self._ready is not None:
-            return False
-        self._settle(self._writer.wait(0))
-        return not self._writer.busy and self._ends == self._ends_committed and not self._unanswered_commits
+        return (
+            self._all_at_end()
+            and all(lane.is_empty for lane in self._lanes)
+            and self._ends == self._ends_committed
+            and not self._unanswered_commits
+        )
 
     def _finish(self) -> None:
         """Store what is ready if that is quick; else the group's next member polls it again."""
-        self._drain_writer(FINISH_WITHIN_S)
-        if self._ready is not None and not self._writer.busy:
-            self._writer.submit(self._ready)
-            self._drain_writer(FINISH_WITHIN_S)
+        self._finish_jobs(self._lanes, FINISH_WITHIN_S)
+        for lane in self._lanes:
+            if not lane.writer.busy:
+                lane.submit_ready()
+        self._finish_jobs(self._lanes, FINISH_WITHIN_S)
 
 
 def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
@@ -511,7 +522,7 @@ def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
             "max.poll.interval.ms": max(300_000, settings.kafka_session_timeout_ms),
             "enable.partition.eof": True,
             # Read-ahead for a few batches; a small message costs several times its size in librdkafka's queue.
-            "queued.min.messages": 30_000,
+            "queued.min.messages": 10_000,
             "queued.max.messages.kbytes": 32_768,
             "fetch.message.max.bytes": 262_144,
             "fetch.queue.backoff.ms": 10,

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import SimpleQueue
 
 import pyarrow as pa
 
@@ -60,33 +61,32 @@ class NotLocated:
     """Giving up was asked for."""
 
 
-Outcome = Places | Stored | NotStored | NotLocated
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The writer is no more, and why."""
+
+    error: BaseException
+
+
+Outcome = Places | Stored | NotStored | NotLocated | Ended
 
 
 class Writer:
-    """Does one job at a time in a thread of its own; back-pressure is that it takes no second one."""
+    """Does one job at a time in a thread of its own, and reports the outcome; back-pressure is that it takes no second.
 
-    def __init__(self, settings: Settings, positions: Positions) -> None:
+    ``report`` is called in that thread. All else belongs to the thread that polls.
+    """
+
+    def __init__(self, settings: Settings, positions: Positions, report: Callable[[Outcome], None]) -> None:
         self._positions = positions
+        self._report = report
         self._sink = Sink(settings)
         self._dead_letters = DeadLetterTopic(settings)
-        self._condition = threading.Condition()
         self._job: Batch | Locate | None = None
-        self._outcome: Outcome | None = None
-        self._failure: BaseException | None = None
-        self._stopping = False
+        self._jobs: SimpleQueue[Batch | Locate | None] = SimpleQueue()
         self._abandon = threading.Event()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
-
-    def submit(self, job: Batch | Locate) -> None:
-        """Start a job; only when idle."""
-        with self._condition:
-            if self._job is not None:
-                raise AssertionError("the writer is busy")
-            self._abandon.clear()
-            self._job = job
-            self._condition.notify_all()
 
     @property
     def clock_lead(self) -> timedelta:
@@ -95,57 +95,50 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is running. Raises what ended the writer."""
-        with self._condition:
-            if self._failure is not None:
-                raise self._failure
-            return self._job is not None
+        """Whether there is a job whose outcome was not taken yet."""
+        return self._job is not None
 
     @property
     def is_storing(self) -> bool:
         """Whether that job is a batch, which others would have to repeat."""
         return isinstance(self._job, Batch)
 
-    def wait(self, timeout_s: float) -> Outcome | None:
-        """The outcome of the job, once; None if it is not there in time. Raises what ended the writer."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._outcome or self._failure or self._job is None, timeout_s)
-            if self._failure is not None:
-                raise self._failure
-            outcome, self._outcome = self._outcome, None
-            return outcome
+    def submit(self, job: Batch | Locate) -> None:
+        """Start a job; only when idle."""
+        if self._job is not None:
+            raise AssertionError("the writer is busy")
+        self._abandon.clear()
+        self._job = job
+        self._jobs.put(job)
+
+    def take(self, outcome: Outcome) -> None:
+        """The outcome has arrived, so the writer is idle. Raises what ended the writer."""
+        self._job = None
+        if isinstance(outcome, Ended):
+            raise outcome.error
 
     def abandon(self) -> None:
         """Give the job up at the next pause between two tries."""
         self._abandon.set()
 
     def stop(self) -> None:
-        """End the thread; a job that still runs is given up."""
+        """End the thread soon; a job that still runs is given up."""
         self._abandon.set()
-        with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
+        self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait a moment for the thread to end."""
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
         try:
-            while (job := self._next_job()) is not None:
-                outcome = self._locate(job) if isinstance(job, Locate) else self._store(job)
-                with self._condition:
-                    self._outcome, self._job = outcome, None
-                    self._condition.notify_all()
-                del job, outcome  # a batch that is done must not stay in memory during the next one
-        except BaseException as error:  # noqa: BLE001 - raised again by wait and busy, in the worker's thread
-            with self._condition:
-                self._failure = error
-                self._condition.notify_all()
+            while (job := self._jobs.get()) is not None:
+                self._report(self._locate(job) if isinstance(job, Locate) else self._store(job))
+                del job  # a batch that is done must not stay in memory during the next one
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that polls
+            self._report(Ended(error))
         finally:
             self._sink.close()
-
-    def _next_job(self) -> Batch | Locate | None:
-        with self._condition:
-            self._condition.wait_for(lambda: self._job is not None or self._stopping)
-            return None if self._stopping else self._job
 
     def _locate(self, locate: Locate) -> Outcome:
         topic = keep_trying(KAFKA, self._positions.topic_id, self._abandon.wait)

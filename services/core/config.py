@@ -164,6 +164,9 @@ class Settings(BaseSettings):
         le=60,
         description="age in seconds at which a smaller batch is written: above 0, at most 60",
     )
+    consumer_writers: int = Field(
+        2, ge=1, le=16, description="transactions that a consumer writes at the same time: 1 to 16"
+    )
     max_message_bytes: int = Field(
         65_536,
         ge=256,

@@ -10,8 +10,8 @@ The metrics of one service are in its instruments.py; docs/metrics.md lists all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
@@ -59,7 +59,7 @@ class Server:
         self.name = name
         self._lock = threading.Lock()
         self._connected = False  # says the probe
-        self._failing = False  # say the tries to use it
+        self._failing: set[int] = set()  # threads whose last try to use it failed
 
     @property
     def is_up(self) -> bool:
@@ -72,26 +72,30 @@ class Server:
 
     def note_connected(self, connected: bool) -> None:
         """The probe has seen whether it is connected."""
-        self._change(connected, self._failing)
+        with self._change():
+            self._connected = connected
 
     def note_failure(self) -> None:
-        """A try to use it failed and will be repeated."""
+        """A try of this thread to use it failed and will be repeated."""
         RETRIES.labels(self.name).inc()
-        self._change(self._connected, True)
+        with self._change():
+            self._failing.add(threading.get_ident())
 
     def note_success(self) -> None:
-        """A try to use it succeeded."""
+        """A try of this thread to use it succeeded."""
         if self._failing:
-            self._change(self._connected, False)
+            with self._change():
+                self._failing.discard(threading.get_ident())
 
     def note_given_up(self) -> None:
         """The try that failed is not repeated, so that only the probe can tell when the server is back."""
         self.note_success()
 
-    def _change(self, connected: bool, failing: bool) -> None:
+    @contextmanager
+    def _change(self) -> Iterator[None]:
         with self._lock:
             before = self.is_up
-            self._connected, self._failing = connected, failing
+            yield
             if before and not self.is_up:
                 OUTAGES.labels(self.name).inc()
 

@@ -100,7 +100,7 @@ class Decoder:
                 readings.extend(map(_decoder.decode, rest))  # type: ignore[arg-type]  # of None: TypeError
             except (TypeError, ValueError, RecursionError):  # what came before it has been added
                 others.append(len(readings) + len(others))
-        if max(len(value or b"") for value in values) > self._max_bytes:
+        if max(map(len, filter(None, values)), default=0) > self._max_bytes:
             return None
         printable = "".join([reading.sensor_id for reading in readings]).isprintable()
         return (readings, others) if printable else None

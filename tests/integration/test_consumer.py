@@ -16,8 +16,9 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, Message, TopicPartition
 
-from services.consumer.worker import FIRST_BATCH_ROWS
+from services.consumer.lane import FIRST_BATCH_ROWS
 from services.core.config import Settings
+from services.core.database import connect
 from services.core.kafka import client_settings, headers_of
 from tests.fix_services import Service, StartService, message, minutes, publish, read_topic, wait_until
 
@@ -194,6 +195,39 @@ def test_sigterm_loses_nothing_and_repeats_little(
         count * (count - 1) / 2,
     )
     assert lag(settings) == 0
+
+
+@pytest.mark.usefixtures("native")
+def test_a_partition_that_waits_holds_up_no_other_writer(
+    settings: Settings, connection: psycopg.Connection, start: StartService
+) -> None:
+    """Not even when it has waited for so long that it is paused."""
+
+    def positions() -> list[int]:
+        found = connection.execute("SELECT next_offset FROM partition_progress WHERE partition < 2 ORDER BY partition")
+        return [position for (position,) in found]
+
+    def send(partition: int) -> None:
+        values = [message(f"p{partition}", time=minutes(at), temperature=1.0) for at in range(10)]
+        publish(settings, values, partition=partition)
+
+    consumer = start("consume")
+    for partition in (0, 1):
+        send(partition)
+    wait_until(lambda: positions() == [10, 10], "both are stored")
+    with connect(settings) as other, other.transaction():
+        other.execute("SELECT FROM partition_progress WHERE partition = 0 FOR UPDATE")
+        for count in (2, 3, 4):  # one batch is in hand, one waits, one is filled
+            send(0)
+            send(1)
+            wait_until(lambda: positions()[1] == 10 * count, "the other goes on")  # noqa: B023 - called at once
+        consumer.wait_for("paused")
+        send(1)
+        wait_until(lambda: positions() == [10, 50], "the other still goes on")
+    wait_until(lambda: positions() == [40, 50], "the lock is gone")
+    consumer.wait_for("resumed")
+    assert consumer.stop() == 0
+    assert stopped(consumer)["inserted"] == 20
 
 
 class Relay:

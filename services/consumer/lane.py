@@ -1,0 +1,111 @@
+"""A lane: partitions that are stored one batch after another, by a writer of their own.
+
+The partitions are divided among a few lanes, so that as many sessions of PostgreSQL work at once. A partition stays in
+its lane while it is ours, so its batches are stored in their order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from queue import SimpleQueue
+
+from services.consumer.batch import Batch
+from services.consumer.instruments import MESSAGES_LEFT
+from services.consumer.positions import Positions
+from services.consumer.writer import Outcome, Writer
+from services.core.config import Settings
+
+FIRST_BATCH_ROWS = 5000  # the database begins to work while the rest is fetched; each batch may be twice as large
+MOST_BATCH_BYTES = 8 * 1024 * 1024  # of all lanes: three batches, and what is fetched ahead, fit a small container
+CHECK_EVERY_S = 5.0
+NEARLY_FULL = 0.9  # no polls for a handful of messages that would still fit
+
+
+class Lane:
+    """The batch that is filled, the full one that waits, and the one that is being stored.
+
+    So memory is bounded whatever the database does. Belongs to the thread that polls.
+    """
+
+    def __init__(self, settings: Settings, positions: Positions, outcomes: SimpleQueue[tuple[Lane, Outcome]]) -> None:
+        self.partitions: set[int] = set()
+        self.writer = Writer(settings, positions, lambda outcome: outcomes.put((self, outcome)))
+        self.filling = Batch()
+        self.ready: Batch | None = None
+        self.paused = False
+        self._blocked_since = math.inf
+        self._next_check = time.monotonic() + CHECK_EVERY_S
+        self._most_rows = settings.consumer_batch_rows
+        self._most_bytes = MOST_BATCH_BYTES // settings.consumer_writers
+        self._most_age_s = settings.consumer_batch_seconds
+        self._rows = min(FIRST_BATCH_ROWS, self._most_rows)
+
+    @property
+    def room(self) -> int:
+        """How many more readings the batch may take."""
+        return self._rows - len(self.filling) if self.filling.size_bytes < self._most_bytes else 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is polled has to wait."""
+        return self.room <= (1 - NEARLY_FULL) * self._rows
+
+    @property
+    def waiting(self) -> int:
+        """How many messages are held and not being stored yet."""
+        return len(self.filling) + len(self.ready or ())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was polled is stored."""
+        return self.filling.is_empty and self.ready is None and not self.writer.busy
+
+    def left_s(self) -> float:
+        """Seconds until the batch has to be written, however small it is."""
+        return max(0.0, self.filling.opened_at + self._most_age_s - time.monotonic())
+
+    def close_batch(self, new: Batch, *, at_end: bool) -> None:
+        """If the batch is due, and none waits already, it waits for the writer now, and ``new`` is filled."""
+        batch = self.filling
+        if self.ready is not None or batch.is_empty:
+            return
+        only_positions = not len(batch)  # to correct
+        if at_end or only_positions or self.is_full or not self.left_s():
+            self.ready, self.filling = batch, new
+            self._rows = min(2 * self._rows, self._most_rows)
+
+    def submit_ready(self) -> None:
+        """Store the batch that waits; only when the writer is idle."""
+        if self.ready is not None:
+            batch, self.ready, self._blocked_since = self.ready, None, math.inf
+            self.writer.submit(batch)
+
+    def blocked_s(self) -> float:
+        """For how long a batch has waited for the writer now; asked again and again."""
+        now = time.monotonic()
+        is_blocked = self.writer.busy and self.ready is not None
+        self._blocked_since = min(self._blocked_since, now) if is_blocked else math.inf
+        return max(0.0, now - self._blocked_since)
+
+    def is_check_due(self) -> bool:
+        """Whether to look at the positions again, now that nothing comes."""
+        now = time.monotonic()
+        is_due = now >= self._next_check
+        if is_due:
+            self._next_check = now + CHECK_EVERY_S
+        return is_due
+
+    def forget(self, new: Batch) -> None:
+        """Leave what is not being stored."""
+        MESSAGES_LEFT.inc(self.waiting)
+        self.filling, self.ready, self.paused, self._blocked_since = new, None, False, math.inf
+
+    def lose(self, gone: Collection[int]) -> None:
+        """These partitions are another consumer's."""
+        held = self.waiting
+        self.partitions -= set(gone)
+        self.filling = self.filling.without(gone)
+        self.ready = None if self.ready is None else self.ready.without(gone)
+        MESSAGES_LEFT.inc(held - self.waiting)
