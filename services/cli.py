@@ -96,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
     )
     etl.set_defaults(run=run_etl)
 
+    logins = commands.add_parser(
+        "logins", help="let the roles of the services log in, with the passwords in SENSOR_*_PASSWORD"
+    )
+    logins.set_defaults(run=run_logins)
+
     status = commands.add_parser("status", help="how everything is; exit code 1 if something needs a person")
     status.add_argument("--json", action="store_true", help="as one JSON object")
     status.set_defaults(run=run_status)
@@ -224,6 +229,15 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings, Shutdown().listen(), once=options.once)
 
 
+def run_logins(settings: Settings, _: argparse.Namespace) -> int:
+    """``logins``."""
+    from services.core.logins import let_in
+
+    done = let_in(settings, Shutdown().listen())
+    print(f"these roles may log in: {', '.join(done)}" if done else "no SENSOR_*_PASSWORD is set: nothing was changed")
+    return 0
+
+
 def run_status(settings: Settings, options: argparse.Namespace) -> int:
     """``status``."""
     from services.status.command import run
@@ -239,7 +253,9 @@ def run_dashboard(settings: Settings, options: argparse.Namespace) -> int:
         if error.name not in ("dash", "flask", "waitress"):
             raise
         raise ConfigurationError("the dashboard's packages are not installed: pip install '.[dashboard]'") from error
-    return run(settings, Shutdown().listen(), host=options.host, port=options.port)
+    from services.core.logins import settings_as
+
+    return run(settings_as("sensor_dashboard", settings), Shutdown().listen(), host=options.host, port=options.port)
 
 
 def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:

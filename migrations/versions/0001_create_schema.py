@@ -5,7 +5,7 @@ the few minutes that changed, and must find them without reading the whole chunk
 third of the ingest rate. Sensor ids have the collation "C", so that the key means the same on every machine: an index
 in the order of a language is silently wrong after a move to another C library.
 
-Three roles, without a password until an operator sets one (docs/security.md):
+Three roles that nobody logs in as until an operator says so (docs/security.md):
 
 sensor_consumer  stores readings, and queues what changed. It sees no summary and deletes nothing.
 sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB lets only the owner drop chunks and
@@ -13,15 +13,24 @@ sensor_etl       owns what etl writes, and sensor_data too, because TimescaleDB 
                  explicit GRANT.
 sensor_reader    reads the summaries, the live views and the state of the queue, nothing else.
 
-Roles belong to the whole server, so another database may have created them and may still need them.
+And two logins that are members of sensor_reader, sensor_grafana and sensor_dashboard, whose share of the server is
+limited. Everybody else may not even connect.
+
+Roles belong to the whole server, so another database may have created them and may still need them; those that exist
+stay as they are. Whoever migrates need not be a superuser: what only one may do is asked for, in SQL.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 from alembic import op
+from psycopg.errors import InsufficientPrivilege, InternalError_, UndefinedObject
 
 from services.core.errors import ConfigurationError
+from services.core.logs import fields
 
 revision = "0001"
 down_revision = None
@@ -31,15 +40,36 @@ depends_on = None
 OLDEST_TIMESCALEDB = (2, 23)
 INSTALL = "install TimescaleDB 2.23 or newer, community edition (image timescale/timescaledb), and preload it"
 METRICS = ("temperature", "humidity")
-ROLES = {"sensor_consumer": "NOLOGIN", "sensor_etl": "NOLOGIN", "sensor_reader": "NOLOGIN"}
+ROLES = ("sensor_consumer", "sensor_etl", "sensor_reader")
+# Who looks at the summaries from elsewhere, and with how many connections at most. A session may change its time
+# limits, but not the two others.
+READERS = {"sensor_grafana": 10, "sensor_dashboard": 8}
+READER_LIMITS = (
+    "SET statement_timeout = '30s'",
+    "SET idle_in_transaction_session_timeout = '60s'",
+    "SET default_transaction_read_only = on",
+)
+# What anybody may do by default who may connect, and fill memory or the disk with: locks of no table, large objects.
+OPEN_TO_ALL = """
+    SELECT string_agg(oid::regprocedure::text, ', ' ORDER BY oid::regprocedure::text) FROM pg_proc
+    WHERE pronamespace = 'pg_catalog'::regnamespace
+      AND (proname ~ '^pg_(try_)?advisory_(xact_)?lock' OR proname IN ('lo_creat', 'lo_create', 'lo_from_bytea'))
+"""
 COMPRESSION = (
     "timescaledb.compress, timescaledb.compress_segmentby = 'sensor_id', timescaledb.compress_orderby = 'time'"
 )
+
+log = logging.getLogger("migrations")
 
 
 def upgrade() -> None:
     create_extension()
     create_roles()
+    advised = [*limit_everybody(), *create_readers()]
+    if advised:
+        log.warning(
+            "superuser_needed", extra=fields(detail="the rest works without; run as one", sql="; ".join(advised))
+        )
     create_readings()
     create_progress()
     create_summaries()
@@ -56,12 +86,15 @@ def downgrade() -> None:
     op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue, etl_lease, summary_check")
     op.execute("DROP FUNCTION advance_partitions")
     op.execute("DROP TABLE partition_progress")
+    attempt([f"GRANT EXECUTE ON FUNCTION {find(OPEN_TO_ALL)} TO PUBLIC"])
+    attempt([f"GRANT CONNECT, TEMPORARY ON DATABASE {find('SELECT quote_ident(current_database())')} TO PUBLIC"])
     for role in ROLES:
         op.execute(f"GRANT {role} TO CURRENT_USER")  # only a member may take away what it was granted
         op.execute(f"DROP OWNED BY {role}")  # it owns nothing any more
+    for role in (*READERS, *ROLES):
         op.execute(f"""
             DO $$ BEGIN
-                DROP ROLE {role};
+                DROP ROLE IF EXISTS {role};
             EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege THEN
                 RAISE NOTICE 'role {role} is not ours to drop, or used by another database, and stays';
             END $$
@@ -87,39 +120,79 @@ def create_extension() -> None:
         )
 
 
+def find(query: str) -> str | None:
+    """The one value of a query."""
+    value: str | None = op.get_bind().scalar(sa.text(query))
+    return value
+
+
+def is_role(role: str) -> bool:
+    return find(f"SELECT 1 FROM pg_roles WHERE rolname = '{role}'") is not None
+
+
+def attempt(statements: Iterable[str]) -> list[str]:
+    """Run each; returns those that whoever migrates may not run, and those that need what these were to create."""
+    refused = []
+    for statement in statements:
+        try:
+            with op.get_bind().begin_nested():
+                op.execute(statement)
+        except sa.exc.DBAPIError as error:
+            # An embedded server may be unable to change the entry of the one database it has.
+            if not isinstance(error.orig, InsufficientPrivilege | UndefinedObject | InternalError_):
+                raise
+            refused.append(statement)
+    return refused
+
+
 def create_roles() -> None:
     """Create the roles that do not exist; whoever migrates becomes a member of sensor_etl, to give it its tables."""
-    for role, login in ROLES.items():
-        op.execute(f"""
-            DO $$ BEGIN
-                IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN
-                    CREATE ROLE {role} {login};
-                END IF;
-            END $$
-        """)
-        op.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
-    for role in ("sensor_consumer", "sensor_etl"):
-        # An embedded server may be unable to change the entry of the one database it has. By default everybody has
-        # these rights, so that is no failure; where they were taken away, it is.
-        op.execute(f"""
-            DO $$ BEGIN
-                EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO {role}', current_database());
-            EXCEPTION WHEN internal_error THEN
-                IF NOT (has_database_privilege('{role}', current_database(), 'CONNECT')
-                        AND has_database_privilege('{role}', current_database(), 'TEMPORARY')) THEN
-                    RAISE;
-                END IF;
-            END $$
-        """)
+    refused = attempt(f"CREATE ROLE {role}" for role in ROLES if not is_role(role))
+    me = find("SELECT quote_ident(current_user)")
+    if not find("SELECT pg_has_role(rolname, 'USAGE') FROM pg_roles WHERE rolname = 'sensor_etl'"):
+        refused += attempt([f"GRANT sensor_etl TO {me}"])
+    if refused:
+        raise ConfigurationError(f"{me} may not create roles; as a superuser, run: {'; '.join(refused)}")
+    op.execute(f"GRANT USAGE ON SCHEMA public TO {', '.join(ROLES)}")
     op.execute("GRANT CREATE ON SCHEMA public TO sensor_etl")
     op.execute("GRANT SELECT ON alembic_version TO sensor_etl")  # for the command status
-    op.execute("""
-        DO $$ BEGIN
-            IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
-                EXECUTE format('GRANT sensor_etl TO %I', current_user);
-            END IF;
-        END $$
-    """)
+
+
+def limit_everybody() -> list[str]:
+    """Take from everybody what only the services need; returns what a superuser would have to run for that."""
+    database = find("SELECT quote_ident(current_database())")
+    rights = (
+        f"GRANT CONNECT, TEMPORARY ON DATABASE {database} TO sensor_consumer, sensor_etl; "
+        f"GRANT CONNECT ON DATABASE {database} TO sensor_reader; "
+        f"REVOKE CONNECT, TEMPORARY ON DATABASE {database} FROM PUBLIC; "
+        "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+    )
+    locks = (
+        f"REVOKE EXECUTE ON FUNCTION {find(OPEN_TO_ALL)} FROM PUBLIC; "
+        "GRANT EXECUTE ON FUNCTION pg_try_advisory_lock_shared(integer, integer) TO sensor_etl"
+    )
+    # TimescaleDB writes lines about each refresh, many a second, and etl reports its errors itself.
+    attempt(["ALTER ROLE sensor_etl SET log_min_messages = fatal"])
+    # Others than the owner would only be warned that nothing was changed.
+    if not find("SELECT pg_has_role(datdba, 'USAGE') FROM pg_database WHERE datname = current_database()"):
+        return [rights, locks]
+    if not find("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"):
+        return [*attempt([rights]), locks]
+    return attempt([rights, locks])
+
+
+def create_readers() -> list[str]:
+    """Create the logins that do not exist; returns what a superuser would have to run for that."""
+    return attempt(
+        statement
+        for login, connections in READERS.items()
+        if not is_role(login)
+        for statement in (
+            f"CREATE ROLE {login} CONNECTION LIMIT {connections} IN ROLE sensor_reader",
+            *(f"ALTER ROLE {login} {limit}" for limit in READER_LIMITS),
+            f"ALTER ROLE {login} SET temp_file_limit = '1GB'",
+        )
+    )
 
 
 def create_readings() -> None:

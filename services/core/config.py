@@ -40,6 +40,9 @@ def _check_pair(certificate_setting: str, certificate: str, key: str, password: 
         check_key(key, certificate, password)
 
 
+# The roles whose passwords are settings; the migrations create them.
+LOGINS = ("sensor_consumer", "sensor_etl", "sensor_grafana", "sensor_dashboard")
+
 Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
@@ -74,6 +77,39 @@ class Settings(BaseSettings):
     )
     postgre_sslcert: CertificateFile = Field("", description="file with the certificate we show to PostgreSQL")
     postgre_sslkey: str = Field("", validate_default=True, description="file with that certificate's private key")
+
+    sensor_consumer_password_file: PasswordFile = Field(
+        "", description="file with the password of sensor_consumer; it wins over SENSOR_CONSUMER_PASSWORD"
+    )
+    sensor_consumer_password: SecretStr = Field(
+        SecretStr(""),
+        validate_default=True,
+        description="password that the command logins sets for the role sensor_consumer; empty: it is left alone",
+    )
+    sensor_etl_password_file: PasswordFile = Field(
+        "", description="file with the password of sensor_etl; it wins over SENSOR_ETL_PASSWORD"
+    )
+    sensor_etl_password: SecretStr = Field(
+        SecretStr(""),
+        validate_default=True,
+        description="password that the command logins sets for the role sensor_etl; empty: it is left alone",
+    )
+    sensor_grafana_password_file: PasswordFile = Field(
+        "", description="file with the password of sensor_grafana; it wins over SENSOR_GRAFANA_PASSWORD"
+    )
+    sensor_grafana_password: SecretStr = Field(
+        SecretStr(""),
+        validate_default=True,
+        description="password that the command logins sets for the role sensor_grafana; empty: it is left alone",
+    )
+    sensor_dashboard_password_file: PasswordFile = Field(
+        "", description="file with the password of sensor_dashboard; it wins over SENSOR_DASHBOARD_PASSWORD"
+    )
+    sensor_dashboard_password: SecretStr = Field(
+        SecretStr(""),
+        validate_default=True,
+        description="the same for sensor_dashboard, which the dashboard then logs in as; empty: it is left alone",
+    )
 
     kafka_host: Name = Field("localhost", description="host name or address of a Kafka broker")
     kafka_port: Port = Field(9092, description="port of the Kafka broker: 1 to 65535")
@@ -229,7 +265,7 @@ class Settings(BaseSettings):
 
     # A validator sees the fields above its own, as far as they are right.
 
-    @field_validator("postgre_password", "kafka_sasl_password")
+    @field_validator("postgre_password", "kafka_sasl_password", *(f"{role}_password" for role in LOGINS))
     @classmethod
     def _read_password_file(cls, password: SecretStr, info: ValidationInfo) -> SecretStr:
         path = info.data.get(f"{info.field_name}_file")
@@ -275,6 +311,11 @@ class Settings(BaseSettings):
             password = info.data["kafka_ssl_key_password"].get_secret_value()
             _check_pair("KAFKA_SSL_CERTIFICATE_LOCATION", info.data["kafka_ssl_certificate_location"], key, password)
         return key
+
+    def password_of(self, login: str) -> str:
+        """What SENSOR_*_PASSWORD says for one of LOGINS; empty: nothing."""
+        password: SecretStr = getattr(self, f"{login}_password")
+        return password.get_secret_value()
 
     @property
     def dead_letter_topic(self) -> str:

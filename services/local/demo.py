@@ -20,10 +20,12 @@ import psycopg
 from psycopg import sql
 from pydantic import SecretStr
 
-from services.core.config import Settings
+from services.core.config import LOGINS, Settings
 from services.core.database import connect
 from services.core.errors import PermanentError
+from services.core.logins import let_in, settings_as
 from services.core.offsets import group_lag
+from services.core.shutdown import Shutdown
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
 from services.local.security import Security, secure
@@ -34,6 +36,7 @@ DEMO_INTERVALS = {"temperature_interval": 180, "humidity_interval": 360}
 FINISH_WITHIN_S = 120
 LOOK_EVERY_S = 0.5
 SHOWN_DIFFERENCES = 10
+NO_PASSWORD = SecretStr("")
 
 
 def run(settings: Settings, directory: Path, *, keep: bool, tls: bool) -> int:
@@ -72,6 +75,7 @@ class Demo:
         self._logins: dict[str, Settings] = {}
         self._metrics_ports: dict[str, int] = {}
         self._security: Security | None = None
+        self._dashboard_password = ""
 
     def run(self, *, keep: bool, tls: bool) -> int:
         """Start, wait, check, show; stop again unless ``keep``."""
@@ -122,15 +126,16 @@ class Demo:
             raise PermanentError(f"alembic upgrade head failed: {done.stderr.strip()}")
 
     def _let_services_in(self) -> None:
-        """Consumer and etl log in under roles of their own, with passwords that are thrown away."""
-        with self._connect() as connection:
-            for name in ("consumer", "etl"):
-                role, password = f"sensor_{name}", secrets.token_hex(16)
-                connection.execute(
-                    sql.SQL("ALTER ROLE {} LOGIN PASSWORD {}").format(sql.Identifier(role), sql.Literal(password))
-                )
-                login = {"postgre_user": role, "postgre_password": SecretStr(password), "postgre_password_file": ""}
-                self._logins[name] = self._settings.model_copy(update=login)
+        """Each logs in under a role of its own, with a password that is thrown away; the producer under none."""
+        passwords = {f"{login}_password": SecretStr(secrets.token_hex(16)) for login in LOGINS}
+        settings = self._settings.model_copy(update=passwords)
+        let_in(settings, Shutdown())
+        for name in ("consumer", "etl"):
+            login = settings_as(f"sensor_{name}", settings)
+            self._logins[name] = login.model_copy(update=dict.fromkeys(passwords, NO_PASSWORD))
+        nobody = {"postgre_password": NO_PASSWORD, "postgre_password_file": ""}
+        self._logins["producer"] = self._settings.model_copy(update=nobody)
+        self._dashboard_password = passwords["sensor_dashboard_password"].get_secret_value()
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "logs" / f"{name}.log"
@@ -259,10 +264,12 @@ class Demo:
         """The settings that a command needs to reach the demo, as lines of .env that a shell reads too."""
         names = ("kafka_host", "kafka_port", "postgre_host", "postgre_port", *DEMO_INTERVALS)
         values = {name: str(getattr(self._settings, name)) for name in names}
+        values["sensor_dashboard_password"] = self._dashboard_password
         if self._security is not None:
             values |= self._security.client_settings()
         path = self._directory / "client.env"
         lines = (f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items())
+        path.touch(mode=0o600)
         path.write_text("".join(lines), encoding="utf-8")
         return path
 

@@ -307,7 +307,10 @@ def test_a_missing_table_ends_the_service_and_commits_nothing(
 
 
 CREATE_WRITER = """
-    DO $$ BEGIN CREATE ROLE may_write LOGIN PASSWORD 'may_write'; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN
+        BEGIN CREATE ROLE may_write LOGIN PASSWORD 'may_write'; EXCEPTION WHEN duplicate_object THEN NULL; END;
+        EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO may_write', current_database());
+    END $$;
     GRANT ALL ON sensor_data, summary_refresh_queue, partition_progress, summary_state TO may_write;
     GRANT EXECUTE ON FUNCTION advance_partitions TO may_write;
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -21,9 +23,12 @@ from services.etl.worker import Leader, run_reconcile
 from services.status.database import read_database
 from tests.fix_services import NOWHERE, StartService, message, publish, wait_until
 from tests.fix_stack import downgrade, upgrade
+from tests.integration.test_migrations import alembic
 
 PASSWORD = "only for this test"
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
+ROLES = ("sensor_consumer", "sensor_etl", "sensor_reader")
+READERS = ("sensor_grafana", "sensor_dashboard")
 SUMMARIES = ("temperature_summary", "humidity_summary", "temperature_summary_live", "humidity_summary_live")
 AGGREGATES = {"temperature_10min", "humidity_20min"}
 
@@ -39,21 +44,15 @@ def under(settings: Settings, role: str) -> Settings:
 
 @pytest.fixture
 def logins(settings: Settings, connection: psycopg.Connection) -> Iterator[None]:
-    """An operator's lines: sensor_etl gets a password, the others a login role that is a member.
-
-    What everybody may do elsewhere, such as create temporary tables, nobody may do here.
-    """
+    """An operator's lines: sensor_etl gets a password, the others a login role that is a member."""
     connection.execute(f"""
         ALTER ROLE sensor_etl LOGIN PASSWORD '{PASSWORD}';
         CREATE ROLE app_consumer LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_consumer;
         CREATE ROLE app_etl LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_etl;
         CREATE ROLE app_reader LOGIN PASSWORD '{PASSWORD}' IN ROLE sensor_reader;
-        REVOKE TEMPORARY ON DATABASE {settings.postgre_dbname} FROM PUBLIC;
-        REVOKE CREATE ON SCHEMA public FROM PUBLIC;
     """)
     yield
-    connection.execute(f"""
-        GRANT TEMPORARY ON DATABASE {settings.postgre_dbname} TO PUBLIC;
+    connection.execute("""
         DROP ROLE app_consumer, app_etl, app_reader;
         ALTER ROLE sensor_etl NOLOGIN PASSWORD NULL;
     """)
@@ -153,11 +152,55 @@ def test_the_reader_sees_summaries_and_nothing_else(settings: Settings) -> None:
         refused(reader, *(f"SELECT * FROM {name}" for name in hidden))
 
 
+@pytest.mark.usefixtures("filled")
+def test_a_reader_takes_no_more_of_the_server_than_its_share(settings: Settings) -> None:
+    """No disk but for the bounded temporary files of a query, no lock of which others know nothing."""
+    with connect(under(settings, "app_reader")) as reader:
+        refused(
+            reader,
+            "CREATE TEMPORARY TABLE mine (x int)",
+            "CREATE TABLE mine (x int)",
+            "SELECT lo_create(0)",
+            "SELECT lo_from_bytea(0, 'x')",
+            "SELECT pg_advisory_lock(1)",
+            "SELECT pg_try_advisory_xact_lock(1, 2)",
+            "SELECT pg_try_advisory_lock_shared(1, 2)",
+            "SET temp_file_limit = -1",
+        )
+
+
+@pytest.mark.parametrize("login", READERS)
+def test_what_looks_from_outside_is_limited(connection: psycopg.Connection, login: str) -> None:
+    row = connection.execute(
+        "SELECT rolconnlimit, rolconfig, pg_has_role(oid, 'sensor_reader', 'USAGE') FROM pg_roles WHERE rolname = %s",
+        [login],
+    ).fetchone()
+    assert row is not None
+    connections, limits, is_reader = row
+    assert 0 < connections <= 10
+    assert set(limits) == {
+        "statement_timeout=30s",
+        "idle_in_transaction_session_timeout=60s",
+        "default_transaction_read_only=on",
+        "temp_file_limit=1GB",
+    }
+    assert is_reader
+
+
+def test_who_has_no_role_of_ours_may_not_even_connect(connection: psycopg.Connection) -> None:
+    connection.execute("CREATE ROLE stranger")
+    try:
+        rights = "SELECT has_database_privilege('stranger', current_database(), unnest(ARRAY['CONNECT', 'TEMPORARY']))"
+        assert connection.execute(rights).fetchall() == [(False,), (False,)]
+    finally:
+        connection.execute("DROP ROLE stranger")
+
+
 def test_nobody_logs_in_before_an_operator_says_so(settings: Settings, connection: psycopg.Connection) -> None:
     rows = connection.execute(
         "SELECT rolname, rolcanlogin, rolpassword FROM pg_authid WHERE rolname ~ '^sensor_' AND NOT rolsuper ORDER BY 1"
     ).fetchall()
-    assert rows == [("sensor_consumer", False, None), ("sensor_etl", False, None), ("sensor_reader", False, None)]
+    assert rows == [(role, False, None) for role in sorted((*ROLES, *READERS))]
     with pytest.raises(Exception, match=r"password authentication failed|not permitted to log in"):
         connect(under(settings, "sensor_etl"))
 
@@ -261,10 +304,39 @@ def test_without_a_superuser(settings: Settings, connection: psycopg.Connection)
         upgrade(settings)
 
 
+def test_what_only_a_superuser_may_do_is_one_line_to_run(settings: Settings, connection: psycopg.Connection) -> None:
+    """Who owns the database and nothing else is told all that is missing, and needs no more than that."""
+    downgrade(settings)
+    try:
+        with owned_by(connection, settings, "hosted"):
+            connection.execute("ALTER ROLE hosted NOCREATEROLE")
+            hosted = under(settings, "hosted")
+            done = alembic(hosted, "upgrade", "head", LOG_LEVEL="ERROR")
+            assert done.returncode == 2
+            (line,) = done.stderr.splitlines()
+            told = re.fullmatch(r"error: hosted may not create roles; as a superuser, run: (.*)", line)
+            assert told, line
+            connection.execute(told[1])
+            done = alembic(hosted, "upgrade", "head", LOG_FORMAT="json")
+            assert done.returncode == 0, done.stderr
+            (warning,) = (line for line in done.stderr.splitlines() if "superuser_needed" in line)
+            connection.execute(json.loads(warning)["sql"])
+            store(hosted, Reading("s1", ago(1), 1.0, 50.0))
+            summarise(hosted)
+            assert summary_rows(connection) == (1, 1)
+            for login in READERS:
+                test_what_looks_from_outside_is_limited(connection, login)
+            connection.execute(f"GRANT {', '.join(ROLES)} TO hosted WITH ADMIN OPTION")
+            downgrade(hosted)
+            connection.execute(f"DROP OWNED BY {', '.join(ROLES)}; DROP ROLE {', '.join((*ROLES, *READERS))}")
+    finally:
+        upgrade(settings)
+
+
 def test_where_a_dba_has_made_the_roles(settings: Settings, connection: psycopg.Connection) -> None:
     """Who migrates needs no right to create roles where they exist and it is a member of them."""
     downgrade(settings)
-    roles = "sensor_consumer, sensor_etl, sensor_reader"
+    roles = ", ".join(ROLES)
     try:
         with owned_by(connection, settings, "hosted"):
             connection.execute("ALTER ROLE hosted NOCREATEROLE")
