@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo demo-down test chaos load bench lint types lock clean
+.PHONY: setup demo demo-down test chaos load bench lint types lock clean secrets
 
 setup: $(READY)
 
@@ -43,6 +43,17 @@ lint: setup
 
 types: setup
 	@$(BIN)/mypy
+
+# Containers read the files as users of their own, so each is readable; others here cannot enter the directory.
+SECRETS := postgre sensor_consumer sensor_etl sensor_grafana sensor_dashboard grafana_admin
+
+secrets: ## passwords for docker-compose.secrets.yml in secrets/, drawn once: one that is there stays
+	@mkdir -p -m 700 secrets
+	@for name in $(SECRETS); do \
+		test -s secrets/$$name && continue; \
+		(umask 077 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >secrets/$$name) && chmod 444 secrets/$$name || exit 1; \
+		echo "secrets/$$name"; \
+	done
 
 COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host

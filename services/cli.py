@@ -15,6 +15,7 @@ from services.core.logs import configure_logging
 from services.core.shutdown import Shutdown
 
 LOCAL_DIRECTORY = Path(".local")
+WATCH_SECONDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         "--speed",
         metavar="60x",
         help="replay by the readings' times: the gaps between them, divided by 60, lie between sending",
+    )
+    produce.add_argument(
+        "--watch",
+        action="store_true",
+        help=f"stay, and look for new files: every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0",
     )
     produce.set_defaults(run=run_produce)
 
@@ -172,6 +178,8 @@ def run_produce(settings: Settings, options: argparse.Namespace) -> int:
     from services.producer.worker import run
 
     speed = None if options.speed is None else parse_speed(options.speed)
+    if options.watch and not settings.producer_watch_seconds:
+        settings = settings.model_copy(update={"producer_watch_seconds": WATCH_SECONDS})
     return run(settings, Shutdown().listen(), resend=options.resend, overwrite=options.overwrite, speed=speed)
 
 

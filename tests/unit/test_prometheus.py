@@ -13,7 +13,7 @@ import yaml
 from tests.fix_stack import ROOT
 from tests.grafana import DASHBOARDS, MONITORING, dashboard, fill_promql, queries
 from tests.metric_names import samples
-from tests.unit.test_compose import ENVIRONMENT, SERVICES
+from tests.unit.test_compose import FIXED, SERVICES
 
 SAMPLES = samples()
 COUNTED = ("_total", "_bucket", "_sum", "_count")
@@ -98,7 +98,7 @@ def test_prometheus_finds_every_container_of_every_service() -> None:
     assert set(jobs) == {"producer", "consumer", "etl"} <= SERVICES.keys()
     for name, (found,) in jobs.items():
         assert found["names"] == [name]
-        assert (found["type"], str(found["port"])) == ("A", ENVIRONMENT["METRICS_PORT"])
+        assert (found["type"], str(found["port"])) == ("A", FIXED["METRICS_PORT"])
 
 
 def test_dashboards_use_the_sources_that_are_provisioned() -> None:
@@ -117,7 +117,7 @@ def test_dashboards_use_the_sources_that_are_provisioned() -> None:
 
 def test_what_compose_mounts_is_there() -> None:
     for name, inside in (("prometheus", "/etc/prometheus"), ("grafana", "/etc/dashboards")):
-        (source,) = re.findall(rf"\./(\S+):{inside}:ro", SERVICES[name]["volumes"])
+        (source,) = re.findall(rf"\./(\S+):{inside}:ro,z", " ".join(SERVICES[name]["volumes"]))
         assert any((ROOT / source).iterdir())
     providers = load("grafana/provisioning/dashboards/dashboards.yml")["providers"]
     assert [provider["options"]["path"] for provider in providers] == ["/etc/dashboards"]
