@@ -89,6 +89,9 @@ def connection_arguments(settings: Settings) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
+    if settings.postgre_sslmode != "verify-full":
+        # Whoever answers for a server that is not verified would be told the password if it asked for it in clear text.
+        arguments["require_auth"] = "!password"
     for name in ("sslrootcert", "sslcert", "sslkey"):
         if path := getattr(settings, f"postgre_{name}"):
             arguments[name] = path
@@ -147,6 +150,11 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
     text = " ".join(str(error).split())
     if "unsupported startup parameter" in text:
         return _pooled(settings)
+    if "authentication method requirement" in text:
+        return ConfigurationError(
+            f"PostgreSQL at {address(settings)} asks for the password in clear text: set POSTGRE_SSLMODE=verify-full, "
+            "or scram-sha-256 in its pg_hba.conf"
+        )
     is_lost = any(words in text for words in LOST_WORDS)
     refused = error.pgconn is not None and bool(error.pgconn.used_password) and not is_lost
     busy = any(word in text for word in ("slots", "too many", "starting up", "shutting down", "recovery"))

@@ -181,8 +181,8 @@ def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> 
 def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shutdown: Shutdown | None = None) -> None:
     """Create the topic of readings, its dead letters, and ``topics``, where they do not exist.
 
-    A broker that goes away meanwhile is waited for, up to STARTUP_TIMEOUT_SECONDS; then ConfigurationError is raised,
-    and PermanentError when Kafka refuses.
+    Where they all exist, nobody needs the right to create them. A broker that goes away meanwhile is waited for, up to
+    STARTUP_TIMEOUT_SECONDS; then ConfigurationError is raised, and PermanentError when Kafka refuses.
     """
     missing = [
         new_topic(
@@ -212,9 +212,14 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
 
 
 def _create(admin: AdminClient, topics: list[NewTopic]) -> list[NewTopic]:
-    """Create topics; returns those that no broker answered for."""
+    """Create those topics that do not exist; returns those that no broker answered for."""
+    try:
+        existing = admin.list_topics(timeout=CREATE_WITHIN_S).topics
+    except KafkaException:
+        return topics
+    topics = [topic for topic in topics if topic.topic not in existing]
     unanswered = []
-    futures = admin.create_topics(topics, request_timeout=CREATE_WITHIN_S)
+    futures = admin.create_topics(topics, request_timeout=CREATE_WITHIN_S) if topics else {}
     for topic in topics:
         try:
             futures[topic.topic].result()

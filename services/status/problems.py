@@ -61,7 +61,7 @@ def _of_kafka(settings: Settings, kafka: Kafka | str) -> Iterator[Problem]:
 
 def _of_database(settings: Settings, database: Database | str) -> Iterator[Problem]:
     if isinstance(database, str):
-        yield Problem(database, "start it, or correct POSTGRE_HOST and POSTGRE_PORT")
+        yield Problem(database, _advice(database))
     elif database.revision != database.newest_revision:
         found = "no migration" if database.revision is None else f"migration {database.revision}"
         yield Problem(
@@ -71,6 +71,14 @@ def _of_database(settings: Settings, database: Database | str) -> Iterator[Probl
     elif database.tables is not None:
         yield from _of_queue(database.tables)
         yield from _of_intervals(settings, database.tables)
+
+
+def _advice(reason: str) -> str:
+    if "too many" in reason or "connection slots" in reason:
+        return "end connections that nobody needs (pg_stat_activity), or raise max_connections"
+    if "permission denied" in reason:
+        return "ask as a role that may: set POSTGRE_USER to sensor_etl or to the database's owner"
+    return "start it, or correct POSTGRE_HOST and POSTGRE_PORT"
 
 
 def _of_queue(tables: Tables) -> Iterator[Problem]:

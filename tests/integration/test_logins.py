@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -14,7 +18,7 @@ from services.core.database import connect
 from services.core.errors import ConfigurationError
 from services.core.logins import let_in, settings_as
 from services.core.shutdown import Shutdown
-from tests.fix_proxy import Proxy
+from tests.fix_proxy import ENCRYPTION_REQUESTS, Proxy
 from tests.fix_services import run_cli
 from tests.fix_stack import downgrade, upgrade
 
@@ -110,3 +114,44 @@ def test_before_the_migrations_nothing_is_changed(settings: Settings) -> None:
             let_in(with_passwords(settings), Shutdown())
     finally:
         upgrade(settings)
+
+
+class Impostor:
+    """Answers for PostgreSQL, asks for the password in clear text, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.heard = b""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        client, _ = self._listener.accept()
+        with client:
+            while self._is_request_for_encryption(client):
+                client.sendall(b"N")
+            client.sendall(b"R" + struct.pack("!II", 8, 3))
+            client.settimeout(10)
+            with suppress(OSError):
+                while more := client.recv(4096):
+                    self.heard += more
+
+    @staticmethod
+    def _is_request_for_encryption(client: socket.socket) -> bool:
+        (length,) = struct.unpack("!I", client.recv(4, socket.MSG_WAITALL))
+        (code,) = struct.unpack("!I", client.recv(length - 4, socket.MSG_WAITALL)[:4])
+        return code in ENCRYPTION_REQUESTS
+
+    def close(self) -> None:
+        """What was heard is complete."""
+        self._thread.join(10)
+        self._listener.close()
+
+
+def test_who_answers_for_the_server_is_not_told_the_password(settings: Settings) -> None:
+    impostor = Impostor()
+    with pytest.raises(ConfigurationError, match="asks for the password in clear text: set POSTGRE_SSLMODE"):
+        connect(settings.model_copy(update={"postgre_host": "127.0.0.1", "postgre_port": impostor.port}))
+    impostor.close()
+    assert settings.postgre_password.get_secret_value().encode() not in impostor.heard

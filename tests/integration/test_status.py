@@ -9,12 +9,16 @@ from typing import Any
 
 import psycopg
 import pytest
+from pydantic import SecretStr
 
 from services.core.config import Settings
-from services.core.database import address
+from services.core.database import address, connect
 from services.core.errors import TransientError
+from services.core.logins import let_in, settings_as
+from services.core.shutdown import Shutdown
 from services.status import command, database
 from tests.expected import Expected, samples
+from tests.fix_proxy import Proxy
 from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import free_port
 
@@ -239,6 +243,30 @@ def test_a_server_that_is_away_and_the_other_half(settings: Settings, capsys: Ca
     assert code == 1
     assert state["kafka"]["error"].startswith(f"Kafka at {settings.kafka_host}:{port} does not answer")
     assert state["database"]["tables"]["readings"]["rows"]["count"] == 0
+
+
+def advice(settings: Settings, capsys: Capture) -> str:
+    """What to do about the one problem."""
+    (problem,) = ask(settings, capsys)[1]["problems"]
+    action: str = problem["action"]
+    return action
+
+
+def test_the_advice_is_about_the_reason(settings: Settings, proxied: Settings, proxy: Proxy, capsys: Capture) -> None:
+    proxy.answer_with("53300", "sorry, too many clients already")
+    assert "max_connections" in advice(proxied, capsys)
+    proxy.refuse()
+    assert "POSTGRE_HOST and POSTGRE_PORT" in advice(proxied, capsys)
+    proxy.listen()
+    proxy.answer_with(None)
+    password = SecretStr("only for this test")
+    consumer = settings.model_copy(update={"sensor_consumer_password": password})
+    let_in(consumer, Shutdown())
+    with connect(settings) as connection:
+        try:
+            assert "POSTGRE_USER" in advice(settings_as("sensor_consumer", consumer), capsys)
+        finally:
+            connection.execute("ALTER ROLE sensor_consumer NOLOGIN PASSWORD NULL")
 
 
 def test_a_wrong_password_is_a_mistake(settings: Settings) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, ConfigSource
+from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, ConfigSource, NewTopic
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
@@ -98,3 +99,26 @@ def test_a_broker_that_goes_away_meanwhile_is_waited_for(own_stack: Stack, setti
         own_stack.kafka.wait_ready()
     waiting.join(60)
     wait_until(lambda: late.kafka_topic in admin.list_topics(timeout=10).topics, "the topic")
+
+
+class Watched(AdminClient):
+    """An admin client that notes which topics it is asked to create."""
+
+    asked: frozenset[str] = frozenset()
+
+    def create_topics(  # type: ignore[override]
+        self, new_topics: list[NewTopic], **options: Any
+    ) -> Any:
+        """As the client does."""
+        self.asked = frozenset(topic.topic for topic in new_topics)
+        return super().create_topics(new_topics, **options)
+
+
+def test_topics_that_exist_are_not_asked_for(settings: Settings) -> None:
+    """Where an operator has made them, services do without the right to create topics."""
+    admin = Watched(client_settings(settings, "test"))
+    create_topics(admin, settings)
+    assert not admin.asked
+    other = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}_other"})
+    create_topics(admin, other)
+    assert admin.asked == {other.kafka_topic, other.dead_letter_topic}
