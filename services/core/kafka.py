@@ -54,6 +54,7 @@ NOT_ALLOWED = frozenset(
 
 DAY_MS = 24 * 60 * 60 * 1000
 REPEAT_AFTER_S = 30.0
+ROUTINE = "GETPID "  # librdkafka's word before "Coordinator load in progress: retrying"
 CREATE_WITHIN_S = 5.0
 SILENCE_S = 10.0
 
@@ -72,7 +73,10 @@ ClientSettings = dict[str, Any]
 
 
 class OnceInAWhile(logging.Filter):
-    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect."""
+    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect.
+
+    None of ROUTINE: the first producer of a new cluster is too early each time. What lasts is an error of the call.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class OnceInAWhile(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is logged."""
-        if record.created - self._last < REPEAT_AFTER_S:
+        if record.created - self._last < REPEAT_AFTER_S or record.getMessage().startswith(ROUTINE):
             return False
         self._last = record.created
         return True
@@ -128,6 +132,9 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
     Waits up to STARTUP_TIMEOUT_SECONDS; then raises ConfigurationError. Raises it at once when the listener refuses
     us, or speaks another protocol than ours.
     """
+    if settings.kafka_security_protocol == "SASL_PLAINTEXT" and settings.kafka_sasl_mechanism == "PLAIN":
+        advice = "set KAFKA_SECURITY_PROTOCOL=SASL_SSL, or KAFKA_SASL_MECHANISM=SCRAM-SHA-512"
+        log.warning("password_in_clear_text", extra=fields(kafka=settings.bootstrap_servers, detail=advice))
     errors: list[KafkaError] = []
     admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0, "error_cb": errors.append})
     deadline = time.monotonic() + settings.startup_timeout_seconds

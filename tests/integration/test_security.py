@@ -128,6 +128,17 @@ def test_a_login_that_kafka_refuses(
     assert "hunter2" not in line
 
 
+@pytest.mark.parametrize(("mechanism", "warned"), [("PLAIN", True), ("SCRAM-SHA-512", False)])
+def test_a_password_that_anybody_on_the_way_can_read_is_a_warning(
+    client: Settings, caplog: pytest.LogCaptureFixture, mechanism: str, *, warned: bool
+) -> None:
+    with pytest.raises(ConfigurationError):
+        connect_admin(
+            changed(client, kafka_security_protocol="SASL_PLAINTEXT", kafka_sasl_mechanism=mechanism), Shutdown()
+        )
+    assert ("password_in_clear_text" in caplog.messages) == warned
+
+
 def test_what_waiting_cannot_change_is_said_at_once(client: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     patient = changed(client, startup_timeout_seconds=40)

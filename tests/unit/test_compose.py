@@ -86,6 +86,20 @@ def test_nobody_has_credentials_that_it_does_not_need() -> None:
         assert not set(OWNER.values()) & {str(value) for value in SERVICES[name].get("environment", {}).values()}, name
 
 
+def test_who_has_no_business_with_a_server_does_not_reach_it() -> None:
+    reach = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    assert {name for name in reach if reach[name] & reach["kafka"]} == {"kafka", "producer", "consumer"}
+    assert {name for name in reach if reach[name] & reach["timescaledb"]} == {
+        "timescaledb",
+        "migrate",
+        "consumer",
+        "etl",
+        "grafana",
+    }
+    assert all(reach[name] & reach["prometheus"] for name in (*PIPELINE_SERVICES - {"migrate"}, "grafana"))
+    assert set(FILE["networks"]) == set().union(*reach.values())
+
+
 def test_grafana_logs_in_as_a_role_of_its_own() -> None:
     text = (ROOT / "deploy/monitoring/grafana/provisioning/datasources/datasources.yml").read_text(encoding="utf-8")
     (source,) = (source for source in yaml.safe_load(text)["datasources"] if source["uid"] == "postgresql")

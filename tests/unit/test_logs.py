@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from services.core.kafka import OnceInAWhile
 from services.core.logs import configure_logging, fields
 
 
@@ -82,3 +83,16 @@ def test_an_exception_keeps_its_traceback(style: str) -> None:
     except RuntimeError:
         logging.getLogger("etl").exception("failed")
     assert "RuntimeError: broken" in stream.getvalue()
+
+
+def test_what_librdkafka_says_in_the_course_of_things_is_not_logged() -> None:
+    """Its lines as they come: a word, the client, and what happened. The first start on a new cluster is no warning."""
+    stream = io.StringIO()
+    configure_logging("INFO", "text", stream)
+    log = logging.getLogger("librdkafka.of_this_test")
+    log.addFilter(OnceInAWhile())
+    log.warning("%s [%s] %s", "GETPID", "producer-1", "Failed to acquire transactional PID: retrying")
+    log.warning("%s [%s] %s", "FAIL", "producer-1", "Connect to 127.0.0.1:9092 failed")
+    log.warning("%s [%s] %s", "FAIL", "producer-1", "Connect to 127.0.0.1:9092 failed")
+    (line,) = stream.getvalue().splitlines()
+    assert "FAIL [producer-1]" in line
