@@ -147,12 +147,16 @@ def attempt(statements: Iterable[str]) -> list[str]:
 
 def create_roles() -> None:
     """Create the roles that do not exist; whoever migrates becomes a member of sensor_etl, to give it its tables."""
-    refused = attempt(f"CREATE ROLE {role}" for role in ROLES if not is_role(role))
+    new = [role for role in ROLES if not is_role(role)]
+    refused = attempt(f"CREATE ROLE {role}" for role in new)
     me = find("SELECT quote_ident(current_user)")
     if not find("SELECT pg_has_role(rolname, 'USAGE') FROM pg_roles WHERE rolname = 'sensor_etl'"):
         refused += attempt([f"GRANT sensor_etl TO {me}"])
     if refused:
         raise ConfigurationError(f"{me} may not create roles; as a superuser, run: {'; '.join(refused)}")
+    if "sensor_etl" in new:
+        # TimescaleDB writes a line about each refresh, several a second, and etl reports its errors itself.
+        attempt(["ALTER ROLE sensor_etl SET log_min_messages = fatal"])
     op.execute(f"GRANT USAGE ON SCHEMA public TO {', '.join(ROLES)}")
     op.execute("GRANT CREATE ON SCHEMA public TO sensor_etl")
     op.execute("GRANT SELECT ON alembic_version TO sensor_etl")  # for the command status
@@ -171,8 +175,6 @@ def limit_everybody() -> list[str]:
         f"REVOKE EXECUTE ON FUNCTION {find(OPEN_TO_ALL)} FROM PUBLIC; "
         "GRANT EXECUTE ON FUNCTION pg_try_advisory_lock_shared(integer, integer) TO sensor_etl"
     )
-    # TimescaleDB writes lines about each refresh, many a second, and etl reports its errors itself.
-    attempt(["ALTER ROLE sensor_etl SET log_min_messages = fatal"])
     # Others than the owner would only be warned that nothing was changed.
     if not find("SELECT pg_has_role(datdba, 'USAGE') FROM pg_database WHERE datname = current_database()"):
         return [rights, locks]

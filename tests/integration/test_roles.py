@@ -187,6 +187,12 @@ def test_what_looks_from_outside_is_limited(connection: psycopg.Connection, logi
     assert is_reader
 
 
+def test_refreshes_leave_no_lines_in_the_server_s_log(connection: psycopg.Connection) -> None:
+    """TimescaleDB writes several for each, at a level that is below no other setting."""
+    row = connection.execute("SELECT rolconfig FROM pg_roles WHERE rolname = 'sensor_etl'").fetchone()
+    assert row == (["log_min_messages=fatal"],)
+
+
 def test_who_has_no_role_of_ours_may_not_even_connect(connection: psycopg.Connection) -> None:
     connection.execute("CREATE ROLE stranger")
     try:
