@@ -30,7 +30,7 @@ from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
 # Up to the last @ before the options: half of all AWS keys have a slash in them.
-SECRET = re.compile(r"://(?:[^/@?\s]+|[^?\s]*:[^?\s]*)@")
+SECRET = re.compile(r"://(?:[^?\s]*:[^?\s]*|[^/@?\s]+)@")
 STORES = frozenset({"s3", "gs", "gcs"})
 GLOB = re.compile(r"[*?\[]")
 QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")

@@ -579,6 +579,7 @@ def test_keys_in_a_url_are_not_shown() -> None:
     for url in (
         "nowhere://key:secret@bucket/a.parquet",
         "nowhere://key:sec/secret@bucket/a.parquet",
+        "nowhere://key:more@secret/secret@bucket/a.parquet",
         "s3://key:secret@bucket/a^b/{c?x=[y]",
         "s3://key:secret/and@more+secret@bucket/a.parquet?region=eu",
         "s3://key:/secret/@bucket/*.parquet",
