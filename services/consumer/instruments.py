@@ -50,6 +50,11 @@ BATCH_WRITE_SECONDS = Histogram(
 LAG = Gauge(
     "sensor_consumer_lag_messages", "Messages of the partition that the group has not committed.", ["partition"]
 )
+EXPIRING = Gauge(
+    "sensor_consumer_expiring_messages",
+    "Messages that are not stored although a quarter of the topic's retention is over; NaN while that is unknown.",
+)
+EXPIRING.set(float("nan"))
 
 # A series that begins with its first event would hide that one from rate() and increase().
 for _reason in REASONS:

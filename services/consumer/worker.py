@@ -35,7 +35,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from services.consumer.batch import Batch, OutOfPlaceError
 from services.consumer.dead_letter import DeadLetter
 from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_READ
-from services.consumer.lag import Lag
+from services.consumer.lag import EXPIRY, Lag
 from services.consumer.lane import Lane
 from services.consumer.positions import Places, Positions
 from services.consumer.sink import WriteResult
@@ -542,7 +542,8 @@ def collect_garbage_seldom() -> None:
 def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False) -> int:
     """Consume the topic into ``sensor_data``. Returns the exit code."""
     collect_garbage_seldom()
-    probes = partial(kafka_probe, settings), partial(database_probe, settings)
+    look = partial(EXPIRY.look, settings.kafka_topic)
+    probes = partial(kafka_probe, settings, look), partial(database_probe, settings)
     with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
         create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
         connect_at_start(settings, shutdown).close()

@@ -112,13 +112,15 @@ class Probe:
     look: Callable[[], bool]
 
 
-def kafka_probe(settings: Settings) -> Probe:
-    """Kafka is connected when it answers a question about the topic of readings."""
+def kafka_probe(settings: Settings, ask: Callable[[AdminClient], None] | None = None) -> Probe:
+    """Kafka is connected when it answers a question about the topic of readings; then it is used to ``ask``."""
     admin = AdminClient(client_settings(settings, "probe") | {"log_level": 0})
 
     def look() -> bool:
         try:
             admin.list_topics(settings.kafka_topic, timeout=KAFKA_ANSWERS_WITHIN_S)
+            if ask is not None:
+                ask(admin)
         except KafkaException:
             return False
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 REASONS = (
     "bad_time",
@@ -14,6 +14,7 @@ REASONS = (
     "no_measurement",
 )
 
+WATCHING = Gauge("sensor_producer_watching", "1 in a producer that stays and watches for files, else 0.")
 ROWS_READ = Counter("sensor_rows_read_total", "Rows read from the files; each was sent or skipped.")
 READINGS_SENT = Counter("sensor_readings_sent_total", "Readings sent to the topic.")
 ROWS_SKIPPED = Counter("sensor_rows_skipped_total", "Rows that are no reading, by reason.", ["reason"])

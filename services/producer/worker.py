@@ -30,6 +30,7 @@ from services.producer.instruments import (
     TRANSACTION_READINGS,
     TRANSACTION_SECONDS,
     TRANSACTIONS_ABORTED,
+    WATCHING,
 )
 from services.producer.pace import Pace, choose_pace
 from services.producer.progress import Progress, Stopped, progress_topic, topic_id
@@ -82,6 +83,7 @@ def run(
             source: Source | Watch
             if period_s:
                 source = Watch(settings, shutdown)
+                WATCHING.set(1)
                 log.info("watching", extra=fields(url=source.url, seconds=period_s))
             else:
                 source = open_source(settings, shutdown)

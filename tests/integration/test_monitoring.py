@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -13,14 +14,18 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from confluent_kafka import Producer
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.consumer.instruments import EXPIRING
+from services.consumer.lag import Expiry
 from services.consumer.replay import read_headers
 from services.consumer.sink import Sink
 from services.core.config import Settings
-from services.core.kafka import REASON_HEADER
+from services.core.kafka import REASON_HEADER, client_settings, connect_admin, create_topics
 from services.core.offsets import group_lag
 from services.core.reading import Reading
+from services.core.shutdown import Shutdown
 from services.local.stack import Stack
 from tests.expected import Expected, samples
 from tests.fix_proxy import Proxy
@@ -153,6 +158,7 @@ def test_a_database_that_is_away(
     service.wait_for("paused")
     expected.send(samples(25, start=80))  # nobody fetches these
     wait_until(lambda: consumer.value("sensor_consumer_lag_messages", "0") == 75, "the lag is seen")
+    wait_until(lambda: consumer.value("sensor_consumer_expiring_messages") == 0, "it is known to be young")
     assert group_lag(settings) == 75
     # Whether something waits for etl cannot be seen now, and soon that is told as if something did.
     wait_until(lambda: (etl.value("sensor_freshness_seconds") or 0) > 5, "freshness grows")
@@ -233,6 +239,31 @@ def test_the_lag_of_a_partition_is_told_by_its_owner(settings: Settings, start: 
     wait_until(lambda: owned() == ({"0", "1", "2"}, set()), "the first consumer has them again")
 
 
+def test_messages_are_expiring_after_a_quarter_of_the_retention(settings: Settings) -> None:
+    """Asked of the broker; the offsets are those of a consumer that stores nothing."""
+    admin = connect_admin(settings, Shutdown())
+    create_topics(admin, settings, shutdown=Shutdown())
+    week_ms = 7 * 24 * 3600 * 1000
+    now_ms = int(time.time() * 1000)
+    producer = Producer(client_settings(settings, "test"))
+    for partition, ages in {0: (0.3, 0.26, 0.2, 0.0), 1: (0.2, 0.0), 2: (0.5, 0.4)}.items():
+        for age in ages:
+            sent_at = now_ms - int(age * week_ms)
+            producer.produce(settings.kafka_topic, message(), partition=partition, timestamp=sent_at)
+    assert producer.flush(30) == 0
+
+    def expiring(waiting: dict[int, tuple[int, int]]) -> float:
+        expiry = Expiry()
+        expiry.waiting = waiting
+        expiry.look(settings.kafka_topic, admin)
+        return float(next(iter(EXPIRING.collect())).samples[0].value)
+
+    assert expiring({0: (0, 4), 1: (0, 2), 2: (0, 2)}) == 2 + 0 + 2
+    assert expiring({0: (1, 4), 2: (1, 2)}) == 1 + 1
+    assert expiring({1: (0, 2)}) == 0
+    assert expiring({}) == 0
+
+
 SOURCE = pa.table(
     {
         "time_hour": pa.array([minutes(at) for at in range(10)] + [None, minutes(11), minutes(12)]),
@@ -253,6 +284,7 @@ def test_a_broker_that_is_away_and_what_was_sent(
     start("produce", settings=producer.settings).wait_for("all_sent")
     start("consume", settings=consumer.settings)
     start("etl", settings=etl.settings)
+    assert producer.value("sensor_producer_watching") == 1
     assert producer.value("sensor_rows_read_total") == SOURCE.num_rows
     assert producer.value("sensor_readings_sent_total") == len(read_topic(settings, settings.kafka_topic)) == 10
     skipped = {reason: n for reason, n in producer.values("sensor_rows_skipped_total").items() if n}

@@ -15,7 +15,8 @@ from services.core.config import LOGINS, Settings
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 PIPELINE_SERVICES = {"migrate", "producer", "consumer", "etl"}
-MONITORING = {"prometheus", "grafana"}
+TOOLS = {"toolbox"}
+MONITORING = {"prometheus", "grafana", "node", "postgres"}
 # Where the servers are inside the network, and what else does not depend on settings for commands outside.
 FIXED = {
     "KAFKA_HOST": "kafka",
@@ -39,7 +40,7 @@ PIPELINE: dict[str, Any] = FILE["x-pipeline"]
 
 
 def test_all_services_are_seen() -> None:
-    assert set(SERVICES) == PIPELINE_SERVICES | {"kafka", "timescaledb"} | MONITORING
+    assert set(SERVICES) == PIPELINE_SERVICES | TOOLS | {"kafka", "timescaledb"} | MONITORING
 
 
 def test_monitoring_starts_only_when_asked_for_and_last() -> None:
@@ -86,15 +87,30 @@ def test_nobody_has_credentials_that_it_does_not_need() -> None:
         assert not set(OWNER.values()) & {str(value) for value in SERVICES[name].get("environment", {}).values()}, name
 
 
+def test_the_toolbox_logs_in_as_etl_does_and_starts_only_when_asked_for() -> None:
+    toolbox = SERVICES["toolbox"]
+    assert toolbox["profiles"] == ["tools"]
+    login = {key: ENVIRONMENT["etl"][key] for key in ("POSTGRE_USER", "POSTGRE_PASSWORD")}
+    assert login.items() <= toolbox["environment"].items()
+    assert {each for each in names_in("status") if not OUTSIDE.search(each)} <= toolbox["environment"].keys()
+
+
 def test_who_has_no_business_with_a_server_does_not_reach_it() -> None:
     reach = {name: set(service["networks"]) for name, service in SERVICES.items()}
-    assert {name for name in reach if reach[name] & reach["kafka"]} == {"kafka", "producer", "consumer"}
+    assert {name for name in reach if reach[name] & reach["kafka"]} == {
+        "kafka",
+        "producer",
+        "consumer",
+        "toolbox",
+    }
     assert {name for name in reach if reach[name] & reach["timescaledb"]} == {
         "timescaledb",
         "migrate",
         "consumer",
         "etl",
         "grafana",
+        "postgres",
+        "toolbox",
     }
     assert all(reach[name] & reach["prometheus"] for name in (*PIPELINE_SERVICES - {"migrate"}, "grafana"))
     assert set(FILE["networks"]) == set().union(*reach.values())
@@ -118,7 +134,7 @@ def test_with_secrets_no_password_is_in_an_environment() -> None:
     }
     for name, service in SERVICES.items():
         ours = SECRETS["services"].get(name, {"environment": {}, "secrets": []})
-        passwords = {key for key in service.get("environment", {}) if key.endswith("PASSWORD")}
+        passwords = {key for key in service.get("environment", {}) if re.search("PASS(WORD)?$", key)}
         emptied = {key for key, value in ours["environment"].items() if value == ""}
         assert emptied == passwords
         files = {key: value for key, value in ours["environment"].items() if value}
@@ -178,10 +194,10 @@ def test_services_of_ours_can_be_scaled(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "service", [PIPELINE, *(SERVICES[name] for name in sorted(SERVICES.keys() - PIPELINE_SERVICES))]
+    "service", [PIPELINE, *(SERVICES[name] for name in sorted(SERVICES.keys() - PIPELINE_SERVICES - TOOLS))]
 )
 def test_images_come_from_variables(service: dict[str, Any]) -> None:
-    assert re.fullmatch(r"\$\{[A-Z]+_IMAGE:-[a-z/-]+:[\w.-]+\}", service["image"])
+    assert re.fullmatch(r"\$\{[A-Z_]+_IMAGE:-[a-z/-]+:[\w.-]+\}", service["image"])
 
 
 def test_image_of_ours_is_built_once_and_before_its_users_start() -> None:
@@ -193,8 +209,8 @@ def test_image_of_ours_is_built_once_and_before_its_users_start() -> None:
 
 def test_all_but_the_migrations_come_back_after_a_reboot() -> None:
     """The producer too, which therefore stays when all is sent; so "up --wait" has nobody who has ended to wait for."""
-    assert {name for name, service in SERVICES.items() if service["restart"] != "unless-stopped"} == {"migrate"}
-    assert SERVICES["migrate"]["restart"] == "no"
+    assert {name for name, service in SERVICES.items() if service["restart"] != "unless-stopped"} == {"migrate", *TOOLS}
+    assert all(SERVICES[name]["restart"] == "no" for name in ("migrate", *TOOLS))
     assert SERVICES["producer"]["command"] == ["sensor-pipeline", "produce", "--watch"]
 
 
@@ -202,7 +218,7 @@ def test_services_have_a_health_check_or_start_after_one() -> None:
     for name in PIPELINE_SERVICES - {"migrate"}:
         assert SERVICES[name]["healthcheck"] == FILE["x-healthcheck"]
     assert f"http://127.0.0.1:{FIXED['METRICS_PORT']}/readyz" in FILE["x-healthcheck"]["test"][-1]
-    for name in SERVICES.keys() - PIPELINE_SERVICES - MONITORING:
+    for name in SERVICES.keys() - PIPELINE_SERVICES - TOOLS - MONITORING:
         assert "healthcheck" in SERVICES[name], name
 
 

@@ -48,6 +48,7 @@ OF_OTHERS = {
     "synchronous_commit",
     "isolation_level",
     "refresh_continuous_aggregate",
+    "kubelet_volume_stats_available_bytes",
 }
 
 

@@ -16,6 +16,21 @@ from tests.metric_names import samples
 from tests.unit.test_compose import FIXED, SERVICES
 
 SAMPLES = samples()
+# Of Prometheus itself, of the exporters in the profile monitoring, and of kube-state-metrics.
+OF_OTHERS = {
+    "up": set(),
+    "ALERTS": {"alertname", "alertstate", "severity", "server", "reason"},
+    "node_filesystem_avail_bytes": {"device", "fstype", "mountpoint"},
+    "node_filesystem_size_bytes": {"device", "fstype", "mountpoint"},
+    "pg_stat_database_numbackends": {"datname"},
+    "pg_settings_max_connections": set(),
+    "pg_database_wraparound_age_datfrozenxid_seconds": {"datname"},
+    "kube_cronjob_created": {"cronjob"},
+    "kube_cronjob_status_last_schedule_time": {"cronjob"},
+    "kube_cronjob_status_last_successful_time": {"cronjob"},
+}
+EVERYWHERE = {"job", "instance", "namespace"}
+LABELS = {name: labels | EVERYWHERE for name, labels in (SAMPLES | OF_OTHERS).items()}
 COUNTED = ("_total", "_bucket", "_sum", "_count")
 
 
@@ -41,9 +56,9 @@ def check(text: str) -> set[str]:
     labels: set[str] = set()
     for node in nodes(expression):
         if isinstance(node, promql.VectorSelector):
-            assert node.name in SAMPLES, f"{node.name} is not registered: {text}"
-            labels |= SAMPLES[node.name]
-            assert {matcher.name for matcher in node.matchers.matchers} <= SAMPLES[node.name], text
+            assert node.name in LABELS, f"{node.name} is not registered: {text}"
+            labels |= LABELS[node.name]
+            assert {matcher.name for matcher in node.matchers.matchers} <= LABELS[node.name], text
         elif isinstance(node, promql.Call) and node.func.name in {"rate", "increase"}:
             (ranged,) = node.args
             assert ranged.vector_selector.name.endswith(COUNTED), f"no counter: {text}"
@@ -62,7 +77,7 @@ def check(text: str) -> set[str]:
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: str(rule["alert"]))
 def test_an_alert_parses_and_tells_what_to_do(rule: dict[str, Any]) -> None:
     labels = check(rule["expr"])
-    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert rule["labels"]["severity"] in ({"none"} if rule["alert"] == "SensorWatchdog" else {"critical", "warning"})
     assert set(rule["annotations"]) == {"summary", "runbook"}
     assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= labels
     document, anchor = rule["annotations"]["runbook"].split("#")
@@ -92,13 +107,28 @@ def test_every_metric_is_on_a_panel() -> None:
     assert not missing
 
 
+def test_an_alert_is_about_a_job_or_a_server_and_not_about_each_instance() -> None:
+    """So that one fault of a service pages once; the servers' exporters have one instance for each server."""
+    for rule in ALERTS:
+        others = {node.name for node in nodes(promql.parse(rule["expr"])) if isinstance(node, promql.VectorSelector)}
+        assert "instance" not in check(rule["expr"]) or others <= OF_OTHERS.keys(), rule["alert"]
+
+
 def test_prometheus_finds_every_container_of_every_service() -> None:
     assert PROMETHEUS["rule_files"] == ["alerts.yml"]
     jobs = {job["job_name"]: job["dns_sd_configs"] for job in PROMETHEUS["scrape_configs"]}
-    assert set(jobs) == {"producer", "consumer", "etl"} <= SERVICES.keys()
+    ours = dict.fromkeys(("producer", "consumer", "etl"), FIXED["METRICS_PORT"])
+    ports = ours | {"node": "9100", "postgres": "9187"}
+    assert set(jobs) == ports.keys() <= SERVICES.keys()
     for name, (found,) in jobs.items():
         assert found["names"] == [name]
-        assert (found["type"], str(found["port"])) == ("A", FIXED["METRICS_PORT"])
+        assert (found["type"], str(found["port"])) == ("A", ports[name])
+
+
+def test_alerts_go_to_those_that_a_file_of_ours_names() -> None:
+    (found,) = PROMETHEUS["alerting"]["alertmanagers"]
+    (files,) = found["file_sd_configs"]
+    assert not [target for name in files["files"] for target in load(f"prometheus/{name}")]
 
 
 def test_dashboards_use_the_sources_that_are_provisioned() -> None:
