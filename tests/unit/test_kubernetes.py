@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,10 +20,14 @@ from tests.fix_stack import ROOT
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 BASE = KUBERNETES / "base"
+COMPONENTS = sorted((KUBERNETES / "components").iterdir())
 OVERLAYS = sorted((KUBERNETES / "overlays").iterdir())
 VERSIONS = ("1.30", "1.33")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 WITH_PROBES = {"consumer", "etl"}
+SERVICES = {"producer", *WITH_PROBES}
+COMPONENT = "app.kubernetes.io/component"
+CREDENTIALS, AUTHORITIES = "/run/secrets/pipeline", "/run/authorities"
 
 Object = dict[str, Any]
 
@@ -33,13 +38,25 @@ def load(path: Path) -> list[Object]:
 
 
 FILES = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
+OF_OPERATORS = {"PodMonitor", "ScaledObject"}  # their schemas come with them
 OBJECTS = {
     (item["kind"], item["metadata"]["name"]): item
     for path in BASE.glob("*.yaml")
     for item in load(path)
     if "metadata" in item
 }
-SETTINGS = {name: item["data"] for (kind, name), item in OBJECTS.items() if kind == "ConfigMap"}
+(KUSTOMIZATION,) = load(BASE / "kustomization.yaml")
+
+
+def variables(lines: list[str]) -> dict[str, str]:
+    """What lines of the form NAME=value set."""
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+SETTINGS = {
+    source["name"]: variables((BASE / source["envs"][0]).read_text(encoding="utf-8").splitlines())
+    for source in KUSTOMIZATION["configMapGenerator"]
+}
 
 
 def pod_template(item: Object) -> Object:
@@ -67,19 +84,29 @@ def environment(name: str) -> dict[str, str]:
     return values | {item["name"]: item["value"] for item in container(name).get("env", [])}
 
 
-def secret_files(name: str) -> dict[str, tuple[str, str]]:
-    """Path in the container, and from which Secret and key it comes."""
-    mounted = {mount["name"]: mount["mountPath"] for mount in container(name)["volumeMounts"]}
+def made(overlay: Path, generator: str) -> dict[str, dict[str, str]]:
+    """The files that an overlay puts into Secrets or ConfigMaps: by name and key, where they come from."""
+    (kustomization,) = load(overlay / "kustomization.yaml")
     return {
-        f"{mounted[volume['name']]}/{item['path']}": (volume["secret"]["secretName"], item["key"])
-        for volume in PODS[name]["volumes"]
-        if "secret" in volume
-        for item in volume["secret"]["items"]
+        source["name"]: variables(source["files"])
+        for source in kustomization[generator]
+        if source.get("files") is not None
     }
 
 
+def mounted(name: str) -> dict[str, str]:
+    """Where the container of a workload mounts which Secret or ConfigMap."""
+    places = {mount["name"]: mount["mountPath"] for mount in container(name)["volumeMounts"]}
+    found = {}
+    for volume in PODS[name]["volumes"]:
+        if "emptyDir" not in volume:
+            source = volume["secret"]["secretName"] if "secret" in volume else volume["configMap"]["name"]
+            found[places[volume["name"]]] = source
+    return found
+
+
 def test_all_workloads_are_seen() -> None:
-    assert set(WORKLOADS) == {"migrate", "producer", "consumer", "etl"}
+    assert set(WORKLOADS) == {"migrate", "producer", "consumer", "etl", "toolbox"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -89,7 +116,8 @@ def test_every_object_is_valid(path: Path, version: str) -> None:
     for item in load(path):
         if BASE not in path.parents and (item["kind"], item["metadata"]["name"]) in OBJECTS:
             item = merged(OBJECTS[item["kind"], item["metadata"]["name"]], item)
-        kubernetes_validate.validate(item, version, strict=True)
+        if item["kind"] not in OF_OPERATORS:
+            kubernetes_validate.validate(item, version, strict=True)
 
 
 def merged(item: Any, patch: Any) -> Any:
@@ -102,10 +130,10 @@ def merged(item: Any, patch: Any) -> Any:
     return patch
 
 
-@pytest.mark.parametrize("folder", [BASE, *OVERLAYS], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [BASE, *OVERLAYS, *COMPONENTS], ids=lambda folder: folder.name)
 def test_the_kustomization_names_every_file(folder: Path) -> None:
     (kustomization,) = load(folder / "kustomization.yaml")
-    patches = [patch["path"] for patch in kustomization.get("patches", [])]
+    patches = [patch["path"] for patch in kustomization.get("patches", []) if "path" in patch]
     named = [*kustomization["resources"], *patches]
     there = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
     assert {name for name in named if "/" not in name} == there
@@ -125,22 +153,24 @@ def test_every_variable_is_a_setting_with_an_allowed_value(
     assert set(given) <= {field.upper() for field in Settings.model_fields}
     for variable, value in given.items():
         if PurePosixPath(value).is_absolute():
-            assert value in secret_files(name), variable
-            shutil.copy(authority if value.endswith("ca.crt") else password, tmp_path / variable)
+            assert PurePosixPath(value).parent.as_posix() in mounted(name), variable
+            shutil.copy(authority if value.endswith(".crt") else password, tmp_path / variable)
             value = str(tmp_path / variable)
         monkeypatch.setenv(variable, value)
     assert Settings(_env_file=None).kafka_min_insync_replicas in (0, 2)
 
 
 def test_overlays_set_nothing_but_settings() -> None:
+    known = {field.upper() for field in Settings.model_fields}
+    for overlay in OVERLAYS:
+        (kustomization,) = load(overlay / "kustomization.yaml")
+        for source in kustomization["configMapGenerator"]:
+            assert (source.get("behavior") == "merge") == (source["name"] in SETTINGS)
+            assert set(variables(source.get("literals", []))) <= known
     for path in FILES:
         for item in load(path):
-            if item["kind"] == "ConfigMap":
-                assert set(item["data"]) <= {field.upper() for field in Settings.model_fields}
             for found in pod_template(item).get("spec", {}).get("containers", []):
-                assert {entry["name"] for entry in found.get("env", [])} <= {
-                    field.upper() for field in Settings.model_fields
-                }
+                assert {entry["name"] for entry in found.get("env", [])} <= known
 
 
 def test_topics_survive_the_loss_of_a_broker() -> None:
@@ -157,23 +187,24 @@ def test_no_secret_is_in_a_manifest() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda folder: folder.name)
-def test_an_overlay_makes_every_secret_that_is_mounted(overlay: Path) -> None:
-    (kustomization,) = load(overlay / "kustomization.yaml")
-    made = {
-        (secret["name"], file.partition("=")[0])
-        for secret in kustomization["secretGenerator"]
-        for file in secret["files"]
-    }
-    assert {place for name in WORKLOADS for place in secret_files(name).values()} == made
-    files = [file.partition("=")[2] for secret in kustomization["secretGenerator"] for file in secret["files"]]
-    assert all(file.startswith("secrets/") for file in files)
+def test_an_overlay_makes_what_is_mounted_and_no_more(overlay: Path) -> None:
+    secrets, authorities = made(overlay, "secretGenerator"), made(overlay, "configMapGenerator")
+    assert set(secrets) == {f"{name}-credentials" for name in WORKLOADS}
+    for name in WORKLOADS:
+        assert mounted(name) == {AUTHORITIES: "authorities", CREDENTIALS: f"{name}-credentials"}
+        files = {f"{CREDENTIALS}/{key}" for key in secrets[f"{name}-credentials"]}
+        used = {value for value in environment(name).values() if PurePosixPath(value).is_absolute()}
+        assert {value for value in used if value.startswith(CREDENTIALS)} == files
+        assert used - files <= {f"{AUTHORITIES}/{key}" for key in authorities["authorities"]}
+    named = [file for source in (secrets | authorities).values() for file in source.values()]
+    assert all(file.startswith("secrets/") for file in named)
     assert "/deploy/kubernetes/overlays/*/secrets/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
 
 
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_what_runs_is_a_command_of_ours(name: str) -> None:
     program, *arguments = container(name)["command"]
-    assert program in {"sensor-pipeline", "alembic"}
+    assert program == {"migrate": "alembic", "toolbox": "python"}.get(name, "sensor-pipeline")
     if program == "sensor-pipeline":
         parser().parse_args(arguments)
 
@@ -191,6 +222,7 @@ def test_images_are_pinned(name: str) -> None:
 def test_pods_are_hardened(name: str) -> None:
     pod, ours = PODS[name], container(name)
     assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False  # a Service named kafka would set KAFKA_PORT=tcp://...
     security = pod["securityContext"]
     assert security["runAsNonRoot"] is True
     assert f"USER {security['runAsUser']}:{security['runAsGroup']}\n" in (ROOT / "Dockerfile").read_text(
@@ -202,12 +234,12 @@ def test_pods_are_hardened(name: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert {"cpu", "memory"} == set(ours["resources"]["requests"])
-    assert "memory" in ours["resources"]["limits"]
+    assert {"cpu", "memory", "ephemeral-storage"} == set(ours["resources"]["requests"])
+    assert {"memory", "ephemeral-storage"} == set(ours["resources"]["limits"])
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
     writable = [mount["mountPath"] for mount in ours["volumeMounts"] if not mount.get("readOnly")]
     assert writable == ["/tmp"]  # noqa: S108
-    assert all(volume.keys() <= {"name", "secret", "emptyDir"} for volume in pod["volumes"])
+    assert all(volume.keys() <= {"name", "secret", "configMap", "emptyDir"} for volume in pod["volumes"])
 
 
 @pytest.mark.parametrize("name", sorted(WITH_PROBES))
@@ -227,21 +259,109 @@ def test_long_running_services_have_probes_and_may_be_moved(name: str) -> None:
     assert spread["labelSelector"]["matchLabels"] == labels
 
 
-def test_each_service_has_its_own_role_and_no_more_secrets_than_it_needs() -> None:
+def test_each_service_has_its_own_users_and_no_more_servers_than_it_needs() -> None:
     roles = {name: environment(name).get("POSTGRE_USER") for name in WORKLOADS}
-    assert roles == {"migrate": "postgres", "producer": None, "consumer": "sensor_consumer", "etl": "sensor_etl"}
-    secrets = {name: {secret for secret, _ in secret_files(name).values()} for name in WORKLOADS}
-    postgre, kafka = "postgre-credentials", "kafka-credentials"
-    assert secrets == {"migrate": {postgre}, "producer": {kafka}, "consumer": {postgre, kafka}, "etl": {postgre}}
+    assert roles == {
+        "migrate": "postgres",
+        "producer": None,
+        "consumer": "sensor_consumer",
+        "etl": "sensor_etl",
+        "toolbox": "sensor_etl",
+    }
+    users = {name: environment(name).get("KAFKA_SASL_USERNAME") for name in WORKLOADS}
+    assert users == {
+        name: f"sensor-{name}" if name in {"producer", "consumer", "toolbox"} else None for name in WORKLOADS
+    }
+    for name in WORKLOADS:
+        assert ("KAFKA_HOST" in environment(name)) == (users[name] is not None)
+        assert ("POSTGRE_HOST" in environment(name)) == (roles[name] is not None)
 
 
-def test_the_network_policy_is_about_all_pods_and_the_ports_of_the_settings() -> None:
-    policy = OBJECTS["NetworkPolicy", "sensor-pipeline"]["spec"]
-    (expression,) = policy["podSelector"]["matchExpressions"]
-    names = {pod_template(item)["metadata"]["labels"]["app.kubernetes.io/name"] for item in WORKLOADS.values()}
-    assert (expression["operator"], set(expression["values"])) == ("In", names)
-    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
-    (entry,) = policy["ingress"]
+def selected(policy: Object) -> set[str]:
+    """The workloads that a network policy is about."""
+    names = {pod_template(item)["metadata"]["labels"][COMPONENT] for item in WORKLOADS.values()}
+    expressions = policy["podSelector"].get("matchExpressions", [])
+    for expression in expressions:
+        assert (expression["key"], expression["operator"]) == (COMPONENT, "In")
+        names &= set(expression["values"])
+    return names
+
+
+def test_network_policies_let_each_pod_reach_its_servers_and_nothing_else() -> None:
+    policies = {name: item["spec"] for (kind, name), item in OBJECTS.items() if kind == "NetworkPolicy"}
+    assert set(policies) == {"names", "to-kafka", "to-postgre", "metrics"}
+    assert set(policies["names"]["policyTypes"]) == {"Ingress", "Egress"}
+    assert selected(policies["names"]) == set(WORKLOADS)
+    out: dict[str, set[str]] = {name: set() for name in WORKLOADS}
+    for policy in policies.values():
+        for rule in policy.get("egress", []):
+            for name in selected(policy):
+                out[name] |= {str(port["port"]) for port in rule["ports"]}
+    for name in WORKLOADS:
+        servers = {value for key, value in environment(name).items() if key in {"KAFKA_PORT", "POSTGRE_PORT"}}
+        assert out[name] == {"53"} | servers
+    (entry,) = policies["metrics"]["ingress"]
     assert [str(port["port"]) for port in entry["ports"]] == [SETTINGS["settings"]["METRICS_PORT"]]
-    out = {str(port["port"]) for rule in policy["egress"] for port in rule["ports"]}
-    assert out == {"53", SETTINGS["kafka-settings"]["KAFKA_PORT"], SETTINGS["postgre-settings"]["POSTGRE_PORT"]}
+    assert selected(policies["metrics"]) == SERVICES
+    assert not any("ingress" in policy for name, policy in policies.items() if name != "metrics")
+
+
+def test_the_pod_monitor_names_jobs_as_the_alerts_expect() -> None:
+    (monitor,) = load(KUBERNETES / "components/monitoring/pod-monitor.yaml")
+    spec = monitor["spec"]
+    assert spec["jobLabel"] == COMPONENT
+    (expression,) = spec["selector"]["matchExpressions"]
+    assert (expression["key"], set(expression["values"])) == (COMPONENT, SERVICES)
+    (endpoint,) = spec["podMetricsEndpoints"]
+    for name in SERVICES:
+        assert pod_template(WORKLOADS[name])["metadata"]["labels"] == {COMPONENT: name}
+        assert endpoint["port"] in [port["name"] for port in container(name)["ports"]]
+    (labels,) = KUSTOMIZATION["labels"]
+    assert labels == {"pairs": spec["selector"]["matchLabels"], "includeSelectors": True}
+
+
+def test_scaling_stays_within_the_partitions() -> None:
+    (scaled,) = load(KUBERNETES / "components/scaling/scaled-object.yaml")
+    assert scaled["spec"]["minReplicaCount"] == OBJECTS["Deployment", "consumer"]["spec"]["replicas"]
+    assert scaled["spec"]["maxReplicaCount"] == int(SETTINGS["kafka-settings"]["KAFKA_PARTITIONS"])
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_the_example_is_built_with_every_component(tmp_path: Path) -> None:
+    """As kubectl would apply it: names have the prefix and a hash, references follow, and every object is valid."""
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    example = tmp_path / "kubernetes/overlays/example"
+    path = example / "kustomization.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r"^# (components:|  - \.\./)", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
+    (example / "secrets").mkdir(exist_ok=True)
+    for generator in ("secretGenerator", "configMapGenerator"):
+        for files in made(OVERLAYS[0], generator).values():
+            for file in files.values():
+                (example / file).write_text("made up", encoding="utf-8")
+    built = subprocess.run(["kubectl", "kustomize", str(example)], capture_output=True, text=True, check=True).stdout
+    objects = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(built)}
+    kinds = {kind for kind, _ in objects}
+    assert kinds > OF_OPERATORS
+    for (kind, name), item in objects.items():
+        if kind not in OF_OPERATORS:
+            kubernetes_validate.validate(item, VERSIONS[-1], strict=True)
+        if kind != "Namespace":
+            assert name.startswith("sensor-")
+            assert item["metadata"]["namespace"] == "sensors"
+        if kind in {"ConfigMap", "Secret"}:
+            assert re.search("-[0-9a-z]{10}$", name)
+        for volume in pod_template(item).get("spec", {}).get("volumes", []):
+            assert "secret" not in volume or ("Secret", volume["secret"]["secretName"]) in objects
+            assert "configMap" not in volume or ("ConfigMap", volume["configMap"]["name"]) in objects
+        for entry in pod_template(item).get("spec", {}).get("containers", []):
+            assert all(("ConfigMap", source["configMapRef"]["name"]) in objects for source in entry["envFrom"])
+    consumer = objects["Deployment", "sensor-consumer"]["spec"]
+    assert "replicas" not in consumer
+    assert objects["ScaledObject", "sensor-consumer"]["spec"]["scaleTargetRef"] == {"name": "sensor-consumer"}
+    labels = {"app.kubernetes.io/name": "sensor-pipeline", COMPONENT: "consumer"}
+    assert consumer["selector"]["matchLabels"] == consumer["template"]["metadata"]["labels"] == labels
+    assert objects["PodDisruptionBudget", "sensor-consumer"]["spec"]["selector"]["matchLabels"] == labels
+    ours = {"app.kubernetes.io/name": "sensor-pipeline"}
+    policies = [item["spec"]["podSelector"] for (kind, _), item in objects.items() if kind == "NetworkPolicy"]
+    assert all(ours.items() <= selector["matchLabels"].items() for selector in policies)
