@@ -62,6 +62,7 @@ def fill_sql(text: str, start: datetime, end: datetime, **variables: list[str]) 
     for name, values in variables.items():
         listed = ",".join("'" + value.replace("'", "''") + "'" for value in values)
         text = text.replace(f"${{{name}:sqlstring}}", listed)
+    text = text.replace("$__searchFilter", "%")  # nothing is typed
     text = text.replace("$__interval", "60s")  # a day over 1,000 pixels or so, rounded
     text = re.sub(r"\$__timeGroup(Alias)?\(([^,()]+), *'?(\d+)s'?\)", _time_bucket, text)
     text = re.sub(r"\$__timeFilter\(([^()]+)\)", r"\1 BETWEEN $__timeFrom() AND $__timeTo()", text)
