@@ -44,6 +44,8 @@ SHELL = r"(?:^\$ |`|&& )(?:[A-Z_]+=\S+ )*"
 OF_OTHERS = {
     "init_transactions",
     "pg_dump",
+    "pg_restore",
+    "pg_wal",
     "pg_upgrade",
     "synchronous_commit",
     "isolation_level",
