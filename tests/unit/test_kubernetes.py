@@ -17,6 +17,7 @@ from services.cli import parser
 from services.core.config import Settings
 from services.local.certificates import Authority
 from tests.fix_stack import ROOT
+from tests.unit.test_compose import SERVICES as COMPOSE
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 BASE = KUBERNETES / "base"
@@ -204,8 +205,12 @@ def test_an_overlay_makes_what_is_mounted_and_no_more(overlay: Path) -> None:
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_what_runs_is_a_command_of_ours(name: str) -> None:
     program, *arguments = container(name)["command"]
-    assert program == {"migrate": "alembic", "toolbox": "python"}.get(name, "sensor-pipeline")
-    if program == "sensor-pipeline":
+    if name == "toolbox":
+        assert program == "python"
+    elif name == "migrate":  # as in Compose
+        assert [program, *arguments] == COMPOSE["migrate"]["command"]
+    else:
+        assert program == "sensor-pipeline"
         parser().parse_args(arguments)
 
 
