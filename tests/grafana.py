@@ -43,6 +43,8 @@ def queries(source: str) -> list[Query]:
 def _queries(path: Path) -> Iterator[Query]:
     content = dashboard(path)
     for variable in content["templating"]["list"]:
+        if variable["query"].startswith("label_values("):
+            continue  # Grafana's own, and no PromQL
         yield Query(path.stem, f"${variable['name']}", variable["datasource"]["type"], variable["query"], "table")
     for panel in content["panels"]:
         for target in panel["targets"]:
@@ -78,6 +80,6 @@ def _time_bucket(match: re.Match[str]) -> str:
 
 def fill_promql(text: str) -> str:
     """The PromQL that Grafana sends."""
-    text = text.replace("$__rate_interval", "1m").replace("$__range", "1h")
+    text = text.replace("$namespace", ".*").replace("$__rate_interval", "1m").replace("$__range", "1h")
     assert "$" not in text, text
     return text

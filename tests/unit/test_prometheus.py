@@ -97,6 +97,15 @@ def test_a_panel_asks_for_what_exists(query: Any) -> None:
     assert set(re.findall(r"{{(\w+)}}", query.legend)) <= check(fill_promql(query.text))
 
 
+@pytest.mark.parametrize("query", ON_PANELS, ids=str)
+def test_a_panel_shows_the_chosen_namespace(query: Any) -> None:
+    """Which is every one, and what has none, unless somebody chooses."""
+    selectors = [
+        node for node in nodes(promql.parse(fill_promql(query.text))) if isinstance(node, promql.VectorSelector)
+    ]
+    assert query.text.count('namespace=~"$namespace"') == len(selectors) > 0
+
+
 def test_every_metric_is_on_a_panel() -> None:
     shown = "\n".join(query.text for query in ON_PANELS)
     missing = [
