@@ -19,8 +19,8 @@ from services.core.errors import ConfigurationError
 from services.core.logins import let_in, settings_as
 from services.core.shutdown import Shutdown
 from tests.fix_proxy import ENCRYPTION_REQUESTS, Proxy
-from tests.fix_services import run_cli
-from tests.fix_stack import downgrade, upgrade
+from tests.fix_services import StartService, run_cli, wait_until
+from tests.fix_stack import downgrade, free_port, upgrade
 
 PASSWORD = "sesame, and 'more' \\"
 
@@ -114,6 +114,20 @@ def test_before_the_migrations_nothing_is_changed(settings: Settings) -> None:
             let_in(with_passwords(settings), Shutdown())
     finally:
         upgrade(settings)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_the_dashboard_logs_in_as_its_own_role(settings: Settings, start: StartService) -> None:
+    """Although POSTGRE_PASSWORD would not let it in."""
+    let_in(with_passwords(settings), Shutdown())
+    own = with_passwords(settings, logins=("sensor_dashboard",))
+    page = start(
+        "dashboard",
+        "--port",
+        str(free_port()),
+        settings=own.model_copy(update={"postgre_password": SecretStr("wrong")}),
+    )
+    wait_until(lambda: "http://" in page.log_path.read_text(encoding="utf-8"), "the page is served")
 
 
 class Impostor:
