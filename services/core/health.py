@@ -6,16 +6,19 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
+from urllib.parse import urlsplit
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 
 REQUEST_WITHIN_S = 5.0
+AT_ONCE = 16  # requests; a probe and a scraper need one each
 PLAIN = "text/plain; charset=utf-8"
 
 log = logging.getLogger("health")
@@ -36,7 +39,7 @@ Pages = Mapping[str, Callable[[], Page]]
 class HealthServer(ThreadingMixIn, TCPServer):
     """Answers GET with the page of the path. It listens as soon as it exists, and answers after ``start``.
 
-    Raises ConfigurationError when it cannot listen.
+    Whoever is slow is cut off, and of many at once some are. Raises ConfigurationError when it cannot listen.
     """
 
     daemon_threads = True
@@ -46,7 +49,9 @@ class HealthServer(ThreadingMixIn, TCPServer):
 
     def __init__(self, settings: Settings, pages: Pages) -> None:
         self.pages = pages
+        self._free = threading.BoundedSemaphore(AT_ONCE)
         host, port = settings.metrics_host, settings.metrics_port
+        self.is_for_this_machine = is_loopback(host)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family = found[0][0]
@@ -66,20 +71,60 @@ class HealthServer(ThreadingMixIn, TCPServer):
         self.shutdown()
         self.server_close()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread, unless there are too many."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As long as it may take, whatever the client does."""
+        end = threading.Timer(REQUEST_WITHIN_S, cut, [request])
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self._free.release()
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away, or a fault of ours: no reason to stop."""
         log.debug("request_failed", exc_info=True)
 
 
+def cut(connection: socket.socket) -> None:
+    """End a connection that another thread may be using."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def is_ours(host: str | None) -> bool:
+    """Whether a request's Host header names this machine: a page elsewhere may have led a browser here by its own."""
+    name = urlsplit(f"//{host}").hostname if host else "localhost"
+    return name is not None and is_loopback(name)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
+    server_version, sys_version = "sensor-pipeline", ""
     timeout = REQUEST_WITHIN_S
 
     def do_GET(self) -> None:
+        if self.server.is_for_this_machine and not is_ours(self.headers.get("Host")):
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return
         page = self.server.pages.get(self.path.partition("?")[0], _not_found)()
         self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
         self.send_header("Content-Length", str(len(page.body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(page.body)
 

@@ -30,7 +30,7 @@ def run(settings: Settings, shutdown: Shutdown, *, host: str, port: int) -> int:
         connect(settings).close()
     with Summaries(settings) as live, Summaries(settings) as charts:
         monitor = Monitor(settings, live)
-        server = listen(make_page(monitor, charts), host, port)
+        server = listen(make_page(monitor, charts, host), host, port)
         monitor.start(shutdown)
         threading.Thread(target=server.run, daemon=True).start()
         print(f"http://{host}:{port}/ (end with Ctrl-C)", flush=True)  # noqa: T201

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
-from flask import Response
+from flask import Response, abort, request
 
 from services.core.errors import PipelineError
+from services.core.health import is_loopback, is_ours
 from services.core.reading import METRICS
 from services.dashboard import charts
 from services.dashboard.monitor import LOOK_EVERY_S, Monitor, rates
@@ -29,6 +31,7 @@ TILES = ("published", "stored", "lag", "freshness", "queue", "dead letters", "se
 CHART_EVERY_S = 5.0
 UNKNOWN = "–"  # noqa: RUF001 - a dash where a number will be
 NO_READINGS = "no readings yet: send some with sensor-pipeline produce, and run sensor-pipeline consume and etl"
+NEVER_SEEN = "Nothing has been seen yet. It begins by itself when this is over:"
 LAST_SEEN = "What is shown is the last that was seen. It goes on by itself when this is over:"
 NO_DATABASE = "waiting for the database"
 
@@ -43,8 +46,8 @@ PAGE = """<!DOCTYPE html>
 log = logging.getLogger("dashboard")
 
 
-def make_page(monitor: Monitor, summaries: Summaries) -> Dash:
-    """The application. ``monitor`` is for the caller to start."""
+def make_page(monitor: Monitor, summaries: Summaries, host: str = "127.0.0.1") -> Dash:
+    """The application, to listen on ``host``. ``monitor`` is for the caller to start."""
     app = Dash(
         __name__,
         title="Sensor pipeline",
@@ -87,7 +90,19 @@ def make_page(monitor: Monitor, summaries: Summaries) -> Dash:
         State("shown", "data"),
     )(filler.chart)
     allow_own_content_only(app)
+    if is_loopback(host):
+        refuse_other_hosts(app)
     return app
+
+
+def refuse_other_hosts(app: Dash) -> None:
+    """A page from elsewhere may reach this machine under a name of its own, and then a browser lets it read."""
+
+    def refuse() -> None:
+        if not is_ours(request.headers.get("Host")):
+            abort(HTTPStatus.FORBIDDEN)
+
+    app.server.before_request(refuse)
 
 
 def allow_own_content_only(app: Dash) -> None:
@@ -100,6 +115,8 @@ def allow_own_content_only(app: Dash) -> None:
 
     def add_policy(response: Response) -> Response:
         response.headers["Content-Security-Policy"] = policy
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
     app.server.after_request(add_policy)
@@ -176,7 +193,8 @@ class Filler:
         """Banner, tiles and small charts from the last looks."""
         topics, queues = list(self._monitor.topics), list(self._monitor.queues)
         problems = [each for each in (self._monitor.database_problem, self._monitor.kafka_problem) if each]
-        banner = [html.P(LAST_SEEN), *(html.P(problem) for problem in problems)] if problems else []
+        seen = LAST_SEEN if topics or queues else NEVER_SEEN
+        banner = [html.P(seen), *(html.P(problem) for problem in problems)] if problems else []
         return (
             banner,
             not banner,
@@ -211,10 +229,10 @@ class Filler:
         return sensors, chosen if chosen in sensors or not sensors else sensors[0], version
 
     def chart(
-        self, sensor: str | None, metric: str, span: str, _tick: int | None, shown: int | None
+        self, sensor: str | None, metric: str, span: object, _tick: int | None, shown: int | None
     ) -> tuple[Any, ...]:
         """The chart of one sensor and its text, if they are not the ones that are ``shown``."""
-        if metric not in METRICS or span not in RANGES:
+        if metric not in METRICS or not isinstance(span, str) or span not in RANGES:
             return UNCHANGED
         if self._monitor.sensors is None or sensor is None:
             text = NO_DATABASE if self._monitor.sensors is None else NO_READINGS

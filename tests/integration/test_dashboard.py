@@ -28,7 +28,7 @@ from services.core.offsets import Offsets
 from services.core.reading import Reading
 from services.dashboard import series
 from services.dashboard.monitor import Monitor
-from services.dashboard.page import NO_READINGS, UNCHANGED, UNKNOWN, Filler
+from services.dashboard.page import NO_READINGS, UNCHANGED, UNKNOWN, Filler, make_page
 from services.dashboard.series import Summaries
 from services.etl.worker import Leader
 from tests.expected import Expected, samples
@@ -153,11 +153,40 @@ def test_a_metric_that_a_sensor_does_not_have(settings: Settings, look: Look) ->
     assert (hidden, text) == (True, "s1 has no humidity intervals")
 
 
-@pytest.mark.parametrize(("metric", "span"), [("temperature_summary; --", "all"), ("temperature", "for ever")])
-def test_what_no_control_can_ask_changes_nothing(settings: Settings, metric: str, span: str, look: Look) -> None:
+@pytest.mark.parametrize(
+    ("metric", "span"),
+    [
+        ("temperature_summary; --", "all"),
+        ("temperature", "for ever"),
+        ("temperature", ["all"]),
+        (["temperature"], "all"),
+    ],
+)
+def test_what_no_control_can_ask_changes_nothing(settings: Settings, metric: Any, span: Any, look: Look) -> None:
     page = look(settings)
     page.monitor.look_at_database()
     assert page.chart("s1", metric, span) == UNCHANGED
+
+
+@pytest.mark.parametrize(
+    ("listens", "asked", "status"),
+    [
+        ("127.0.0.1", "localhost:8050", 200),
+        ("localhost", "[::1]:8050", 200),
+        ("127.0.0.1", "elsewhere.example:8050", 403),
+        ("0.0.0.0", "elsewhere.example:8050", 200),  # noqa: S104
+    ],
+)
+def test_on_loopback_only_this_machine_is_asked_for(
+    settings: Settings, look: Look, listens: str, asked: str, status: int
+) -> None:
+    """A page of elsewhere.example may have given that name our address, to read what is here."""
+    page = look(settings)
+    client = make_page(page.monitor, page.summaries, listens).server.test_client()
+    for path in ("/", "/_dash-layout"):
+        answer = client.get(path, headers={"Host": asked})
+        assert answer.status_code == status
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_numbers_come_from_the_servers_alone(settings: Settings, look: Look) -> None:
