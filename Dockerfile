@@ -20,11 +20,16 @@ RUN printf '%s\n' '#!/opt/venv/bin/python' 'import sys' 'from services.cli impor
     chmod -R u=rwX,go=rX /app
 
 FROM ${PYTHON_IMAGE}
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sensor-pipeline" \
+      org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.description="Sensor readings from Parquet through Kafka into TimescaleDB" \
       org.opencontainers.image.licenses="Apache-2.0"
+# Nothing is installed from here on, so nothing that installs is left: neither pip nor the wheel that makes it.
 RUN groupadd --gid 10001 pipeline && \
-    useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin pipeline
+    useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin pipeline && \
+    python -m pip uninstall --yes --quiet --root-user-action=ignore pip && \
+    python -c 'import ensurepip, shutil; shutil.rmtree(ensurepip.__path__[0])'
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 ENV PATH=/opt/venv/bin:$PATH \
