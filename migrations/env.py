@@ -16,6 +16,7 @@ from services.core.config import load_settings
 from services.core.database import connect_at_start
 from services.core.errors import PipelineError
 from services.core.logs import configure_logging, fields
+from services.core.printable import printable
 from services.core.shutdown import Shutdown
 
 # Keeps two "alembic upgrade" from running at once. It is no advisory lock, because any role could take that.
@@ -47,7 +48,8 @@ def run() -> None:
 
 
 def migrate(database: Connection) -> None:
-    """All in one transaction."""
+    """All in one transaction, however long it computes between two statements."""
+    database.execute("SET idle_in_transaction_session_timeout = 0")
     database.autocommit = False
     engine = sa.create_engine("postgresql+psycopg://", creator=lambda: database, poolclass=sa.pool.StaticPool)
     try:
@@ -64,7 +66,7 @@ def migrate(database: Connection) -> None:
 try:
     run()
 except PipelineError as error:
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201 - Alembic's own log is not set up for users
+    print(f"error: {printable(error)}", file=sys.stderr)  # noqa: T201 - Alembic's own log is not set up for users
     sys.exit(error.exit_code)
 except sa.exc.DBAPIError as error:
     print(f"error: the migration failed: {' '.join(str(error.orig).split())}", file=sys.stderr)  # noqa: T201

@@ -3,41 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from services.core.config import Settings, load_settings
-from services.core.errors import ConfigurationError, PipelineError
-from services.core.logs import configure_logging
+from services.core.ending import handle_interrupts, run_to_its_end
+from services.core.errors import STOPPED, ConfigurationError
+from services.core.logs import configure_logging, fields
 from services.core.shutdown import Shutdown
+from services.core.version import version
+
+if TYPE_CHECKING:  # everything large is imported when it is needed: Ctrl-C may come meanwhile
+    from services.core.config import Settings
 
 LOCAL_DIRECTORY = Path(".local")
 WATCH_SECONDS = 5
+# What to read of the settings, where that is not all: who stops something must be able to with wrong ones too.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "generate": (*(f"data_feature_{name}" for name in ("date", "temp", "humid", "sensor")), "log_level", "log_format"),
+    "local status": ("kafka_port", "postgre_port"),
+    "local down": (),
+    "demo --down": (),
+}
+
+log = logging.getLogger("settings")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can cause are one line and exit code 2, others 1."""
-    try:
-        options = parser().parse_args(arguments)
-        settings = load_settings()
-        configure_logging(settings.log_level, settings.log_format)
-        return int(options.run(settings, options))
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return run_to_its_end(lambda: _run(parser().parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from services.core.config import default_settings, find_unknown_names, load_settings
+
+    needs = NEEDS.get(_name(options))
+    settings = default_settings() if needs == () else load_settings(*needs or ())
+    configure_logging(settings.log_level, settings.log_format)
+    for each in find_unknown_names() if needs != () else []:
+        nearest = {"did_you_mean": each.nearest} if each.nearest else {}
+        log.warning("unknown_setting", extra=fields(name=each.name, source=each.source, **nearest))
+    return int(options.run(settings, options))
+
+
+def _name(options: argparse.Namespace) -> str:
+    """The command, as far as its needs depend on it."""
+    if options.command == "demo" and options.down:
+        return "demo --down"
+    return f"local {options.action}" if options.command == "local" else str(options.command)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, and an abbreviation is one of them: what it stands for may change."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigurationError."""
+        raise ConfigurationError(f"{message} ({self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="sensor-pipeline", description="Sensor readings from Parquet through Kafka into TimescaleDB."
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    top = Parser(prog="sensor-pipeline", description="Sensor readings from Parquet through Kafka into TimescaleDB.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    migrate = commands.add_parser("migrate", help="create the tables, or bring them up to this version")
+    migrate.set_defaults(run=run_migrate)
 
     produce = commands.add_parser("produce", help="send the readings of PARQUET_URL to the Kafka topic")
     produce.add_argument(
@@ -129,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--up-to",
         metavar="OFFSET",
         type=_between("--up-to", 0, 2**63 - 1),
-        help="delete those up to this offset, the first column of the list",
+        help="delete or replay those up to this offset, the first column of the list",
     )
     letters.set_defaults(run=run_dead_letters)
 
@@ -172,6 +211,14 @@ def _time(option: str, text: str) -> datetime:
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
+def run_migrate(_settings: Settings, _options: argparse.Namespace) -> int:
+    """``migrate``."""
+    from services.core.schema import upgrade
+
+    upgrade()
+    return 0
+
+
 def run_produce(settings: Settings, options: argparse.Namespace) -> int:
     """``produce``."""
     from services.producer.pace import parse_speed
@@ -209,7 +256,9 @@ def run_consume(settings: Settings, options: argparse.Namespace) -> int:
     """``consume``."""
     from services.consumer.worker import run
 
-    return run(settings, Shutdown().listen(), until_caught_up=options.until_caught_up)
+    shutdown = Shutdown().listen()
+    code = run(settings, shutdown, until_caught_up=options.until_caught_up)
+    return STOPPED if options.until_caught_up and shutdown.requested else code
 
 
 def run_rewind(settings: Settings, options: argparse.Namespace) -> int:
@@ -234,7 +283,9 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
         for metric, rows in run_reconcile(settings, Shutdown().listen()).items():
             print(f"{metric}_summary: {rows} rows differed" + (" and were repaired" if rows else ""))
         return 0
-    return run(settings, Shutdown().listen(), once=options.once)
+    shutdown = Shutdown().listen()
+    code = run(settings, shutdown, once=options.once)
+    return STOPPED if options.once and shutdown.requested else code
 
 
 def run_logins(settings: Settings, _: argparse.Namespace) -> int:
@@ -281,8 +332,9 @@ def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted")
         return 0
     if options.action == "replay":
-        sent = replay(settings, shutdown, reason=options.reason, overwrite=options.overwrite)
-        print(f"{sent} dead letters sent to {settings.kafka_topic}")
+        done = replay(settings, shutdown, reason=options.reason, up_to=options.up_to, overwrite=options.overwrite)
+        for line in done.lines(settings):
+            print(line)
         return 0
     for line in list_letters(settings, shutdown, reason=options.reason, as_json=options.json):
         print(line)
@@ -293,6 +345,7 @@ def run_local(settings: Settings, options: argparse.Namespace) -> int:
     """``local up | down | status``."""
     from services.local.command import run
 
+    handle_interrupts(signal.default_int_handler)
     return run(settings, options.action, LOCAL_DIRECTORY, tls=options.tls)
 
 
@@ -300,6 +353,7 @@ def run_demo(settings: Settings, options: argparse.Namespace) -> int:
     """``demo``."""
     from services.local.demo import down, run
 
+    handle_interrupts(signal.default_int_handler)
     if options.down:
         return down(settings, LOCAL_DIRECTORY)
     return run(settings, LOCAL_DIRECTORY, keep=options.keep, tls=options.tls)

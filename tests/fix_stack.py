@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,9 +108,10 @@ def upgrade(settings: Settings, revision: str = "head") -> None:
 
 
 def downgrade(settings: Settings, revision: str = "base") -> None:
-    """Take the migrations back, as ``alembic downgrade`` does."""
+    """Take the migrations back with all data, as ``alembic -x drop_data=yes downgrade`` does."""
     with alembic_environment(settings):
-        command.downgrade(Config(toml_file=str(ROOT / "pyproject.toml")), revision)
+        word = Namespace(x=["drop_data=yes"])
+        command.downgrade(Config(toml_file=str(ROOT / "pyproject.toml"), cmd_opts=word), revision)
 
 
 @contextmanager

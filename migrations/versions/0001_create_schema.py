@@ -26,7 +26,7 @@ import logging
 from collections.abc import Iterable
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
 from psycopg.errors import InsufficientPrivilege, InternalError_, UndefinedObject
 
 from services.core.errors import ConfigurationError
@@ -77,6 +77,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    refuse_to_drop_data()
     op.execute("DROP VIEW refresh_queue_state")
     for metric in METRICS:
         op.execute(f"DROP VIEW {metric}_summary_live")
@@ -99,6 +100,19 @@ def downgrade() -> None:
                 RAISE NOTICE 'role {role} is not ours to drop, or used by another database, and stays';
             END $$
         """)
+
+
+def refuse_to_drop_data() -> None:
+    """Unless asked for by an explicit word: summaries may be all that is left of readings that were dropped."""
+    if context.get_x_argument(as_dictionary=True).get("drop_data") == "yes":
+        return
+    tables = ("sensor_data", *(f"{metric}_summary" for metric in METRICS))
+    full = [name for name in tables if op.get_bind().scalar(sa.text(f"SELECT EXISTS (SELECT FROM {name})"))]
+    if full:
+        raise ConfigurationError(
+            f"{', '.join(full)} hold data that this downgrade drops for good; if that is what you want: "
+            "alembic -x drop_data=yes downgrade base"
+        )
 
 
 def create_extension() -> None:

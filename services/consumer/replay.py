@@ -3,36 +3,81 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from services.consumer.dead_letter import OUR_HEADERS
+from services.consumer.dead_letter import ORIGINAL_BYTES_HEADER, OUR_HEADERS
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import ConfigurationError, MalformedMessage, PermanentError, StoppedError, TransientError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
+    JSON,
     PARTITIONER,
     REASON_HEADER,
     REPEAT_HEADER,
     REPEATED,
     client_settings,
     connect_admin,
+    format_of,
     headers_of,
     place_of,
     read_range,
 )
-from services.core.offsets import Offsets
+from services.core.letters import LETTER_HEADER, name_of, replaced_by
+from services.core.offsets import COORDINATOR_WITHIN_S, Offsets
+from services.core.printable import printable
+from services.core.reading import EARLIEST, LATEST, Decoder
 from services.core.shutdown import Shutdown
 
 POLL_S = 1.0
 FLUSH_TIMEOUT_S = 60.0
+ANSWER_WITHIN_S = 10.0
+OUTCOME_WITHIN_S = 30.0  # after the consumers' last step
+LOOK_EVERY_S = 0.2
 SHOWN_VALUE_BYTES = 200
+NOT_REPLAYED = OUR_HEADERS | {REPEAT_HEADER, LETTER_HEADER}
 
 Header = tuple[str, str | bytes | None]
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What became of the letters: ``refused`` again and ``hopeless`` ones by reason, which were not sent.
+
+    ``is_known``: consumers have met all that was sent; what is not ``refused`` is stored.
+    """
+
+    sent: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    hopeless: Counter[str] = field(default_factory=Counter)
+    is_known: bool = True
+
+    def lines(self, settings: Settings) -> Iterator[str]:
+        """What a person wants to know."""
+        said = f"{self.sent} dead letters sent to {settings.kafka_topic}"
+        stored = self.sent - self.refused.total()
+        if not self.is_known:
+            yield f"{said}; no consumer of group {settings.kafka_group} has stored them yet"
+        elif self.sent:
+            again = f"; {_by_reason(self.refused)} refused again" if self.refused else ""
+            yield f"{said}: {stored} stored, or there already{again}"
+        else:
+            yield said
+        if self.hopeless:
+            yield f"{_by_reason(self.hopeless)} not sent: they can never be stored"
+        if self.sent and stored and self.is_known:
+            yield "what is stored stays in the list until it is deleted: dead-letters delete --up-to OFFSET"
+
+
+def _by_reason(counts: Counter[str]) -> str:
+    reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in counts.most_common())
+    return f"{counts.total()} ({reasons})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,67 +117,149 @@ def read_headers(letter: Message) -> dict[str, str]:
 
 def list_letters(settings: Settings, shutdown: Shutdown, *, reason: str | None, as_json: bool) -> Iterator[str]:
     """One line for each dead letter there is now, oldest first."""
-    for letter in read_letters(settings, shutdown, reason):
+    for letter in read_letters(settings, shutdown, reason=reason):
         entry = Entry.of(letter)
         if as_json:
             yield json.dumps(asdict(entry))
         else:
             source = f"{entry.topic}[{entry.partition}]@{entry.source_offset}"
-            yield f"{entry.offset:>6}  {entry.time}  {entry.reason:20} {source}  {entry.detail}  {entry.value!r}"
+            yield printable(
+                f"{entry.offset:>6}  {entry.time}  {entry.reason:20} {source}  {entry.detail}  {entry.value!r}"
+            )
 
 
-def replay(settings: Settings, shutdown: Shutdown, *, reason: str | None, overwrite: bool = False) -> int:
+def replay(
+    settings: Settings, shutdown: Shutdown, *, reason: str | None, up_to: int | None = None, overwrite: bool = False
+) -> Replayed:
     """Send the original key, value and headers of the dead letters there are now to the topic of readings.
 
-    Returns how many were sent; raises PermanentError with the count if some could not be. They are marked as repeated,
-    so sending one twice is harmless: it fills a gap, but overwrites nothing that has been stored since; one that is
-    still refused is a dead letter again. With ``overwrite`` they count as new.
+    They are marked as repeated, so sending one twice is harmless: it fills a gap, but overwrites nothing that has been
+    stored since. With ``overwrite`` they count as new. One that is refused again is a dead letter again, which takes
+    the place of the older one. What no settings could make a reading is not sent.
+
+    Waits until consumers have met them, unless there is none. Raises PermanentError with the count if some could not be
+    sent.
     """
-    mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
-    failed: list[KafkaError] = []
-
-    def note_failure(error: KafkaError | None, _message: Message) -> None:
-        if error is not None:
-            failed.append(error)
-
-    producer = Producer(
-        client_settings(settings, "replay")
-        | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
+    admin = connect_admin(settings, shutdown)
+    result = Replayed()
+    sending = _Sending(settings, overwrite=overwrite)
+    for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
+        hopeless = why_hopeless(letter)
+        if hopeless:
+            result.hopeless[hopeless] += 1
+        else:
+            sending.send(letter)
+            result.sent += 1
+    sending.finish(result.sent)
+    result.is_known = not sending.places or (
+        _has_members(admin, settings) and _wait_until_met(settings, sending.places, shutdown)
     )
-    sent = 0
-    for letter in read_letters(settings, shutdown, reason):
-        headers: list[Header] = [
-            (name, value) for name, value in headers_of(letter) if name not in OUR_HEADERS and name != REPEAT_HEADER
-        ]
+    if result.is_known and sending.places:
+        result.refused = _refused_again(settings, shutdown, sending.names)
+    return result
+
+
+class _Sending:
+    """Sends letters to the topic of readings; ``places``: where they are now, by partition the last one."""
+
+    def __init__(self, settings: Settings, *, overwrite: bool) -> None:
+        self.names: set[bytes] = set()
+        self.places: dict[int, int] = {}
+        self._settings = settings
+        self._mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
+        self._failed: list[KafkaError] = []
+        self._producer = Producer(
+            client_settings(settings, "replay")
+            | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
+        )
+
+    def send(self, letter: Message) -> None:
+        name = name_of(letter)
+        headers: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
+        self.names.add(name)
         while True:
             try:
-                producer.produce(
-                    settings.kafka_topic,
+                self._producer.produce(
+                    self._settings.kafka_topic,
                     key=letter.key(),
                     value=letter.value(),
-                    headers=headers + mark,
-                    on_delivery=note_failure,
+                    headers=[*headers, *self._mark, (LETTER_HEADER, name)],
+                    on_delivery=self._note,
                 )
                 break
             except BufferError:
-                producer.poll(POLL_S)
-        producer.poll(0)
-        sent += 1
-    waiting = producer.flush(FLUSH_TIMEOUT_S)
-    if failed or waiting:
-        cause = failed[0].str() if failed else "Kafka does not answer"
-        raise PermanentError(f"{len(failed) + waiting} of {sent} dead letters were not sent: {cause}")
-    return sent
+                self._producer.poll(POLL_S)
+            except KafkaException as error:
+                self._failed.append(error.args[0])
+                break
+        self._producer.poll(0)
+
+    def finish(self, sent: int) -> None:
+        waiting = self._producer.flush(FLUSH_TIMEOUT_S)
+        if self._failed or waiting:
+            cause = self._failed[0].str() if self._failed else "Kafka does not answer"
+            raise PermanentError(f"{len(self._failed) + waiting} of {sent} dead letters were not sent: {cause}")
+
+    def _note(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failed.append(error)
+            return
+        partition, offset = place_of(message)
+        self.places[partition] = max(offset, self.places.get(partition, 0))
+
+
+def why_hopeless(letter: Message) -> str:
+    """The reason why the letter can never be stored, whatever the settings are; empty if it may be."""
+    if any(name == ORIGINAL_BYTES_HEADER for name, _ in headers_of(letter)):
+        return "truncated"
+    if format_of(letter) != JSON:
+        return ""
+    try:
+        Decoder(max_bytes=DEAD_LETTER_MAX_BYTES, max_future=LATEST - EARLIEST).decode(letter.value())
+    except MalformedMessage as error:
+        return error.reason
+    return ""
+
+
+def _has_members(admin: AdminClient, settings: Settings) -> bool:
+    """Whether anybody consumes the topic of readings."""
+    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_WITHIN_S).values()
+    try:
+        return bool(group.result().members)
+    except KafkaException:
+        return False
+
+
+def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdown) -> bool:
+    """Whether consumers have got beyond all places, as far as they told Kafka; waits while they come nearer."""
+    left, deadline = -1, time.monotonic() + OUTCOME_WITHIN_S
+    with Offsets(settings) as offsets:
+        while time.monotonic() < deadline:
+            found = offsets.of(settings.kafka_topic, list(places))
+            before, left = left, sum(max(0, places[each.partition] + 1 - (each.committed or 0)) for each in found)
+            if not left:
+                return True
+            if left != before:
+                deadline = time.monotonic() + OUTCOME_WITHIN_S
+            if shutdown.wait(LOOK_EVERY_S):
+                raise StoppedError("stopped before consumers have met what was sent")
+    return False
+
+
+def _refused_again(settings: Settings, shutdown: Shutdown, names: set[bytes]) -> Counter[str]:
+    """The reasons of the letters that came of messages with these names."""
+    return Counter(
+        read_headers(letter).get(REASON_HEADER, "unknown")
+        for letter in read_letters(settings, shutdown)
+        if replaced_by(letter) in names
+    )
 
 
 def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
     """Delete the letters up to the one at offset ``up_to``; returns how many. Later ones, not yet seen, stay."""
     topic = settings.dead_letter_topic
     admin = connect_admin(settings, shutdown)
-    if letter_partitions(admin, topic) != [0]:
-        raise ConfigurationError(
-            f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
-        )
+    _require_one(topic, letter_partitions(admin, topic))
     with Offsets(settings) as offsets:
         (found,) = offsets.of(topic, [0])
     if not found.first <= up_to < found.end:
@@ -147,21 +274,48 @@ def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
 
 def letter_partitions(admin: AdminClient, topic: str) -> list[int]:
     """The partitions of the topic of dead letters."""
-    topics = admin.list_topics(timeout=10).topics
+    try:
+        topics = admin.list_topics(timeout=ANSWER_WITHIN_S).topics
+    except KafkaException as error:
+        raise TransientError(f"Kafka does not answer: {error.args[0].str()}") from error
     if topic not in topics:
         raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
     return sorted(topics[topic].partitions)
 
 
-def read_letters(settings: Settings, shutdown: Shutdown, reason: str | None) -> Iterator[Message]:
-    """The dead letters that exist at the time of the call, in the order of the topic."""
+def read_letters(
+    settings: Settings, shutdown: Shutdown, *, reason: str | None = None, up_to: int | None = None
+) -> Iterator[Message]:
+    """The dead letters that exist at the time of the call and are replaced by no other, in the order of the topic.
+
+    Raises StoppedError, and ConfigurationError where ``up_to`` names no offset.
+    """
     topic = settings.dead_letter_topic
-    partitions = letter_partitions(connect_admin(settings, shutdown), topic)
+    admin = connect_admin(settings, shutdown)
+    partitions = letter_partitions(admin, topic)
+    if up_to is not None:
+        _require_one(topic, partitions)
     with Offsets(settings) as offsets:
-        found = offsets.of(topic, partitions)
-    for each in found:
-        for letter in read_range(settings, topic, each.partition, each.first, each.end):
-            if shutdown.requested:
-                return
-            if reason is None or read_headers(letter).get(REASON_HEADER) == reason:
+        found = [(each.partition, each.first, each.end) for each in offsets.of(topic, partitions)]
+
+    def letters() -> Iterator[Message]:
+        for partition, first, end in found:
+            for letter in read_range(settings, topic, partition, first, end):
+                if shutdown.requested:
+                    raise StoppedError("stopped before the last dead letter")
                 yield letter
+
+    older = {replaced_by(letter) for letter in letters()}
+    for letter in letters():
+        if up_to is not None and place_of(letter)[1] > up_to:
+            return
+        wanted = reason is None or read_headers(letter).get(REASON_HEADER) == reason
+        if wanted and (older == {None} or name_of(letter) not in older):
+            yield letter
+
+
+def _require_one(topic: str, partitions: list[int]) -> None:
+    if partitions != [0]:
+        raise ConfigurationError(
+            f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
+        )

@@ -546,7 +546,7 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
     probes = partial(kafka_probe, settings, look), partial(database_probe, settings)
     with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
         create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
-        connect_at_start(settings, shutdown).close()
+        connect_at_start(settings, shutdown, tables=True).close()
         totals = consume(settings, shutdown, until_caught_up=until_caught_up)
     log.info("stopped", extra=fields(**totals.as_fields(), cpu_s=round(time.process_time(), 2)))
     return 0
@@ -557,7 +557,9 @@ def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) ->
     reason: Exception | None = None
     for protocol in PROTOCOLS[settings.kafka_group_protocol]:
         try:
-            return Worker(settings, shutdown, until_caught_up=until_caught_up, protocol=protocol).run()
+            worker = Worker(settings, shutdown, until_caught_up=until_caught_up, protocol=protocol)
+            log.info("waiting_for_partitions", extra=fields(topic=settings.kafka_topic, group=settings.kafka_group))
+            return worker.run()
         except ProtocolNotOfferedError as error:
             log.info("group_protocol_not_offered", extra=fields(protocol=protocol))
             reason = error

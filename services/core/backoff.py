@@ -7,12 +7,15 @@ must not come back at the same moment.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
+from services.core.config import Settings
 from services.core.errors import PermanentError, TransientError
 
 # With the pauses below most of a minute.
 MOST_DOUBTFUL_TRIES = 12
+NOTE_AFTER_S = 1.5
 
 
 def pauses(first_s: float = 0.1, most_s: float = 10.0) -> Iterator[float]:
@@ -21,6 +24,12 @@ def pauses(first_s: float = 0.1, most_s: float = 10.0) -> Iterator[float]:
     while True:
         yield ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
         ceiling = min(ceiling * 2, most_s)
+
+
+def note_and_deadline(settings: Settings) -> tuple[float, float]:
+    """When to say that a server is waited for at the start, and until when it is; by the monotonic clock."""
+    now = time.monotonic()
+    return now + NOTE_AFTER_S, now + settings.startup_timeout_seconds
 
 
 class Retries:

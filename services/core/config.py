@@ -1,18 +1,34 @@
 """The environment, read once, into one frozen object.
 
-Nothing else reads the environment. ``.env`` in the current directory is read too; the environment wins.
+Nothing else reads the environment. ``.env`` in the current directory is read too; the environment wins. POSTGRES_* is
+taken for POSTGRE_*, and what is misspelt is noticed (names.py).
 Every field's description is what a user is told when the value is wrong, and what ``.env.example`` says.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from services.core.credentials import SYSTEM, check_certificates, check_key, check_permissions, read_password
 from services.core.errors import ConfigurationError
+from services.core.names import UnknownName, names_in, unknown_names, with_synonyms
+
+DOTENV = Path(".env")
 
 
 def _password_file(path: str) -> str:
@@ -43,6 +59,11 @@ def _check_pair(certificate_setting: str, certificate: str, key: str, password: 
 # The roles whose passwords are settings; the migrations create them.
 LOGINS = ("sensor_consumer", "sensor_etl", "sensor_grafana", "sensor_dashboard")
 
+
+def _level(text: str) -> str:
+    return text.upper() if text.islower() and text.upper() in logging.getLevelNamesMapping() else text
+
+
 Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
@@ -51,13 +72,32 @@ PasswordFile = Annotated[str, AfterValidator(_password_file)]
 CertificateFile = Annotated[str, AfterValidator(_certificate_file)]
 
 
-class Settings(BaseSettings):
+class Environment(BaseSettings):
+    """Whatever is read from the environment and ``.env``."""
+
+    model_config = SettingsConfigDict(env_file=DOTENV, env_file_encoding="utf-8-sig", extra="ignore", frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Each source with the synonyms, so that the environment wins by whatever name."""
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):
+                source.env_vars = with_synonyms(dict(source.env_vars))
+        return init_settings, env_settings, dotenv_settings
+
+
+class Settings(Environment):
     """All settings; the names are the environment variables' names in lower case."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
-
-    temperature_interval: Minutes = Field(10, description="width of a temperature interval: whole minutes, at least 1")
-    humidity_interval: Minutes = Field(20, description="width of a humidity interval: whole minutes, at least 1")
+    temperature_interval: Minutes = Field(10, description="width of a temperature interval: whole minutes, 1 to 527040")
+    humidity_interval: Minutes = Field(20, description="width of a humidity interval: whole minutes, 1 to 527040")
 
     postgre_host: Name = Field("localhost", description="host name or address of PostgreSQL with TimescaleDB")
     postgre_port: Port = Field(5432, description="port of PostgreSQL: 1 to 65535")
@@ -234,7 +274,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=36_500,
-        description="days that raw readings are kept: 0 (for ever) or more; summaries stay",
+        description="days that raw readings are kept: 0 (for ever) or more; summaries stay; load older history first",
     )
     compress_after_days: int = Field(
         0, ge=0, le=36_500, description="age in days at which raw readings are compressed: 0 (never) or more"
@@ -258,7 +298,9 @@ class Settings(BaseSettings):
         le=3600,
         description="how long to wait at the start for Kafka and PostgreSQL: 0 or more seconds",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_level)] = Field(
+        "INFO", description="DEBUG, INFO, WARNING or ERROR"
+    )
     log_format: Literal["auto", "text", "json"] = Field(
         "auto", description="text, json, or auto: text on a terminal, json elsewhere"
     )
@@ -335,13 +377,14 @@ METRIC_COLUMNS = {
 }
 
 
-def load_settings() -> Settings:
-    """Read the environment and ``.env``.
+def load_settings(*names: str) -> Settings:
+    """Read the environment and ``.env``; with ``names`` only these settings, the others have their defaults.
 
     Raises ConfigurationError with one line for each wrong variable: its name, its value, what is allowed.
     """
     try:
-        return Settings()
+        names_in(DOTENV, Settings.model_fields)
+        return _read(names) if names else Settings()
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -356,4 +399,20 @@ def load_settings() -> Settings:
             lines.append(f"{field.upper()}={value} is not allowed ({allowed})")
         raise ConfigurationError("; ".join(lines)) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f".env cannot be read: {error}") from error
+        raise ConfigurationError(f"{DOTENV} cannot be read: {error}") from error
+
+
+def _read(names: tuple[str, ...]) -> Settings:
+    found = {name: Settings.model_fields[name] for name in names}
+    chosen: dict[str, Any] = {name: (field.annotation, field) for name, field in found.items()}
+    return Settings.model_construct(**create_model("Chosen", __base__=Environment, **chosen)().model_dump())
+
+
+def default_settings() -> Settings:
+    """The defaults, whatever the environment says: for what must work with wrong settings too."""
+    return Settings.model_construct()
+
+
+def find_unknown_names() -> list[UnknownName]:
+    """Names in the environment and ``.env`` that may be misspelt settings."""
+    return list(unknown_names(Settings.model_fields, os.environ, names_in(DOTENV, Settings.model_fields)))

@@ -8,6 +8,7 @@ permanent   all others, such as a missing table or no permission: end with one l
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -20,10 +21,13 @@ from typing import Any
 import psycopg
 from psycopg import Connection, sql
 
-from services.core.backoff import pauses
+from services.core.backoff import note_and_deadline, pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, TransientError
+from services.core.errors import ConfigurationError, PermanentError, StoppedError, TransientError
+from services.core.logs import fields
 from services.core.shutdown import Shutdown
+
+log = logging.getLogger("database")
 
 # Class 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55 lock or state,
 # 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), 25P03 and 25P04 time
@@ -38,6 +42,8 @@ DOUBTFUL_STATES = frozenset({"53200", "53400", "55000", "57014"})
 DATA_CLASSES = frozenset({"22", "23", "54"})
 # What the migrations create is missing (a role has a state of its own), or not ours.
 SCHEMA_STATES = frozenset({"22023", "42P01", "42501", "3F000", "3D000", "28P01", "28000", "42883", "42703", "0A000"})
+
+MIGRATE = "run sensor-pipeline migrate (or alembic upgrade head) as a role that may"
 
 CONNECT_TIMEOUT_S = 5
 
@@ -173,22 +179,46 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
     return TransientError(f"PostgreSQL at {address(settings)} does not answer: {text}")
 
 
-def connect_at_start(settings: Settings, shutdown: Shutdown) -> Connection:
+def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = False) -> Connection:
     """Connect, waiting up to STARTUP_TIMEOUT_SECONDS for a server that is still starting.
 
-    Raises ConfigurationError when it did not answer in time.
+    Raises ConfigurationError when it did not answer in time, and, with ``tables``, PermanentError when it has none.
     """
-    deadline = time.monotonic() + settings.startup_timeout_seconds
+    noted_at, deadline = note_and_deadline(settings)
     for pause in pauses():
         try:
-            return connect(settings)
+            connection = connect(settings)
+            if tables:
+                with translated():
+                    require_tables(connection, settings)
+            return connection
         except TransientError as error:
-            if time.monotonic() + pause > deadline or shutdown.wait(pause):
+            if time.monotonic() > noted_at:
+                noted_at = deadline
+                log.info("waiting_for_database", extra=fields(address=address(settings)))
+            if time.monotonic() + pause > deadline:
                 raise ConfigurationError(
                     f"PostgreSQL does not answer at {address(settings)} (POSTGRE_HOST, POSTGRE_PORT): "
-                    "start it, or correct the address"
+                    f"{_remedy(str(error))}"
                 ) from error
+            if shutdown.wait(pause):
+                raise StoppedError(f"stopped while PostgreSQL did not answer at {address(settings)}") from error
     raise AssertionError("pauses() has no end")
+
+
+def _remedy(text: str) -> str:
+    if "resolve host" in text or "translate host name" in text:
+        return "there is no host of this name"
+    if "invalid response to SSL negotiation" in text:
+        return "what answers there is no PostgreSQL"
+    return "start it, or correct the address"
+
+
+def require_tables(connection: Connection, settings: Settings) -> None:
+    """Raise PermanentError unless the migrations have run; which ones is asked by the command status."""
+    if connection.execute("SELECT to_regclass('partition_progress')").fetchone() == (None,):
+        connection.close()
+        raise PermanentError(f"the database {address(settings)} does not have the tables yet: {MIGRATE}")
 
 
 def cut(connection: Connection) -> None:
@@ -213,7 +243,7 @@ def translated(*, by_row: bool = False) -> Iterator[None]:
         # psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
         if by_row and (isinstance(error, psycopg.DataError) if state is None else state[:2] in DATA_CLASSES):
             raise
-        hint = " (did you run 'alembic upgrade head', as a role that may?)" if state in SCHEMA_STATES else ""
+        hint = f" ({MIGRATE})" if state in SCHEMA_STATES else ""
         raise PermanentError(text + hint) from error
 
 

@@ -4,6 +4,7 @@
     |-- ConfigurationError     a user's mistake; one line, exit code 2
     |-- TransientError         a server is away or busy; wait and try again
     |-- PermanentError         no retry can help; one line, exit code 1
+    |-- StoppedError           a signal came before it was done; one line, exit code 130
     `-- MalformedMessage       one message is not a reading; it becomes a dead letter
 
 Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class or
@@ -11,6 +12,9 @@ SQLSTATE. Each message is one line: what is wrong, which setting or file, what t
 """
 
 from __future__ import annotations
+
+# What a command ends with that a signal has stopped before it was done.
+STOPPED = 130
 
 
 class PipelineError(Exception):
@@ -38,6 +42,12 @@ class TransientError(PipelineError):
 
 class PermanentError(PipelineError):
     """A missing table, a missing permission, messages that could not be delivered."""
+
+
+class StoppedError(PipelineError):
+    """A signal has ended the command before it was done."""
+
+    exit_code = STOPPED
 
 
 class MalformedMessage(PipelineError):  # noqa: N818 - it is about the message, not about us

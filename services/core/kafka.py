@@ -10,9 +10,9 @@ from typing import Any, cast
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from services.core.backoff import pauses
+from services.core.backoff import note_and_deadline, pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, TransientError
+from services.core.errors import ConfigurationError, PermanentError, StoppedError, TransientError
 from services.core.handshake import find_problem
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
@@ -68,6 +68,8 @@ NO_ANSWER = frozenset(
         KafkaError.NOT_CONTROLLER,
     }
 )
+
+REMEDY = "start it, or correct the address"
 
 ClientSettings = dict[str, Any]
 
@@ -137,7 +139,7 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
         log.warning("password_in_clear_text", extra=fields(kafka=settings.bootstrap_servers, detail=advice))
     errors: list[KafkaError] = []
     admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0, "error_cb": errors.append})
-    deadline = time.monotonic() + settings.startup_timeout_seconds
+    noted_at, deadline = note_and_deadline(settings)
     for pause in pauses():
         try:
             admin.list_topics(timeout=max(1.0, min(5.0, settings.startup_timeout_seconds)))
@@ -145,17 +147,22 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
             admin.poll(0)  # which calls error_cb
             last = time.monotonic() + pause > deadline
             raise_if_refused(errors, settings, last=last)
-            if last or shutdown.wait(pause):
-                raise _no_answer(settings) from error
+            if last:
+                unknown = any(each.code() == KafkaError._RESOLVE for each in errors)
+                raise _no_answer(settings, "there is no host of this name" if unknown else REMEDY) from error
+            if time.monotonic() > noted_at:
+                noted_at = deadline
+                log.info("waiting_for_kafka", extra=fields(address=settings.bootstrap_servers))
+            if shutdown.wait(pause):
+                raise StoppedError(f"stopped while Kafka did not answer at {settings.bootstrap_servers}") from error
         else:
             return admin
     raise AssertionError("pauses() has no end")
 
 
-def _no_answer(settings: Settings) -> ConfigurationError:
+def _no_answer(settings: Settings, remedy: str = REMEDY) -> ConfigurationError:
     return ConfigurationError(
-        f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): "
-        "start it, or correct the address"
+        f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): {remedy}"
     )
 
 
@@ -214,8 +221,10 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
         missing = _create(admin, missing)
         if not missing:
             return
-        if time.monotonic() + pause > deadline or shutdown.wait(pause):
+        if time.monotonic() + pause > deadline:
             raise _no_answer(settings)
+        if shutdown.wait(pause):
+            raise StoppedError(f"stopped while Kafka did not answer at {settings.bootstrap_servers}")
 
 
 def _create(admin: AdminClient, topics: list[NewTopic]) -> list[NewTopic]:

@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from services.core.printable import printable
+
 
 def fields(**values: object) -> dict[str, Any]:
     """Fields of one log line, for ``extra=``."""
@@ -23,7 +25,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S")
         pairs = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
-        line = f"{clock} {record.levelname} {record.name} {record.getMessage()}{pairs}"
+        line = printable(f"{clock} {record.levelname} {record.name} {record.getMessage()}{pairs}")
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line

@@ -48,7 +48,7 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
         return 0
     probe = partial(database_probe, settings, QUEUE.look)
     with Monitoring(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
-        connect_at_start(settings, shutdown).close()
+        connect_at_start(settings, shutdown, tables=True).close()
         lead_or_stand_by(settings, shutdown)
     log.info("stopped")
     return 0
@@ -99,7 +99,7 @@ def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
 
 def run_once(settings: Settings, shutdown: Shutdown) -> None:
     """All that is queued, then all that the settings ask for. Raises PermanentError if another instance works."""
-    connect_at_start(settings, shutdown).close()
+    connect_at_start(settings, shutdown, tables=True).close()
     with translated(), connect_for_work(settings) as connection:
         lease = Lease(connection)
         seen = ""
@@ -118,7 +118,7 @@ def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
 
     If another instance leads, it does the repair, for as long as it lives.
     """
-    connect_at_start(settings, shutdown).close()
+    connect_at_start(settings, shutdown, tables=True).close()
     with translated(), connect_for_work(settings) as connection, renewal(settings, connection):
         lease = Lease(connection)
         leaders: list[Leader] = []

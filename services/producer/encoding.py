@@ -90,7 +90,9 @@ class Columns:
                 )
             kind = schema.field(name).type
             if not (fits(_plain(kind)) or pa.types.is_null(kind)):  # null: a file with no value here
-                raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}")
+                seconds = fits is _is_time and pa.types.is_integer(_plain(kind))
+                hint = " (seconds since 1970 have to become timestamps first)" if seconds else ""
+                raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}{hint}")
 
 
 class Encoded(Protocol):

@@ -8,11 +8,13 @@ number. The same options and the same version of pyarrow give the same rows.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
+import os
 import random
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import ConfigurationError, PermanentError, StoppedError
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns
 
@@ -72,26 +74,46 @@ def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, f
     """Write ``plan`` to ``out``, with the columns that DATA_FEATURE_* names.
 
     The file has another, hidden name until it is whole. Raises ConfigurationError, one line, before anything is
-    written, and PermanentError where ``shutdown`` was requested or the disk does not take it.
+    written, StoppedError where ``shutdown`` was requested, and PermanentError where the disk does not take it.
     """
     columns = Columns.of(settings)
     _check(plan, columns, out, force=force)
     part = out.with_name(f".{out.name}.part")
     counts = Counts()
     try:
-        with pq.ParquetWriter(part, _schema(columns), compression="zstd") as writer:
-            for table in _Generator(plan, columns, counts).tables():
-                if shutdown.requested:
-                    raise PermanentError(f"stopped: {out} was not written")
-                writer.write_table(table, row_group_size=GROUP_ROWS)
-                counts.rows += table.num_rows
-        part.replace(out)
+        with _alone(part, out):
+            _check(plan, columns, out, force=force)  # another may just have finished
+            with pq.ParquetWriter(part, _schema(columns), compression="zstd") as writer:
+                for table in _Generator(plan, columns, counts).tables():
+                    if shutdown.requested:
+                        raise StoppedError(f"stopped: {out} was not written")
+                    writer.write_table(table, row_group_size=GROUP_ROWS)
+                    counts.rows += table.num_rows
+            part.replace(out)
     except OSError as error:
-        raise PermanentError(f"{out} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise PermanentError(f"{out} cannot be written: {error.strerror or error}") from error
     return counts
+
+
+@contextmanager
+def _alone(part: Path, out: Path) -> Iterator[None]:
+    """Keep ``part`` to this process while the block runs, and remove it in the end unless it has another name by then.
+
+    Raises ConfigurationError where another process keeps it, or has just given it its name.
+    """
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
+            raise ConfigurationError(f"another generate is writing {out}: wait for it, or name another file")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from services.core.backoff import pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, PipelineError
+from services.core.errors import STOPPED, ConfigurationError, PermanentError, PipelineError
 from services.core.kafka import REPEATED, connect_admin, create_topics
 from services.core.logs import fields
 from services.core.monitoring import KAFKA, Monitoring, kafka_probe
@@ -66,9 +66,9 @@ def run(
     ``speed``: replay by the readings' times, with the gaps between them divided by it. With PRODUCER_WATCH_SECONDS the
     files are those that are there or arrive until ``shutdown`` is requested.
 
-    Returns 0 when all is sent, and also when ``shutdown`` was requested: what was committed until then stays,
+    Returns 0 when all is sent, STOPPED when ``shutdown`` was requested before: what was committed until then stays,
     and the next run goes on from there. Raises ConfigurationError before anything is sent, PermanentError
-    when no retry can help.
+    when no retry can help, or when there are rows and none of them can be sent.
     """
     pace = choose_pace(settings, speed)
     period_s = settings.producer_watch_seconds
@@ -78,6 +78,7 @@ def run(
         )
     if overwrite and not resend:
         raise ConfigurationError("--overwrite goes with --resend: it lets rows that are sent again overwrite")
+    done = False
     with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
         try:
             source: Source | Watch
@@ -96,10 +97,10 @@ def run(
                 if isinstance(source, Watch):
                     sender.send_arriving(source)
                 else:
-                    sender.send(source, resend=("" if overwrite else REPEATED.decode()) if resend else None)
+                    done = sender.send(source, resend=("" if overwrite else REPEATED.decode()) if resend else None)
         except Stopped as error:
             log.warning("stopped", extra=fields(reason=str(error)))
-    return 0
+    return 0 if done or period_s else STOPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +113,11 @@ class _Sender:
     topic_id: str
     pace: Pace
 
-    def send(self, source: Source, *, resend: str | None) -> None:
-        """Send what of ``source`` was not sent before; with ``resend`` all of it, marked with that unless it is ""."""
+    def send(self, source: Source, *, resend: str | None) -> bool:
+        """Send what of ``source`` was not sent before; with ``resend`` all of it, marked with that unless it is "".
+
+        Returns whether all is sent now.
+        """
         failures: list[PipelineError] = []
 
         def note_unreadable(_file: SourceFile | None, error: PipelineError) -> None:
@@ -126,9 +130,12 @@ class _Sender:
         with show_rows(source.rows) as show:
             job = _Job(self, source, show, note_unreadable)
             job.run(resend=resend)
-        job.report()
+        nothing_sent = job.report()
         if failures:
             raise PermanentError(f"{len(failures)} of {source.found} files were not sent to their end: {failures[0]}")
+        if nothing_sent:
+            raise PermanentError(f"no row of {source.url} could be sent: {nothing_sent}")
+        return job.is_whole
 
     def send_arriving(self, watch: Watch) -> None:
         """Send the files of each look, until the service shall end.
@@ -229,6 +236,7 @@ class _Job:
         self.show(self.rows)
         if not self.before:
             self.before = dict(self.committed)
+            self.began = time.monotonic()  # connecting has taken its time
 
     def _check_not_replaced(self) -> None:
         """Give way where another producer went on with this source while this one was cut off.
@@ -329,25 +337,36 @@ class _Job:
         """The files of which every row was committed, in this run or before."""
         return [file for file in self.source.files if (found := self.committed.get(self._key(file))) and found.done]
 
-    def report(self) -> None:
-        """Say what this run did and where the source stands, if that was learnt."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row of every file was committed, in this run or before."""
+        return len(self.sent_files()) == len(self.source.files)
+
+    def report(self) -> str:
+        """Say what this run did and where the source stands, if that was learnt.
+
+        Returns why nothing was sent, where it read rows and none of them could be.
+        """
         if not self.committed:
-            return
+            return ""
         seconds = time.monotonic() - self.began
         now, before = list(self.committed.values()), list(self.before.values())
         rows = sum(p.rows for p in now) - sum(p.rows for p in before)
         sent = sum(p.sent for p in now) - sum(p.sent for p in before)
         skipped = _skipped(now) - _skipped(before)
-        done = len(self.sent_files())
-        whole = done == len(self.source.files)
+        done, whole = len(self.sent_files()), self.is_whole
         if whole and all(p.done for p in before):
             log.info("nothing_to_send", extra=fields(url=self.source.url, files=done, rows=self.source.rows))
-            return
+            return ""
         if not rows and not whole and not self.shutdown.requested:  # a file that stays unreadable was reported
-            return
-        log.info(
+            return ""
+        nothing = whole and not any(p.sent for p in now)
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.most_common()) if nothing else ""
+        log.log(
+            logging.WARNING if reasons else logging.INFO,
             "all_sent" if whole else "stopped_early" if self.shutdown.requested else "sent_in_part",
             extra=fields(
+                url=self.source.files[0].url if len(self.source.files) == 1 else self.source.url,
                 rows=rows,
                 sent=sent,
                 skipped=sum(skipped.values()),
@@ -358,6 +377,7 @@ class _Job:
                 rows_per_second=round(rows / seconds) if seconds else 0,
             ),
         )
+        return reasons
 
 
 def _advance(progress: Progress, messages: Encoded, digest: Digest, run: str) -> Progress:

@@ -14,6 +14,7 @@ import confluent_kafka
 from services.core.config import Settings
 from services.core.database import address
 from services.core.errors import ConfigurationError, PipelineError
+from services.core.printable import printable
 from services.core.version import version
 from services.status.database import Database, read_database
 from services.status.problems import find_problems
@@ -42,7 +43,8 @@ def run(settings: Settings, *, as_json: bool) -> int:
         }
         print(json.dumps(state, indent=2, default=_as_text))  # noqa: T201
     else:
-        print("\n".join(lines(kafka, database, versions, problems)))  # noqa: T201
+        for line in lines(kafka, database, versions, problems):
+            print(printable(line))  # noqa: T201
     return 1 if problems else 0
 
 

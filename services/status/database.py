@@ -5,20 +5,18 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import psycopg
-from alembic.script import ScriptDirectory
 from psycopg import Connection, sql
 
 from services.core.config import Settings
 from services.core.database import connect, cut, queries, translated
 from services.core.reading import METRICS
+from services.core.schema import newest_revision
 
 SQL = queries("services.status")
 
-MIGRATIONS = Path(__file__).parents[2] / "migrations"
 EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting so much takes a second or two
 STATEMENT_WITHIN = "5s"
 ANSWER_WITHIN_S = 15.0
@@ -104,7 +102,7 @@ def _read(connection: Connection, where: str) -> Database:
     connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
     postgresql, timescaledb, migrated = _row(connection, SQL["versions"])
     revision = _row(connection, SQL["revision"])[0] if migrated else None
-    newest = str(ScriptDirectory(str(MIGRATIONS)).get_current_head())
+    newest = newest_revision()
     tables = _read_tables(connection) if revision == newest else None
     return Database(where, postgresql, timescaledb, revision, newest, tables)
 

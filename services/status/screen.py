@@ -10,6 +10,7 @@ from services.status.problems import Problem
 from services.status.topics import Kafka
 
 LABEL = 21
+MOST_REASONS = 20  # whoever may write to the topic of dead letters may make up any number
 
 
 def lines(
@@ -49,7 +50,9 @@ def _kafka(kafka: Kafka | str) -> Iterator[str]:
     if letters is None:
         yield _line("  dead letters", f"there is no topic {kafka.dead_letter_topic}")
     else:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in letters.reasons.items())
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(letters.reasons.items())[:MOST_REASONS])
+        more = len(letters.reasons) - MOST_REASONS
+        reasons += f" and {_many(more, 'more reason')}" if more > 0 else ""
         of = "" if letters.looked_at == letters.count else f"of the last {letters.looked_at:,}: "
         yield _line("  dead letters", f"{letters.count:,}" + (f" ({of}{reasons})" if letters.count else ""))
 

@@ -12,6 +12,7 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.errors import TransientError
 from services.core.kafka import REASON_HEADER, client_settings, headers_of, raise_if_refused, topic_id
+from services.core.letters import name_of, replaced_by
 from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 
 MOST_LETTERS = 10_000
@@ -137,7 +138,8 @@ def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> Dea
     share = MOST_LETTERS // len(partitions)
     starts = {each.partition: max(each.first, each.end - share) for each in partitions}
     wanted = sum(each.end - starts[each.partition] for each in partitions)
-    reasons: Counter[str] = Counter()
+    reasons: dict[bytes, str] = {}  # by the letter's name
+    older: set[bytes | None] = set()
     if wanted:
         consumer = Consumer(
             client_settings(settings, "status") | {"group.id": "not-used", "enable.auto.commit": False, "log_level": 0}
@@ -147,12 +149,14 @@ def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> Dea
                 [TopicPartition(settings.dead_letter_topic, number, start) for number, start in starts.items()]
             )
             deadline = time.monotonic() + READ_LETTERS_FOR_S
-            while reasons.total() < wanted and time.monotonic() < deadline:
-                for letter in consumer.consume(min(1000, wanted - reasons.total()), timeout=0.2):
+            while len(reasons) < wanted and time.monotonic() < deadline:
+                for letter in consumer.consume(min(1000, wanted - len(reasons)), timeout=0.2):
                     if letter.error() is None:
                         reason = dict(headers_of(letter)).get(REASON_HEADER) or b"unknown"
-                        reasons[reason.decode("utf-8", "replace")] += 1
+                        reasons[name_of(letter)] = reason.decode("utf-8", "replace")
+                        older.add(replaced_by(letter))
         finally:
             consumer.close()
-    count = sum(each.end - each.first for each in partitions)
-    return DeadLetters(count, reasons.total(), dict(reasons.most_common()))
+    count = sum(each.end - each.first for each in partitions) - len(reasons.keys() & older)
+    by_reason = Counter(reason for name, reason in reasons.items() if name not in older)
+    return DeadLetters(count, by_reason.total(), dict(by_reason.most_common()))

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from services.core.config import Settings
-from tests.fix_services import message, publish, run_cli
+from tests.fix_services import run_cli
 from tests.fix_stack import ROOT, free_port
 
 MISTAKE = 2
@@ -34,7 +34,7 @@ def run(settings: Settings, *arguments: str, **environment: str) -> subprocess.C
 def test_a_wrong_setting(settings: Settings, command: str) -> None:
     line = error_line(run(settings, command, TEMPERATURE_INTERVAL="abc"), MISTAKE)
     assert (
-        line == "TEMPERATURE_INTERVAL=abc is not allowed (width of a temperature interval: whole minutes, at least 1)"
+        line == "TEMPERATURE_INTERVAL=abc is not allowed (width of a temperature interval: whole minutes, 1 to 527040)"
     )
 
 
@@ -112,6 +112,15 @@ def test_watching_a_directory_that_does_not_exist(settings: Settings) -> None:
 def test_a_host_that_does_not_exist(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_HOST="nowhere.invalid"), MISTAKE)
     assert line.startswith("PostgreSQL does not answer at nowhere.invalid:")
+    assert line.endswith(": there is no host of this name")
+    line = error_line(run(settings, "produce", KAFKA_HOST="nowhere.invalid"), MISTAKE)
+    assert line.startswith("Kafka does not answer at nowhere.invalid:")
+    assert line.endswith(": there is no host of this name")
+
+
+def test_another_service_on_the_port(settings: Settings) -> None:
+    line = error_line(run(settings, "etl", POSTGRE_PORT=str(settings.kafka_port)), MISTAKE)
+    assert line.startswith("PostgreSQL does not answer at ")
 
 
 def test_a_database_that_does_not_exist(settings: Settings) -> None:
@@ -123,10 +132,12 @@ def test_a_database_that_does_not_exist(settings: Settings) -> None:
 @pytest.mark.usefixtures("no_tables")
 @pytest.mark.parametrize("arguments", [["consume"], ["consume", "--until-caught-up"], ["etl"], ["etl", "--once"]])
 def test_missing_tables_are_permanent(settings: Settings, arguments: list[str]) -> None:
-    publish(settings, [message(temperature=1.0)])
+    """Before any message comes."""
     line = error_line(run(settings, *arguments), PERMANENT)
-    assert "does not exist" in line
-    assert "alembic upgrade head" in line
+    assert line == (
+        f"the database {settings.postgre_host}:{settings.postgre_port}/{settings.postgre_dbname} does not have the "
+        "tables yet: run sensor-pipeline migrate (or alembic upgrade head) as a role that may"
+    )
 
 
 def test_a_command_that_does_not_exist() -> None:

@@ -11,8 +11,10 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from services.consumer.dead_letter import ORIGINAL_BYTES_HEADER
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of, place_of
+from services.core.letters import LETTER_HEADER, name_of
 from services.core.murmur2 import partition_of
 from tests.fix_services import StartService, message, minutes, publish, read_topic, run_cli, wait_until
 
@@ -55,38 +57,106 @@ def test_list_filters_by_reason_and_tells_where_a_letter_came_from(settings: Set
     assert "JSON is malformed" in text[0]
 
 
-def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(
-    settings: Settings, connection: psycopg.Connection
-) -> None:
-    small = {"MAX_MESSAGE_BYTES": "256"}
-    long = message(time=minutes(0), temperature=1.0)[:-1] + b', "note": "' + b"x" * 300 + b'"}'
-    publish(settings, [long, b"not json"])
-    consume(settings, **small)
-    done = run_cli(settings, "dead-letters", "replay", "--reason", "too_large")
-    assert done.stdout == f"1 dead letters sent to {settings.kafka_topic}\n"
-    consume(settings)
-    assert connection.execute("SELECT temperature FROM sensor_data").fetchall() == [(1.0,)]
+def too_long(at: float) -> bytes:
+    """A reading that MAX_MESSAGE_BYTES=256 does not allow."""
+    return message(time=minutes(at), temperature=1.0)[:-1] + b', "note": "' + b"x" * 300 + b'"}'
 
-    # A letter that is still refused carries its newest headers once.
-    run_cli(settings, "dead-letters", "replay", "--reason", "invalid_json")
+
+def replayed(settings: Settings, *arguments: str) -> list[str]:
+    done = run_cli(settings, "dead-letters", "replay", *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout.splitlines()
+
+
+STAYS = "what is stored stays in the list until it is deleted: dead-letters delete --up-to OFFSET"
+
+
+def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(
+    settings: Settings, connection: psycopg.Connection, start: StartService
+) -> None:
+    quiet = settings.model_copy(update={"log_level": "ERROR"})
+    small = {"MAX_MESSAGE_BYTES": "256"}
+    publish(settings, [too_long(0), b"not json", too_long(1)])
+    consume(settings, **small)
+    (line,) = replayed(quiet, "--reason", "too_large", "--up-to", "0")
+    assert line.startswith(f"1 dead letters sent to {settings.kafka_topic}; no consumer of group ")
+    start("consume").wait_for("partitions_assigned")
+    assert replayed(quiet) == [
+        f"2 dead letters sent to {settings.kafka_topic}: 2 stored, or there already",
+        "1 (1 invalid_json) not sent: they can never be stored",
+        STAYS,
+    ]
+    assert connection.execute("SELECT temperature FROM sensor_data").fetchall() == [(1.0,), (1.0,)]
+    assert len(listed(settings)) == 3
+
+
+def test_what_stays_bad_is_there_once(settings: Settings, connection: psycopg.Connection, start: StartService) -> None:
+    """However often it is replayed, whether anybody consumes meanwhile or not, and behind what is never sent."""
+    quiet = settings.model_copy(update={"log_level": "ERROR"})
+    small = {"MAX_MESSAGE_BYTES": "256"}
+    publish(settings, [b"not json", *(too_long(at) for at in range(5))])
+    consume(settings, **small)
+    for _ in range(2):
+        assert replayed(quiet)[1] == "1 (1 invalid_json) not sent: they can never be stored"
+        consume(settings, **small)
+        assert [entry["reason"] for entry in listed(settings)] == ["invalid_json", *["too_large"] * 5]
+    start("consume", settings=settings.model_copy(update={"max_message_bytes": 256})).wait_for("partitions_assigned")
+    assert replayed(quiet)[0] == (
+        f"5 dead letters sent to {settings.kafka_topic}: 0 stored, or there already; 5 (5 too_large) refused again"
+    )
+    assert len(listed(settings)) == 6
+    state = json.loads(run_cli(quiet, "status", "--json").stdout)
+    assert state["kafka"]["dead_letters"] == {
+        "count": 6,
+        "looked_at": 6,
+        "reasons": {"too_large": 5, "invalid_json": 1},
+    }
+    assert connection.execute("SELECT count(*) FROM sensor_data").fetchone() == (0,)
+
+
+def test_nobody_can_hide_the_letters_of_others(settings: Settings) -> None:
+    """By a header that names them, without what they hold."""
+    publish(settings, [b"not json"])
     consume(settings)
-    assert [entry["source_offset"] for entry in listed(settings, "--reason", "invalid_json")] == ["1", "3"]
+    producer = Producer(client_settings(settings, "test"))
+    for name in (b"0/0", b"0/0/" + b"0" * 64):
+        producer.produce(settings.kafka_topic, b"other", headers=[(LETTER_HEADER, name)])
+    assert producer.flush(30) == 0
+    consume(settings)
+    assert [entry["value"] for entry in listed(settings)] == ["not json", "other", "other"]
+
+
+def test_what_was_cut_off_is_not_sent_again(settings: Settings) -> None:
+    producer = Producer(client_settings(settings, "test"))
+    headers: list[tuple[str, str | bytes | None]] = [
+        (REASON_HEADER, b"too_large"),
+        (ORIGINAL_BYTES_HEADER, b"3000000"),
+    ]
+    producer.produce(settings.dead_letter_topic, message(temperature=1.0), headers=headers)
+    assert producer.flush(30) == 0
+    assert replayed(settings) == [
+        f"0 dead letters sent to {settings.kafka_topic}",
+        "1 (1 truncated) not sent: they can never be stored",
+    ]
 
 
 def test_what_is_replayed_is_marked_unless_it_shall_overwrite(settings: Settings) -> None:
     """A mark of the letter's own, whoever made it, does not count."""
-    forged = [("own", b"kept"), (REPEAT_HEADER, b"forged")]
+    forged = [("own", b"kept"), (REPEAT_HEADER, b"forged"), (LETTER_HEADER, b"forged")]
     producer = Producer(client_settings(settings, "test"))
     producer.produce(
-        settings.dead_letter_topic, b"not json", b"s1", headers=[*forged, (REASON_HEADER, b"invalid_json")]
+        settings.dead_letter_topic,
+        message(temperature=1.0),
+        b"s1",
+        headers=[*forged, (REASON_HEADER, b"refused_by_database")],
     )
     assert producer.flush(30) == 0
     for arguments in ((), ("--overwrite",)):
-        done = run_cli(settings, "dead-letters", "replay", *arguments)
-        assert done.stdout == f"1 dead letters sent to {settings.kafka_topic}\n"
-    first, second = (headers_of(letter) for letter in read_topic(settings, settings.kafka_topic))
-    assert first == [("own", b"kept"), (REPEAT_HEADER, REPEATED)]
-    assert second == [("own", b"kept")]
+        assert replayed(settings, *arguments)[0].startswith(f"1 dead letters sent to {settings.kafka_topic}")
+    (letter,) = read_topic(settings, settings.dead_letter_topic)
+    first, second = (headers_of(sent) for sent in read_topic(settings, settings.kafka_topic))
+    assert first == [("own", b"kept"), (REPEAT_HEADER, REPEATED), (LETTER_HEADER, name_of(letter))]
+    assert second == [("own", b"kept"), (LETTER_HEADER, name_of(letter))]
     assert run_cli(settings, "dead-letters", "list", "--overwrite").returncode == 2
 
 
@@ -95,11 +165,30 @@ def test_what_is_replayed_goes_to_the_partition_of_its_sensor(settings: Settings
     producer = Producer(client_settings(settings, "test"))
     keys = [f"s{number}".encode() for number in range(20)]
     for key in keys:
-        producer.produce(settings.dead_letter_topic, b"not json", key)
+        producer.produce(settings.dead_letter_topic, message(key.decode(), temperature=1.0), key)
     assert producer.flush(30) == 0
     assert run_cli(settings, "dead-letters", "replay").returncode == 0
     found = {message.key(): message.partition() for message in read_topic(settings, settings.kafka_topic)}
     assert found == {key: partition_of(key, settings.kafka_partitions) for key in keys}
+
+
+def test_what_a_forged_letter_says_cannot_command_a_terminal(settings: Settings) -> None:
+    producer = Producer(client_settings(settings, "test"))
+    escape = b"\x1b]0;owned\x07\nNEXT"
+    for number in range(30):
+        headers: list[tuple[str, str | bytes | None]] = [
+            (REASON_HEADER, b"%d" % number + escape),
+            ("__connect.errors.exception.message", escape),
+            ("__connect.errors.topic", escape),
+        ]
+        producer.produce(settings.dead_letter_topic, escape, headers=headers)
+    assert producer.flush(30) == 0
+    for command in (("dead-letters", "list"), ("dead-letters", "list", "--json"), ("status",), ("status", "--json")):
+        shown = run_cli(settings, *command).stdout
+        assert "owned" in shown
+        assert not {"\x1b", "\x07"} & set(shown)
+        assert "\nNEXT" not in shown
+    assert "and 10 more reasons)" in run_cli(settings, "status").stdout
 
 
 def test_without_the_topic_one_line_says_so(settings: Settings) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.core.config import Settings
+from services.core.errors import STOPPED
 from services.producer.generate import GROUP_ROWS
 from tests.fix_services import Service, StartService, read_topic, run_cli, wait_until
 from tests.fix_stack import ROOT
@@ -68,7 +69,7 @@ def test_a_slow_feed_is_seen_at_once_and_ends_at_once(settings: Settings, start:
     assert numbers(settings) == Counter([0])
     assert time.time() - began < 5  # the next reading, which would have ended the transaction, is due after 10
     first.signal(signal.SIGTERM)
-    assert first.wait(within_s=5) == 0
+    assert first.wait(within_s=5) == STOPPED
     assert first.events("stopped_early")[0]["rows_left"] == 2
     assert first.events("transaction_aborted") == []
     assert start("produce", settings=changed(settings, producer_rate=0)).wait() == 0

@@ -85,6 +85,30 @@ def test_down_and_up_again_with_readings_and_summaries(settings: Settings, conne
     store_and_summarise(settings, connection)
 
 
+@pytest.mark.parametrize("left", ["sensor_data", "temperature_summary", "humidity_summary"])
+def test_a_downgrade_drops_no_data_unless_told_so(
+    settings: Settings, connection: psycopg.Connection, left: str
+) -> None:
+    """Summaries may have outlived their readings."""
+    store_and_summarise(settings, connection)
+    for table in {"sensor_data", "temperature_summary", "humidity_summary"} - {left}:
+        connection.execute(sql.SQL("TRUNCATE {}").format(sql.Identifier(table)))
+    for words in ((), ("-x", "drop_data=no")):
+        done = alembic(settings, *words, "downgrade", "base", LOG_LEVEL="WARNING")
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: {left} hold data that this downgrade drops for good; if that is what you want: "
+            "alembic -x drop_data=yes downgrade base\n"
+        )
+    assert relations(connection) == OURS
+    try:
+        done = alembic(settings, "-x", "drop_data=yes", "downgrade", "base")
+        assert done.returncode == 0, done.stderr
+        assert relations(connection) == set()
+    finally:
+        upgrade(settings)
+
+
 def test_alembic_as_typed_and_a_second_time(settings: Settings) -> None:
     for _ in range(2):
         done = alembic(settings, "upgrade", "head")

@@ -31,7 +31,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core.config import Settings
-from services.core.errors import PermanentError
+from services.core.errors import STOPPED, PermanentError
 from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, client_settings, create_topics, headers_of
 from services.core.murmur2 import partition_of
 from services.core.reading import Decoder
@@ -380,6 +380,22 @@ def test_rows_that_are_no_readings_are_counted_by_reason(
     assert numbers(settings) == Counter({1: 1, 2: 1})
 
 
+def test_a_file_of_which_no_row_can_be_sent_is_no_success(
+    settings: Settings, start: StartService, tmp_path: Path
+) -> None:
+    table = pa.table(
+        {"time_hour": ["01.05.2024 12:00"] * 3, "temp": [1.0] * 3, "humid": [1.0] * 3, "origin": ["s"] * 3}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    settings = source(settings, tmp_path / "a.parquet")
+    producer = start("produce", settings=settings)
+    assert producer.wait() == 1
+    assert last_line(producer) == f"error: no row of {tmp_path}/a.parquet could be sent: 3 x bad_time"
+    (said,) = producer.events("all_sent")
+    assert (said["level"], said["sent"], said["url"]) == ("WARNING", 0, f"{tmp_path}/a.parquet")
+    assert start("produce", settings=settings).wait() == 0  # it was said
+
+
 def test_a_file_that_harms_its_reader_is_reported_and_those_after_it_are_sent(
     settings: Settings, start: StartService, tmp_path: Path
 ) -> None:
@@ -447,7 +463,7 @@ def test_sigterm_commits_what_is_read_and_the_next_run_goes_on(
     first = start("produce", settings=settings)
     first.wait_for("transaction_committed", count=2)
     first.signal(signal.SIGTERM)
-    assert first.wait(within_s=10) == 0
+    assert first.wait(within_s=10) == STOPPED
     said = first.events("stopped_early")[0]
     assert 40_000 <= said["sent"] < MANY
     assert said["rows_left"] == MANY - said["rows"]
@@ -668,7 +684,7 @@ def test_sigterm_while_the_broker_is_away_ends_in_time(
     producer.wait_for("transaction_committed", count=2)
     broker.kill()
     producer.signal(signal.SIGTERM)
-    assert producer.wait(within_s=10) == 0
+    assert producer.wait(within_s=10) == STOPPED
     said = producer.events("stopped_early")[0]
     broker.start()
     broker.wait_ready()

@@ -69,6 +69,7 @@ class Follower:
         shutil.copytree(ROOT, self.clone, ignore=NOT_COPIED)
         (apply,) = re.findall(r"^\$ (sed .* git apply)$", GUIDE, re.MULTILINE)
         self.type(apply.replace("### Add a metric", f"### {title}"))
+        self.type("ruff check --quiet . && ruff format --quiet --check .")
 
     def follow(self) -> None:
         """Every block after the diffs, in order."""

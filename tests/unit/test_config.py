@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from services.core.config import METRIC_COLUMNS, Settings, load_settings
+from services.core.config import METRIC_COLUMNS, Settings, default_settings, find_unknown_names, load_settings
 from services.core.errors import ConfigurationError
 from services.core.reading import METRICS
 from tests.fix_stack import ROOT
@@ -24,13 +25,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("TEMPERATURE_INTERVAL", "abc", "whole minutes, at least 1"),
-    ("TEMPERATURE_INTERVAL", "0", "whole minutes, at least 1"),
-    ("TEMPERATURE_INTERVAL", "-10", "whole minutes, at least 1"),
-    ("TEMPERATURE_INTERVAL", "1.5", "whole minutes, at least 1"),
-    ("TEMPERATURE_INTERVAL", "", "whole minutes, at least 1"),
-    ("HUMIDITY_INTERVAL", "10 minutes", "whole minutes, at least 1"),
-    ("HUMIDITY_INTERVAL", "99999999", "whole minutes, at least 1"),
+    ("TEMPERATURE_INTERVAL", "abc", "whole minutes, 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "0", "whole minutes, 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "-10", "whole minutes, 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "1.5", "whole minutes, 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "", "whole minutes, 1 to 527040"),
+    ("HUMIDITY_INTERVAL", "10 minutes", "whole minutes, 1 to 527040"),
+    ("HUMIDITY_INTERVAL", "99999999", "whole minutes, 1 to 527040"),
     ("POSTGRE_PORT", "65536", "1 to 65535"),
     ("KAFKA_PORT", "0", "1 to 65535"),
     ("KAFKA_PORT", "kafka", "1 to 65535"),
@@ -162,6 +163,117 @@ def test_a_dotenv_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"POSTGRE_USER=\xff\xfe\n")
     with pytest.raises(ConfigurationError, match=r"^\.env cannot be read: [^\n]*$"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("TEMPERATURE_INTERVAL: 0\n", 1),
+        ("# a comment\n\n\nKAFKA_HOST\n", 4),
+        ("KAFKA_HOST=a\n\nPOSTGRE_PASSWORD='hunter2\nKAFKA_PORT=1\n", 3),
+    ],
+)
+def test_what_is_no_setting_in_dotenv_is_one_line_with_its_number(tmp_path: Path, content: str, line: int) -> None:
+    (tmp_path / ".env").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=rf"^\.env, line {line}: [^\n]*$") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_dotenv_that_is_a_directory_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(ConfigurationError, match=r"^\.env is a directory: [^\n]*$"):
+        load_settings()
+
+
+def test_a_dotenv_that_windows_wrote_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfTEMPERATURE_INTERVAL=5\r\nHUMIDITY_INTERVAL=7\r\n")
+    settings = load_settings()
+    assert (settings.temperature_interval, settings.humidity_interval) == (5, 7)
+    assert find_unknown_names() == []
+
+
+def test_postgres_is_taken_for_postgre(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "POSTGRES_HOST=db\nPOSTGRES_PORT=1\nPOSTGRE_PORT=2\nPOSTGRES_DB=other\nPOSTGRE_USER=one\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("POSTGRES_USER", "two")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "hunter2")
+    settings = load_settings()
+    assert settings.postgre_host == "db"
+    assert settings.postgre_port == 2  # its own name wins
+    assert settings.postgre_dbname == "other"
+    assert settings.postgre_user == "two"  # the environment wins
+    assert settings.postgre_password.get_secret_value() == "hunter2"
+    assert find_unknown_names() == []
+
+
+def test_what_kubernetes_says_of_a_service_called_postgres_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "POSTGRES_PORT": "tcp://10.0.0.1:5432",
+        "POSTGRES_SERVICE_HOST": "10.0.0.1",
+        "POSTGRES_PORT_5432_TCP_ADDR": "10.0.0.1",
+        "POSTGRE_SERVICE_PORT": "5432",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().postgre_port == 5432
+    assert find_unknown_names() == []
+
+
+def test_a_misspelt_name_is_noticed_wherever_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "TEMPERATUR_INTERVAL=5\nOF_ANOTHER_TOOL=x\nKAFKA_IMAGE=mirror/kafka\nCOMPOSE_PROFILES=x\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("POSTGRES_HOTS", "db")
+    monkeypatch.setenv("kafka_topics", "x")
+    monkeypatch.setenv("POSTGRE_DATABASE", "x")
+    assert {(each.name, each.source, each.nearest) for each in find_unknown_names()} == {
+        ("TEMPERATUR_INTERVAL", ".env", "TEMPERATURE_INTERVAL"),
+        ("OF_ANOTHER_TOOL", ".env", None),
+        ("POSTGRES_HOTS", "environment", "POSTGRES_HOST"),
+        ("KAFKA_TOPICS", "environment", "KAFKA_TOPIC"),
+        ("POSTGRE_DATABASE", "environment", "POSTGRE_DBNAME"),
+    }
+
+
+OF_OTHERS = """
+    PATH HOME USER LANG LC_ALL TZ PWD SHELL TERM EDITOR HOSTNAME XDG_DATA_HOME PYTHONPATH DATA_DIR LOG_DIR
+    PGHOST PGPORT PGUSER PGPASSWORD POSTGRES_INITDB_ARGS POSTGRES_HOST_AUTH_METHOD JAVA_HOME KAFKA_HOME KAFKA_OPTS
+    KAFKA_HEAP_OPTS KAFKA_LOG4J_OPTS AWS_ACCESS_KEY_ID AWS_REGION CONSUMER_KEY CONSUMER_SECRET GRAFANA_PASSWORD
+    KUBERNETES_SERVICE_HOST KUBERNETES_PORT TEST_POSTGRE_HOST TEST_KAFKA_PORT
+"""
+
+
+def test_the_environment_of_others_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OF_OTHERS.split():
+        monkeypatch.setenv(name, "x")
+    assert find_unknown_names() == []
+
+
+def test_everything_that_compose_reads_is_known_in_dotenv(tmp_path: Path) -> None:
+    names = set(re.findall(r"\$\{([A-Z_]+)", (ROOT / "docker-compose.yml").read_text(encoding="utf-8")))
+    assert {"POSTGRE_USER", "KAFKA_IMAGE", "GRAFANA_PORT"} <= names
+    (tmp_path / ".env").write_text("".join(f"{name}=x\n" for name in names), encoding="utf-8")
+    assert find_unknown_names() == []
+
+
+def test_a_setting_that_is_not_needed_may_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPERATURE_INTERVAL", "0")
+    monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")  # which needs more
+    monkeypatch.setenv("KAFKA_PORT", "9999")
+    settings = load_settings("kafka_port", "data_feature_date")
+    assert (settings.kafka_port, settings.temperature_interval) == (9999, 10)
+    assert settings.postgre_password.get_secret_value() == "postgres"
+    monkeypatch.setenv("KAFKA_PORT", "0")
+    with pytest.raises(ConfigurationError, match=r"^KAFKA_PORT=0 is not allowed \(port of the Kafka broker"):
+        load_settings("kafka_port")
+    assert default_settings() == Settings.model_construct()
+
+
+@pytest.mark.parametrize("level", ["info", "INFO"])
+def test_a_log_level_may_be_in_lower_case(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    monkeypatch.setenv("LOG_LEVEL", level)
+    assert load_settings().log_level == "INFO"
 
 
 def documented() -> list[tuple[str, str, str]]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import statistics
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import pyarrow.parquet as pq
 import pytest
 
 from services.cli import main
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import ConfigurationError, StoppedError
 from services.core.shutdown import Shutdown
 from services.producer.generate import GROUP_ROWS, Counts, Plan, generate
 from services.producer.source import open_source
@@ -129,10 +131,38 @@ def test_a_file_that_exists_is_kept_unless_forced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_of_two_that_write_one_file_the_second_is_refused(tmp_path: Path) -> None:
+    """And what the first has written until then stays."""
+    part = tmp_path / ".a.parquet.part"
+    with part.open("wb") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        first.write(b"half of it")
+        first.flush()
+        with pytest.raises(ConfigurationError, match=r"^another generate is writing .*/a\.parquet: wait for it"):
+            make(tmp_path / "a.parquet")
+        assert part.read_bytes() == b"half of it"
+    make(tmp_path / "a.parquet")  # what a killed one has left is no obstacle
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.parquet"]
+
+
+def test_a_file_that_another_has_just_written_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "a.parquet"
+
+    def lock(file: IO[bytes], operation: int) -> None:
+        (tmp_path / ".a.parquet.part").rename(out)
+        fcntl_flock(file, operation)
+
+    fcntl_flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(ConfigurationError):
+        make(out)
+    assert out.read_bytes() == b""
+
+
 def test_what_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     shutdown = Shutdown()
     shutdown.request()
-    with pytest.raises(PermanentError, match="was not written"):
+    with pytest.raises(StoppedError, match="was not written"):
         generate(SETTINGS, PLAN, tmp_path / "a.parquet", shutdown)
     assert list(tmp_path.iterdir()) == []
 

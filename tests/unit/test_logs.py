@@ -43,6 +43,17 @@ def test_a_terminal_gets_text() -> None:
     assert line.count("\n") == 1
 
 
+def test_what_comes_from_outside_cannot_forge_a_line_or_command_a_terminal() -> None:
+    stream = Terminal()
+    configure_logging("INFO", "auto", stream)
+    name = "a\x1b]0;owned\x07\n12:00:01 INFO consumer forged\u202e\udcff é.parquet"
+    logging.getLogger("producer").info("unreadable", extra=fields(file=name))
+    line = stream.getvalue()
+    assert line.count("\n") == 1
+    assert line.rstrip("\n").isprintable()
+    assert r"file=a\x1b]0;owned\x07\n12:00:01 INFO consumer forged\u202e\udcff é.parquet" in line
+
+
 def test_everything_else_gets_one_json_object_a_line() -> None:
     line = json.loads(logged(io.StringIO()))
     moment = line.pop("time")

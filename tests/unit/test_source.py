@@ -640,6 +640,7 @@ def test_a_file_that_cannot_be_read_keeps_the_others_from_nothing(tmp_path: Path
     first, last = (str(error) for error in source.unreadable)
     assert "a.parquet is not a Parquet file" in first
     assert "z.parquet is int64, not a timestamp" in last
+    assert last.endswith(" (seconds since 1970 have to become timestamps first)")
     (tmp_path / "b.parquet").unlink()
     assert problem(tmp_path) == first
 

@@ -1,0 +1,30 @@
+"""Dead letters that were replayed and refused again: the newer one takes the place of the older.
+
+A message that is replayed says which letter it was, and the consumer keeps the headers of what it refuses. So the
+newer letter names the older one, which stays in the topic, because nothing but its beginning can be deleted.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from confluent_kafka import Message
+
+from services.core.kafka import headers_of, place_of
+
+LETTER_HEADER = "sensor_pipeline.letter"
+
+
+def name_of(letter: Message) -> bytes:
+    """What a replayed message says of the letter that it was: its place, and a digest of what it is.
+
+    Without the digest, whoever may write to the topic of readings could hide the letters of others.
+    """
+    partition, offset = place_of(letter)
+    digest = sha256((letter.key() or b"") + b"\0" + (letter.value() or b"")).hexdigest()
+    return f"{partition}/{offset}/{digest}".encode()
+
+
+def replaced_by(letter: Message) -> bytes | None:
+    """The name of the older letter whose place this one takes."""
+    return dict(headers_of(letter)).get(LETTER_HEADER)
