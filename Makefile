@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo demo-down test chaos load bench lint types lock clean secrets
+# KEEP=0 and KEEP=no mean what they say.
+yes = $(filter-out 0 no false off,$(1))
+
+.PHONY: setup demo demo-down test chaos load bench lint types lock sbom clean secrets
 
 setup: $(READY)
 
 $(READY): requirements/dev.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON); name one: make PYTHON=python3.12 setup"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 setup"; exit 2; }
 	@echo "setting up .venv: downloading the Python packages (about 300 MB, once)"
@@ -17,7 +21,7 @@ $(READY): requirements/dev.txt pyproject.toml
 	@touch $(READY)
 
 demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, TLS=1 secures it
-	@$(BIN)/sensor-pipeline demo $(if $(KEEP),--keep) $(if $(TLS),--tls)
+	@$(BIN)/sensor-pipeline demo $(if $(call yes,$(KEEP)),--keep) $(if $(call yes,$(TLS)),--tls)
 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
@@ -58,10 +62,18 @@ secrets: ## passwords for docker-compose.secrets.yml in secrets/, drawn once: on
 COMPILE := $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-lock: setup ## pin the requirements anew
+lock: setup ## pin the requirements again
 	@$(BIN)/python -m pip install --quiet pip-tools
 	@$(COMPILE) --output-file requirements/runtime.txt pyproject.toml
 	@$(COMPILE) --extra local --extra dashboard --extra dev --constraint requirements/runtime.txt --output-file requirements/dev.txt pyproject.toml
 
+# In an environment of its own: it is no dependency of ours.
+SBOM := .local/sbom
+sbom: ## sbom.json (CycloneDX): every Python package of the image, with its version and hashes
+	@$(PYTHON) -m venv $(SBOM)
+	@$(SBOM)/bin/python -m pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7,<8'
+	@$(SBOM)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file sbom.json \
+		requirements/runtime.txt
+
 clean: ## remove everything that make created
-	@rm -rf .venv .local build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .local sbom.json build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

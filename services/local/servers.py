@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from base64 import urlsafe_b64encode
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +30,7 @@ import psycopg
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
+from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.local import supervisor
 from services.local.runtime import Runtime
@@ -36,6 +40,8 @@ from services.local.supervisor import Order, PidFile
 HOST = "127.0.0.1"
 _SUPERVISOR = Path(supervisor.__file__)
 _PROBE_PAUSE_S = 0.05
+FULL_BELOW_BYTES = 16 * 1024 * 1024
+SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|CREDENTIAL|(_|^)KEY(_|$)", re.IGNORECASE)
 _HANDSHAKE_S = 2.0  # the first ones of a Java that has just started take their time
 
 _quiet = logging.getLogger("services.local.probe")
@@ -108,7 +114,7 @@ class Server(ABC):
         order = Order(
             name=self.name,
             command=self._command(),
-            environment=os.environ | self._secrets(),
+            environment=without_secrets(os.environ) | self._secrets(),
             port=self.port,
             log_path=str(self.log_path),
             pid_path=str(self._pid_path),
@@ -180,6 +186,8 @@ class Server(ABC):
             tail = self.log_path.read_text(errors="replace").splitlines()[-lines:]
         except FileNotFoundError:
             tail = []
+        if shutil.disk_usage(self.log_path.parent).free < FULL_BELOW_BYTES:
+            tail.append("the disk is full")
         return "".join(f"\n    {line}" for line in [f"see {self.log_path}", *tail])
 
     # -- what subclasses say
@@ -299,6 +307,14 @@ class Kafka(Server):
             "ssl.truststore.location": str(self._security.authority.certificate),
         }
 
+    @property
+    def speaks_tls(self) -> bool:
+        """Whether it does, or did when it ran last."""
+        try:
+            return "SASL_SSL://" in (self.data_path / "server.properties").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+
     def _answers(self) -> bool:
         if self._security is None:
             return _lists_topics(_client(f"{HOST}:{self.port}"))
@@ -412,6 +428,15 @@ class TimescaleDB(Server):
                 return connection.execute("SELECT 1").fetchone() == (1,)
         except psycopg.OperationalError:
             return False
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for servers: they need none of our settings, and nobody's passwords."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.lower() not in Settings.model_fields and not SECRET.search(name)
+    }
 
 
 def _free_port() -> int:

@@ -67,12 +67,27 @@ def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
     workspace: Path, demo: subprocess.Popen[bytes]
 ) -> None:
     wait_until(lambda: "readings stored" in output(workspace), "the first readings", within_s=60)
+    refused(workspace, f"another demo is running in {workspace}/.local: wait for its end")
     pid = int((workspace / ".local" / "demo" / "consumer.pid").read_text(encoding="utf-8").split()[0])
     os.kill(pid, signal.SIGKILL)
     assert demo.wait(150) == 0, output(workspace)
     lines = output(workspace).splitlines()
     assert "consumer was killed by SIGKILL; starting it again" in lines
     assert_right(lines)
+
+
+def refused(workspace: Path, line: str, *options: str) -> None:
+    """Another demo ends with this line, and has done nothing."""
+    command = [sys.executable, "-m", "services.cli", "demo", *options]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"error: {line}")
+
+
+def test_elsewhere_the_demo_says_at_once_that_it_lacks_its_file(tmp_path: Path) -> None:
+    (tmp_path / "services").symlink_to(ROOT / "services")
+    refused(tmp_path, f"PARQUET_URL=data/measurements.parquet: there is no such file in {tmp_path}")
+    assert not (tmp_path / ".local" / "runtime").exists()
 
 
 @pytest.mark.parametrize("demo", [("--tls", "--keep")], indirect=True)
@@ -85,6 +100,13 @@ def test_the_demo_with_tls_and_sasl_is_kept_and_looked_at_while_its_database_die
     assert_right(lines)
     directory = workspace / ".local" / "demo"
     assert "PLAINTEXT" not in (directory / "kafka" / "server.properties").read_text(encoding="utf-8")
+
+    (psql,) = [line for line in lines if line.startswith("  PostgreSQL ")]
+    assert "PGPASSFILE=.local/demo/pgpass psql " in psql
+    assert (directory / "pgpass").stat().st_mode & 0o777 == 0o600
+    assert (directory / "pgpass").read_text(encoding="utf-8") == "*:*:*:*:postgres\n"
+    for option in ((), ("--tls",)):
+        refused(workspace, "a demo was left running, and a new one would erase its data: stop it first", *option)
 
     kept = Kept(directory, lines)
     kept.assert_all_agree()

@@ -16,7 +16,9 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
+from services.local.command import run
 from services.local.servers import HOST, Server
 from services.local.stack import Stack, StackOptions
 from services.local.supervisor import PidFile, ProcessRecord
@@ -177,6 +179,22 @@ def test_taken_port_is_one_line_and_nothing_is_started(tmp_path: Path, taken: st
     assert taken.upper() in line
     assert str(getattr(options, taken)) in line
     assert not (tmp_path / "new").exists()
+
+
+def test_servers_that_run_without_tls_are_not_taken_for_others(ready: Stack, options: StackOptions) -> None:
+    settings = Settings(_env_file=None, kafka_port=options.kafka_port, postgre_port=options.postgre_port)
+    with pytest.raises(ConfigurationError, match="are running without TLS: stop them first"):
+        run(settings, "up", options.directory, tls=True)
+    assert not ready.kafka.speaks_tls
+    assert not (options.directory / "tls").exists()
+
+
+def test_servers_have_no_secrets_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_SASL_PASSWORD", "hunter2")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    with Stack(options_in(tmp_path)) as stack:
+        for server in (stack.kafka, stack.timescaledb):
+            assert "hunter2" not in Path(f"/proc/{server.pid}/environ").read_text(encoding="utf-8")
 
 
 def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import {
 } from './wire.mjs';
 
 const MOST_UNREAD_BYTES = 4 * 1024 * 1024; // COPY data on its way to the backend; then the socket is paused
+const MOST_MESSAGE_BYTES = 256 * 1024 * 1024; // of anything but COPY data, which is passed on as it comes
 const UNIT_BYTES = 1024 * 1024; // a unit this large is handed over before its Sync has come
 const CANCELLED = 'canceling statement due to user request';
 const TIMED_OUT = 'canceling statement due to statement timeout';
@@ -224,6 +225,7 @@ export class Client {
         this.#passing = length;
         continue;
       }
+      if (length > MOST_MESSAGE_BYTES) return this.fail('FATAL', '08P01', 'message too long');
       this.#pass(chunk.subarray(start, at));
       start = at;
       this.#carryWanted = length;

@@ -8,6 +8,7 @@ import { parentPort, workerData } from 'node:worker_threads';
 import { Client } from './client.mjs';
 
 const { backend, shared } = workerData;
+const MOST_CONNECTIONS = 200; // more are closed at once
 const FIRST_PID = 1000; // small enough for names, and unlike the pids of single-user mode
 
 /** What all clients share: the backend, who has it, who waits for it. */
@@ -170,6 +171,7 @@ const hub = new Hub();
 backend.on('message', (received) => hub.receive(received));
 
 const server = net.createServer({ noDelay: true }, (socket) => new Client(hub, socket));
+server.maxConnections = MOST_CONNECTIONS;
 server.on('error', (error) => {
   fs.writeSync(2, `cannot listen on port ${workerData.port}: ${error.message}\n`);
   process.kill(process.pid, 'SIGKILL');
