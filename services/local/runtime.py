@@ -80,8 +80,8 @@ def make_writable(directory: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     raise ConfigurationError(
-        f"{directory.resolve()} cannot be written ({reason}): give it back to the user who runs this (sudo chown), remove it, or "
-        "work in a directory that can be written"
+        f"{directory.resolve()} cannot be written ({reason}): give it back to the user who runs this (sudo chown), "
+        "remove it, or work in a directory that can be written"
     )
 
 
