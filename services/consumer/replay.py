@@ -247,12 +247,13 @@ def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdo
 
 
 def _refused_again(settings: Settings, shutdown: Shutdown, names: set[bytes]) -> Counter[str]:
-    """The reasons of the letters that came of messages with these names."""
-    return Counter(
-        read_headers(letter).get(REASON_HEADER, "unknown")
+    """The reasons of the letters that replace those with these names; one may be there twice after a crash."""
+    reasons = {
+        name: read_headers(letter).get(REASON_HEADER, "unknown")
         for letter in read_letters(settings, shutdown)
-        if replaced_by(letter) in names
-    )
+        if (name := replaced_by(letter)) in names
+    }
+    return Counter(reasons.values())
 
 
 def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
