@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from services.core.errors import STOPPED, PermanentError, PipelineError
 from services.core.printable import printable
@@ -40,7 +41,7 @@ def run_to_its_end(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return STOPPED
     except BrokenPipeError:  # whoever read it has seen enough
-        _forget_output()
+        _forget(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
         log.debug("fault", exc_info=True)
@@ -71,16 +72,18 @@ def _fail(text: str, exit_code: int) -> int:
     try:
         flush()
     except OSError:
-        _forget_output()
-    with suppress(OSError):
+        _forget(sys.stdout)
+    try:
         print(f"error: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
+    except OSError:
+        _forget(sys.stderr)
     return exit_code
 
 
-def _forget_output() -> None:
+def _forget(stream: TextIO) -> None:
     """What could not be written is not tried again when Python ends."""
     with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _describe(error: Exception) -> str:

@@ -13,6 +13,8 @@ import pytest
 from services.core.config import Settings
 from tests.fix_stack import ROOT, free_port
 
+# As in a shell: what is printed stays in a buffer for a while.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 START = "import sys, time; from services.core.ending import run_to_its_end as run; from services.core.errors import *; "
 PRINT_MUCH = START + "sys.exit(run(lambda: [print('x' * 79) for _ in range(10_000)] and 0))"
 
@@ -22,7 +24,7 @@ def python(code: str) -> list[str]:
 
 
 def run(command: list[str] | str, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
+    plain = {name: value for name, value in BUFFERED.items() if name.lower() not in Settings.model_fields}
     return subprocess.run(
         command,
         shell=isinstance(command, str),
@@ -40,15 +42,18 @@ def cli(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "services.cli", *arguments]
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
-    with subprocess.Popen(
-        python(PRINT_MUCH), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+@pytest.mark.parametrize("code", [PRINT_MUCH, START + "sys.exit(run(lambda: print('x') or sys.stdin.read() and 0))"])
+def test_a_reader_that_has_seen_enough_is_no_fault(code: str) -> None:
+    """Whether it goes while something is printed, or before the little that was is flushed."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(python(code), cwd=ROOT, env=BUFFERED, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == "x" * 79 + "\n"
         process.stdout.close()
-        assert process.stderr.read() == ""
+        process.stdin.write(b"go on")
+        process.stdin.close()
+        assert process.stderr.read() == b""
         assert process.wait(30) == 128 + signal.SIGPIPE
 
 
@@ -57,12 +62,14 @@ def test_a_reader_that_has_seen_enough_is_no_fault() -> None:
 )
 def test_a_full_disk_is_one_line(code: str) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(python(code), cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            python(code), cwd=ROOT, env=BUFFERED, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
         assert done.stderr.splitlines() == [
             "error: No space left on device (LOG_LEVEL=DEBUG shows where it comes from)"
         ]
         assert done.returncode == (0 if "exit" not in code else 1)
-        silent = subprocess.run(python(code), cwd=ROOT, stdout=full, stderr=full, check=False)
+        silent = subprocess.run(python(code), cwd=ROOT, env=BUFFERED, stdout=full, stderr=full, check=False)
     assert silent.returncode == done.returncode
 
 

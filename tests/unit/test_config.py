@@ -195,7 +195,7 @@ def test_a_dotenv_that_windows_wrote_is_read(tmp_path: Path) -> None:
 
 def test_postgres_is_taken_for_postgre(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
-        "POSTGRES_HOST=db\nPOSTGRES_PORT=1\nPOSTGRE_PORT=2\nPOSTGRES_DB=other\nPOSTGRE_USER=one\n", encoding="utf-8"
+        "POSTGRES_HOST=db\nPOSTGRE_PORT=2\nPOSTGRES_PORT=1\nPOSTGRES_DB=other\nPOSTGRE_USER=one\n", encoding="utf-8"
     )
     monkeypatch.setenv("POSTGRES_USER", "two")
     monkeypatch.setenv("POSTGRES_PASSWORD", "hunter2")

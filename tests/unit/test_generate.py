@@ -133,19 +133,32 @@ def test_a_file_that_exists_is_kept_unless_forced(tmp_path: Path) -> None:
 
 def test_of_two_that_write_one_file_the_second_is_refused(tmp_path: Path) -> None:
     """And what the first has written until then stays."""
-    part = tmp_path / ".a.parquet.part"
-    with part.open("wb") as first:
-        fcntl.flock(first, fcntl.LOCK_EX)
-        first.write(b"half of it")
-        first.flush()
-        with pytest.raises(ConfigurationError, match=r"^another generate is writing .*/a\.parquet: wait for it"):
-            make(tmp_path / "a.parquet")
-        assert part.read_bytes() == b"half of it"
-    make(tmp_path / "a.parquet")  # what a killed one has left is no obstacle
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.parquet"]
+    out, part = tmp_path / "a.parquet", tmp_path / ".a.parquet.part"
+    refused = []
+
+    class Meanwhile(Shutdown):
+        """Somebody else generates the same file while the first is at it."""
+
+        @property
+        def requested(self) -> bool:
+            before = part.read_bytes()
+            with pytest.raises(ConfigurationError, match=r"^another generate is writing .*/a\.parquet: wait for it"):
+                generate(SETTINGS, PLAN, out, Shutdown(), force=True)
+            assert part.read_bytes() == before
+            refused.append(True)
+            return False
+
+    part.write_bytes(b"what a killed one has left is no obstacle")
+    generate(SETTINGS, PLAN, out, Meanwhile())
+    assert refused
+    assert pq.ParquetFile(out).metadata.num_rows == 5 * 2400
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_file_that_another_has_just_written_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_another_has_just_written_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, force: bool
+) -> None:
     out = tmp_path / "a.parquet"
 
     def lock(file: IO[bytes], operation: int) -> None:
@@ -155,7 +168,7 @@ def test_a_file_that_another_has_just_written_is_kept(tmp_path: Path, monkeypatc
     fcntl_flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", lock)
     with pytest.raises(ConfigurationError):
-        make(out)
+        generate(SETTINGS, PLAN, out, Shutdown(), force=force)
     assert out.read_bytes() == b""
 
 
