@@ -299,3 +299,11 @@ def test_no_secret_is_in_a_layer() -> None:
     assert list(SERVICES["migrate"]["build"]["args"]) == ["PYTHON_IMAGE"]
     git_ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     assert {".env", "secrets/", ".local/"} <= set(git_ignored)
+
+
+def test_image_has_nothing_left_that_installs_python_packages() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    final_stage = dockerfile[dockerfile.rindex("\nFROM ") :]
+    assert re.search(r"python -m pip uninstall --yes .*\bpip\b", final_stage)
+    assert "shutil.rmtree(ensurepip.__path__[0])" in final_stage
+    assert not re.search(r"pip install|apt-get", final_stage)
