@@ -41,13 +41,17 @@ SET enable_sort = off; SET enable_mergejoin = off; SET jit = off
 
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
--- that is loaded comes in many pieces, and its intervals should be computed when they are complete.
+-- that is loaded comes in many pieces, and its intervals should be computed when they are complete. ``resting`` leaves
+-- it for later, as long as more is loaded.
 SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp(),
        count(*) < (SELECT count(*) FROM summary_refresh_queue)
-FROM summary_refresh_queue
+FROM summary_refresh_queue, (
+    SELECT coalesce(range_agg(touched), '{}') AS lately,
+           coalesce(bool_or(upper(touched) <= now() - interval '1 hour'), false) AS has_past
+    FROM summary_refresh_queue WHERE queued_at > now() - interval '1 second'
+) AS loaded
 WHERE %(all)s OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
-   OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
-                      WHERE queued_at > now() - interval '1 second')
+   OR NOT touched && lately AND NOT (%(resting)s AND has_past)
 
 -- name: queue_depth
 SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8

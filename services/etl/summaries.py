@@ -43,6 +43,8 @@ STEP = timedelta(days=1)
 MOST_TIME = timedelta(days=7)
 MOST_WINDOWS = 32
 SLOW_S, QUICK_S = 20.0, 2.0
+# While history is loaded, its refresh rests this many times as long as it took: each interval is computed less often.
+REST, MOST_REST_S = 4.0, 2.0
 # A refresh of what lies between two windows that are this near costs less than another call.
 NEAR = timedelta(minutes=5)
 # Where there are more windows than one step takes, sensors report seldom, and there is little between.
@@ -88,6 +90,7 @@ class Summaries:
         self._keep = keep
         self.step = STEP
         self.are_unsettled = False  # whether the last look at the queue left something to settle
+        self._rests_until = 0.0
         connection.execute(SQL["prefer_hashing"])
         row = connection.execute(SQL["refresh_has_options"]).fetchone()
         assert row is not None
@@ -120,6 +123,8 @@ class Summaries:
             return True  # the next round sees that it is gone
         mirror_s = time.monotonic() - refreshed
         self.pace(time.monotonic() - started)
+        if self.are_unsettled and step.cut is None:
+            self._rests_until = time.monotonic() + min(REST * (time.monotonic() - started), MOST_REST_S)
         counts = {
             metric: sum((end - start) // metric.width for start, end in pieces) for metric, pieces in intervals.items()
         }
@@ -188,7 +193,8 @@ class Summaries:
             self.step = min(self.step * 2, MOST_TIME)
 
     def _read_queue(self, *, settled: bool) -> Queued | None:
-        row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
+        options = {"all": not settled, "resting": time.monotonic() < self._rests_until}
+        row = self._connection.execute(SQL["read_queue"], options).fetchone()
         assert row is not None
         ids, touched, oldest, now, self.are_unsettled = row
         return None if ids is None else Queued(ids, touched, now - oldest)

@@ -20,6 +20,7 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import Reading
+from services.etl import summaries as summaries_module
 from services.etl.aggregates import Aggregates
 from services.etl.lease import Lease
 from services.etl.metrics import BASE, OF_MINUTES, Metric, configured_metrics
@@ -302,6 +303,38 @@ def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
     assert queue_length(connection) == 1
     age("max", 2)
     assert averages() == [6.0, 20.0]  # settled
+    assert queue_length(connection) == 0
+
+
+def test_while_history_is_loaded_its_refresh_rests_and_the_present_does_not(
+    connection: psycopg.Connection, sink: Sink, leader: Leader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it ends with the loading: the summaries do not wait for more."""
+    monkeypatch.setattr(summaries_module, "REST", 1e9)
+    now, past = datetime.now(UTC), [minutes(0) - timedelta(days=days) for days in (300, 200)]
+
+    def store_and_refresh(settled: float, loaded: float | None = None, present: float | None = None) -> list[object]:
+        store(sink, Reading("s1", past[0], settled))
+        connection.execute("UPDATE summary_refresh_queue SET queued_at = now() - interval '2 seconds'")
+        if present is not None:
+            store(sink, Reading("s1", now, present))
+        if loaded is not None:
+            store(sink, Reading("s1", past[1], loaded))
+        leader.summaries.refresh_queued(settled=True)
+        return [row[2] for row in summary(connection)]
+
+    monkeypatch.setattr(summaries_module, "MOST_REST_S", 0.0)
+    assert store_and_refresh(1.0, loaded=2.0) == [1.0]
+    connection.execute("DELETE FROM summary_refresh_queue")
+    assert store_and_refresh(3.0, loaded=4.0) == [3.0]  # no rest
+    connection.execute("DELETE FROM summary_refresh_queue")
+    monkeypatch.setattr(summaries_module, "MOST_REST_S", 3600.0)
+    assert store_and_refresh(5.0, loaded=6.0) == [5.0]
+    connection.execute("DELETE FROM summary_refresh_queue")
+    assert store_and_refresh(7.0, loaded=8.0) == [5.0]
+    assert leader.summaries.are_unsettled
+    assert store_and_refresh(9.0, loaded=10.0, present=20.0) == [5.0, 20.0]
+    assert store_and_refresh(11.0, present=21.0) == [11.0, 10.0, 21.0]
     assert queue_length(connection) == 0
 
 
