@@ -280,7 +280,7 @@ class Settings(Environment):
         0, ge=0, le=36_500, description="age in days at which raw readings are compressed: 0 (never) or more"
     )
     etl_poll_seconds: float = Field(
-        1.0, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
+        0.5, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
     )
     etl_check_seconds: float = Field(
         300.0,

@@ -54,8 +54,10 @@ class Aggregates:
         for metric in self.configured:
             with self._lease.transaction():
                 current = stored_metrics(self._connection).get(metric.name, metric)
-                if current.aggregate not in self.materialized():
-                    current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=False))
+                suited = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=current.of_minutes))
+                exists = current.aggregate in self.materialized()
+                if not exists or (suited != current and self._is_empty(current)):
+                    current = suited
                     self._create(current)
                     self._connection.execute(
                         SQL["write_state"],
@@ -63,6 +65,11 @@ class Aggregates:
                     )
                     self._connection.execute(SQL["queue_all"])
             self.current[metric.name] = current
+
+    def _is_empty(self, metric: Metric) -> bool:
+        """Whether nothing is summarised yet, and what it is made of can change at once."""
+        row = self._connection.execute(statement("is_summary_empty", metric)).fetchone()
+        return row is not None and bool(row[0])
 
     def _drop_outdated_base(self) -> None:
         """Drop minutes that lack a metric, and all that is made of them; also what is, and does not say so.

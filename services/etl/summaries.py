@@ -241,7 +241,7 @@ class Summaries:
         """Make the summary's rows in the windows equal to those of the table; returns how many changed."""
         changed = 0
         for start, end in windows:
-            for name in ("upsert_summary", "delete_vanished"):
+            for name in ("merge_summary", "delete_vanished"):
                 window = {"start": start, "end": end}
                 mirror = statement(name, metric, materialized=materialized)
                 changed += self._connection.execute(mirror, window).rowcount

@@ -15,6 +15,7 @@ from services.core.config import Settings
 from services.core.reading import Reading
 from services.etl import aggregates as aggregates_module
 from services.etl.metrics import BASE, OF_MINUTES
+from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, StartService, minutes, run_cli, wait_until
 from tests.integration.test_etl import aggregates, differences, queue_length, readers, summary
@@ -79,6 +80,27 @@ def test_dense_readings_in_a_new_database_are_summed_by_the_minute_at_once(
     store(sink, *DENSE, 60 * 24 * 365 * 50)  # and one from the future of each sensor
     Leader(connection, settings)
     assert aggregates(connection) == OF_DENSE
+
+
+def test_dense_history_of_an_empty_database_is_read_once(
+    connection: psycopg.Connection, settings: Settings, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An etl that found no readings took them for sparse; nothing is made of that."""
+    Leader(connection, settings).run_once()
+    assert aggregates(connection) == OF_READINGS
+    store(sink, *DENSE)
+    refreshed = []
+    refresh = Summaries.refresh
+
+    def note_and_refresh(self: Summaries, aggregate: str, *window: datetime, force: bool = False) -> None:
+        refreshed.append(aggregate)
+        refresh(self, aggregate, *window, force=force)
+
+    monkeypatch.setattr(Summaries, "refresh", note_and_refresh)
+    Leader(connection, settings).run_once()
+    assert set(refreshed) == aggregates(connection) == OF_DENSE
+    assert summary(connection, suffix="_live") == summary(connection)
+    assert differences(connection, settings) == []
 
 
 @pytest.mark.parametrize("times", [[0.0, 60.0], DENSE[:49]], ids=["once an hour", "too few to tell"])
