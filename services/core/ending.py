@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -40,10 +41,10 @@ def run_to_its_end(command: Callable[[], int]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return STOPPED
-    except BrokenPipeError:  # whoever read it has seen enough
-        _forget(sys.stdout)
-        return BROKEN_PIPE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # who read it has seen enough
+            _forget(sys.stdout)
+            return BROKEN_PIPE
         log.debug("fault", exc_info=True)
         return _fail(_describe(error), PermanentError.exit_code)
 
@@ -78,6 +79,13 @@ def _fail(text: str, exit_code: int) -> int:
     except OSError:
         _forget(sys.stderr)
     return exit_code
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads any more: other pipes break too, and that is a fault."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _forget(stream: TextIO) -> None:

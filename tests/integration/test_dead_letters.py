@@ -100,7 +100,8 @@ def test_what_stays_bad_is_there_once(settings: Settings, connection: psycopg.Co
         assert replayed(quiet)[1] == "1 (1 invalid_json) not sent: they can never be stored"
         consume(settings, **small)
         assert [entry["reason"] for entry in listed(settings)] == ["invalid_json", *["too_large"] * 5]
-    start("consume", settings=settings.model_copy(update={"max_message_bytes": 256})).wait_for("partitions_assigned")
+    slow = settings.model_copy(update={"max_message_bytes": 256, "consumer_batch_seconds": 3.0})
+    start("consume", settings=slow).wait_for("partitions_assigned")
     assert replayed(quiet)[0] == (
         f"5 dead letters sent to {settings.kafka_topic}: 0 stored, or there already; 5 (5 too_large) refused again"
     )
@@ -188,7 +189,9 @@ def test_what_a_forged_letter_says_cannot_command_a_terminal(settings: Settings)
         assert "owned" in shown
         assert not {"\x1b", "\x07"} & set(shown)
         assert "\nNEXT" not in shown
-    assert "and 10 more reasons)" in run_cli(settings, "status").stdout
+    state = run_cli(settings, "status").stdout
+    assert state.count("owned") == 20
+    assert "and 10 more reasons)" in state
 
 
 def test_without_the_topic_one_line_says_so(settings: Settings) -> None:

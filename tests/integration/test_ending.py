@@ -83,6 +83,7 @@ def test_without_an_output_nothing_is_missed() -> None:
     [
         ("KeyError('x')", r"error: KeyError: 'x' (an unforeseen fault in "),
         ("OSError(30, 'Read-only file system', '/a/b')", "error: /a/b: Read-only file system (LOG_LEVEL=DEBUG shows"),
+        ("BrokenPipeError(32, 'Broken pipe')", "error: Broken pipe (LOG_LEVEL=DEBUG shows"),  # another one than stdout
         ("PermanentError('a\\n\\x1b[2Jb')", "error: a\\n\\x1b[2Jb"),
         ("PermanentError('\\udcff')", "error: \\udcff"),
     ],
