@@ -55,11 +55,14 @@ COMMIT
 
 -- name: end_dead_writers
 -- Consumers encode before they begin and never pause inside a transaction, so one that is waited for is gone.
-SELECT pid FROM pg_stat_activity
-WHERE application_name = %(name)s AND usename = current_user AND pid <> pg_backend_pid()
-  AND wait_event_type = 'Client' AND state IN ('active', 'idle in transaction')
-  AND xact_start < now() - interval '2 seconds'
-  AND pg_terminate_backend(pid)
+-- Materialized: in one WHERE the server chooses the order, and would end sessions before it has looked whose they are.
+WITH dead AS MATERIALIZED (
+    SELECT pid FROM pg_stat_activity
+    WHERE application_name = %(name)s AND usename = current_user AND pid <> pg_backend_pid()
+      AND wait_event_type = 'Client' AND state IN ('active', 'idle in transaction')
+      AND xact_start < now() - interval '2 seconds'
+)
+SELECT pid FROM dead WHERE pg_terminate_backend(pid)
 
 -- name: add_partitions
 -- A partition that the database has never heard of begins at the beginning.

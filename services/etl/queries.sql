@@ -201,9 +201,12 @@ CALL refresh_continuous_aggregate({aggregate}, {start}, {end}, force => {force}{
 -- name: end_mistaken_sessions
 -- A refresh is registered with the pid of its session. If the server crashes in the middle of one and gives the pid to
 -- another session afterwards, TimescaleDB refuses that refresh as long as this session lives.
-SELECT pid
-FROM _timescaledb_catalog.continuous_aggs_jobs_refresh_ranges JOIN pg_stat_activity USING (pid)
-WHERE backend_start > created_at AND pg_terminate_backend(pid)
+WITH mistaken AS MATERIALIZED (
+    SELECT pid
+    FROM _timescaledb_catalog.continuous_aggs_jobs_refresh_ranges JOIN pg_stat_activity USING (pid)
+    WHERE backend_start > created_at
+)
+SELECT pid FROM mistaken WHERE pg_terminate_backend(pid)
 
 -- name: refresh_has_options
 -- Since TimescaleDB 2.28.

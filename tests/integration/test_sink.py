@@ -317,8 +317,9 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
     """No time limit of PostgreSQL ends a session that waits for COPY's data."""
     batch = [Reading(f"s{number}", minutes(0), 1.0) for number in range(5000)]  # more than the server holds back
     heir = Sink(settings)
-    frozen = connect(settings, SESSION_NAME)
+    frozen, bystander = connect(settings, SESSION_NAME), connect(settings)
     try:
+        bystander.execute("BEGIN")
         cursor = frozen.cursor()
         encoded = encode(columns_of(batch))
         cursor.execute("BEGIN")
@@ -328,8 +329,10 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
         wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
         with pytest.raises(psycopg.OperationalError):
             copying.__exit__(None, None, None)
+        bystander.execute("COMMIT")  # of others nobody is ended
     finally:
         frozen.close()
+        bystander.close()
     assert len(stored(connection)) == len(batch)
     heir.close()
 
