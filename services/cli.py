@@ -75,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    migrate = commands.add_parser("migrate", help="create the tables, or bring them up to this version")
+    migrate = commands.add_parser(
+        "migrate", help="create the tables, or bring them up to this version, then let roles log in as logins does"
+    )
     migrate.set_defaults(run=run_migrate)
 
     produce = commands.add_parser("produce", help="send the readings of PARQUET_URL to the Kafka topic")
@@ -211,11 +213,14 @@ def _time(option: str, text: str) -> datetime:
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def run_migrate(_settings: Settings, _options: argparse.Namespace) -> int:
+def run_migrate(settings: Settings, _: argparse.Namespace) -> int:
     """``migrate``."""
+    from services.core.logins import let_in
     from services.core.schema import upgrade
 
     upgrade()
+    if done := let_in(settings, Shutdown().listen()):
+        print(f"these roles may log in: {', '.join(done)}")
     return 0
 
 

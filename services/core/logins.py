@@ -1,4 +1,4 @@
-"""Passwords for the roles that the services log in as: ``sensor-pipeline logins``, run after the migrations.
+"""Passwords for the roles that the services log in as: ``sensor-pipeline logins``, which migrate does too.
 
 The server is given what it stores, a verifier that this machine computes: the password itself is in no statement, and
 so in no log, whatever the server logs.
@@ -37,7 +37,7 @@ def let_in(settings: Settings, shutdown: Shutdown) -> list[str]:
         found = connection.execute("SELECT rolname FROM pg_roles WHERE rolname = ANY(%s)", [wanted]).fetchall()
         missing = sorted({*wanted} - {name for (name,) in found})
         if missing:
-            raise ConfigurationError(f"there is no role {', '.join(missing)}: run alembic upgrade head first")
+            raise ConfigurationError(f"there is no role {', '.join(missing)}: run sensor-pipeline migrate first")
         for login in wanted:
             _let_in(connection, login, settings.password_of(login))
     return wanted

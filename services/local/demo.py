@@ -25,9 +25,8 @@ from pydantic import SecretStr
 from services.core.config import LOGINS, Settings
 from services.core.database import connect
 from services.core.errors import STOPPED, ConfigurationError, PermanentError
-from services.core.logins import let_in, settings_as
+from services.core.logins import settings_as
 from services.core.offsets import group_lag
-from services.core.shutdown import Shutdown
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
 from services.local.runtime import make_writable
@@ -128,7 +127,6 @@ class Demo:
         stack.up(detach=False)
         say("creating the tables: sensor-pipeline migrate")
         self._migrate()
-        self._let_services_in()
         say(f"starting producer, consumer and etl over {self._settings.parquet_url}")
         for name in ("consumer", "etl", "producer"):
             self._start(name)
@@ -148,27 +146,25 @@ class Demo:
         Stack(stack_options(self._settings, self._directory)).down()
 
     def _migrate(self) -> None:
+        """Create the tables, and let each in under a role of its own, with a password that is thrown away."""
+        files = {f"{login}_password_file": "" for login in LOGINS}
+        passwords = {f"{login}_password": SecretStr(secrets.token_hex(16)) for login in LOGINS}
+        settings = self._settings.model_copy(update=files | passwords)
         done = subprocess.run(
             [sys.executable, "-m", "services.cli", "migrate"],
-            env=environment(self._settings),
+            env=environment(settings),
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode != 0:
             raise PermanentError(f"sensor-pipeline migrate failed: {(done.stderr or done.stdout).strip()}")
-
-    def _let_services_in(self) -> None:
-        """Each logs in under a role of its own, with a password that is thrown away; the producer under none."""
-        passwords = {f"{login}_password": SecretStr(secrets.token_hex(16)) for login in LOGINS}
-        settings = self._settings.model_copy(update=passwords)
-        let_in(settings, Shutdown())
         for name in ("consumer", "etl"):
             login = settings_as(f"sensor_{name}", settings)
             self._logins[name] = login.model_copy(update=dict.fromkeys(passwords, NO_PASSWORD))
         nobody = {"postgre_password": NO_PASSWORD, "postgre_password_file": ""}
         self._logins["producer"] = self._settings.model_copy(update=nobody)
-        self._dashboard_password = passwords["sensor_dashboard_password"].get_secret_value()
+        self._dashboard_password = settings.password_of("sensor_dashboard")
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "logs" / f"{name}.log"

@@ -90,6 +90,14 @@ def test_the_command_prints_names_and_takes_files(settings: Settings, tmp_path: 
 
 
 @pytest.mark.usefixtures("nobody")
+def test_migrate_lets_them_in_too(settings: Settings) -> None:
+    done = run_cli(settings, "migrate", LOG_LEVEL="WARNING", SENSOR_ETL_PASSWORD=PASSWORD + "sensor_etl")
+    assert (done.returncode, done.stdout) == (0, "these roles may log in: sensor_etl\n"), done.stderr
+    assert may_log_in(with_passwords(settings), "sensor_etl")
+    assert run_cli(settings, "migrate").stdout == ""
+
+
+@pytest.mark.usefixtures("nobody")
 def test_who_may_not_is_told_what_to_run(settings: Settings) -> None:
     let_in(with_passwords(settings), Shutdown())
     etl = settings_as("sensor_etl", with_passwords(settings))
@@ -109,7 +117,7 @@ def test_before_the_migrations_nothing_is_changed(settings: Settings) -> None:
     downgrade(settings)
     try:
         with pytest.raises(
-            ConfigurationError, match=r"^there is no role sensor_\w+, .*: run alembic upgrade head first$"
+            ConfigurationError, match=r"^there is no role sensor_\w+, .*: run sensor-pipeline migrate first$"
         ):
             let_in(with_passwords(settings), Shutdown())
     finally:
