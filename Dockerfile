@@ -25,10 +25,12 @@ LABEL org.opencontainers.image.title="sensor-pipeline" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.description="Sensor readings from Parquet through Kafka into TimescaleDB" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Nothing is installed from here on, so nothing that installs is left: neither pip nor the wheel that makes it.
+# Nothing is installed from here on, so nothing that installs is left: neither pip nor the wheel that makes it. A pip
+# that belongs to the base's distribution does not uninstall itself.
 RUN groupadd --gid 10001 pipeline && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin pipeline && \
-    python -m pip uninstall --yes --quiet --root-user-action=ignore pip && \
+    { python -m pip uninstall --yes --quiet --root-user-action=ignore pip || \
+        python -c 'import pip, shutil; shutil.rmtree(pip.__path__[0])'; } && \
     python -c 'import ensurepip, shutil; shutil.rmtree(ensurepip.__path__[0])'
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
