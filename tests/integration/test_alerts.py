@@ -80,7 +80,7 @@ def service(job: str, instance: str, servers: Sequence[str], **labels: str) -> d
 
 
 def consumer(instance: str, partition: int) -> dict[str, str]:
-    """A healthy consumer with one partition, to which five readings a second come."""
+    """A healthy consumer with one partition, to which five readings come per second."""
     own = f'job="consumer",instance="{instance}"'
     return service("consumer", instance, ["kafka", "database"]) | {
         f'sensor_consumer_lag_messages{{{own},partition="{partition}"}}': always(3),
