@@ -14,9 +14,18 @@ from psycopg import sql
 
 from services.core.config import Settings
 from tests.fix_services import message, minutes, publish, run_cli
+from tests.fix_stack import ROOT
 
 pytestmark = pytest.mark.usefixtures("native")
 RESTORED = "sensors_restored"
+# On the database itself, as the migrations give them; nobody else may even connect.
+RIGHTS = {
+    ("sensor_consumer", "CONNECT"),
+    ("sensor_consumer", "TEMPORARY"),
+    ("sensor_etl", "CONNECT"),
+    ("sensor_etl", "TEMPORARY"),
+    ("sensor_reader", "CONNECT"),
+}
 
 
 def tool(settings: Settings, name: str, *arguments: str, given: bytes = b"") -> bytes:
@@ -75,6 +84,16 @@ def content(connection: psycopg.Connection) -> dict[str, list[tuple[object, ...]
     }
 
 
+def rights(connection: psycopg.Connection) -> set[tuple[object, ...]]:
+    """Who may do what on the database itself, besides its owner."""
+    return set(
+        connection.execute(
+            "SELECT grantee::regrole::text, privilege_type FROM pg_database, aclexplode(datacl) "
+            "WHERE datname = current_database() AND grantee <> datdba"
+        )
+    )
+
+
 def test_a_dump_is_restored_and_the_services_go_on_where_it_ends(
     settings: Settings, connection: psycopg.Connection, restored: Settings
 ) -> None:
@@ -94,6 +113,9 @@ def test_a_dump_is_restored_and_the_services_go_on_where_it_ends(
         new.execute("SELECT timescaledb_pre_restore()")
         tool(settings, "pg_restore", "-d", RESTORED, "--exit-on-error", given=dump)
         new.execute("SELECT timescaledb_post_restore()")
+        page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+        for statement in re.findall(r"'((?:GRANT|REVOKE) [^']* ON DATABASE sensors [^']*)'", page):
+            new.execute(statement.replace("DATABASE sensors", f"DATABASE {RESTORED}"))
         new.execute("ANALYZE")
     with psycopg.connect(
         connection.info.dsn, dbname=RESTORED, password=connection.info.password, autocommit=True
@@ -101,6 +123,7 @@ def test_a_dump_is_restored_and_the_services_go_on_where_it_ends(
         assert len(content(new)["sensor_data"]) == 500
         assert '"inserted": 300, "updated": 0, "unchanged": 0' in work(restored)
         assert content(new) == expected
+        assert rights(new) == RIGHTS
         reconciled = run_cli(restored, "etl", "--reconcile").stdout
         assert sorted(reconciled.splitlines()) == [
             "humidity_summary: 0 rows differed",
