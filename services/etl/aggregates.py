@@ -47,6 +47,7 @@ class Aggregates:
         self.configured = configured
         self.current: dict[str, Metric] = {}
         self.building: dict[str, Metric] = {}
+        self.is_new = True  # as far as we know, nothing is summarised yet
 
     def prepare(self) -> None:
         """Create what the summaries cannot do without."""
@@ -54,10 +55,8 @@ class Aggregates:
         for metric in self.configured:
             with self._lease.transaction():
                 current = stored_metrics(self._connection).get(metric.name, metric)
-                suited = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=current.of_minutes))
-                exists = current.aggregate in self.materialized()
-                if not exists or (suited != current and self._is_empty(current)):
-                    current = suited
+                if current.aggregate not in self.materialized():
+                    current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=False))
                     self._create(current)
                     self._connection.execute(
                         SQL["write_state"],
@@ -66,8 +65,24 @@ class Aggregates:
                     self._connection.execute(SQL["queue_all"])
             self.current[metric.name] = current
 
+    def suit_first_readings(self) -> None:
+        """As long as nothing is summarised, what the summaries are made of can change at once."""
+        if not self.is_new or self.building:
+            return
+        for wanted in self.wanted():
+            current = self.current[wanted.name]
+            suited = replace(current, of_minutes=wanted.of_minutes)
+            if not self._is_empty(current):
+                self.is_new = False
+            elif suited != current:
+                self.build(suited)
+                with self._lease.transaction():
+                    self._connection.execute(SQL["queue_all"])
+                self.switch(suited, None)
+                self.drop_others()
+
     def _is_empty(self, metric: Metric) -> bool:
-        """Whether nothing is summarised yet, and what it is made of can change at once."""
+        """Whether nothing is summarised yet."""
         row = self._connection.execute(statement("is_summary_empty", metric)).fetchone()
         return row is not None and bool(row[0])
 

@@ -234,4 +234,5 @@ class Leader:
             pass
 
     def _work(self, *, settled: bool) -> bool:
+        self._aggregates.suit_first_readings()
         return self.summaries.refresh_queued(settled=settled)

@@ -82,11 +82,13 @@ def test_dense_readings_in_a_new_database_are_summed_by_the_minute_at_once(
     assert aggregates(connection) == OF_DENSE
 
 
+@pytest.mark.parametrize("runs_on", [False, True], ids=["started again", "running on"])
 def test_dense_history_of_an_empty_database_is_read_once(
-    connection: psycopg.Connection, settings: Settings, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    connection: psycopg.Connection, settings: Settings, sink: Sink, monkeypatch: pytest.MonkeyPatch, runs_on: bool
 ) -> None:
     """An etl that found no readings took them for sparse; nothing is made of that."""
-    Leader(connection, settings).run_once()
+    leader = Leader(connection, settings)
+    leader.run_once()
     assert aggregates(connection) == OF_READINGS
     store(sink, *DENSE)
     refreshed = []
@@ -97,7 +99,7 @@ def test_dense_history_of_an_empty_database_is_read_once(
         refresh(self, aggregate, *window, force=force)
 
     monkeypatch.setattr(Summaries, "refresh", note_and_refresh)
-    Leader(connection, settings).run_once()
+    (leader if runs_on else Leader(connection, settings)).run_once()
     assert set(refreshed) == aggregates(connection) == OF_DENSE
     assert summary(connection, suffix="_live") == summary(connection)
     assert differences(connection, settings) == []
