@@ -182,7 +182,7 @@ def test_connections_cut_at_any_step_of_a_refresh_leave_exact_summaries(
     etl.wait_for("leading")
     cuts = [
         *((b"CALL refresh_continuous_aggregate", moment) for moment in Moment),
-        *((b'INSERT INTO "humidity_summary"', moment) for moment in Moment),
+        *((b'MERGE INTO "humidity_summary"', moment) for moment in Moment),
         *((b"DELETE FROM summary_refresh_queue", moment) for moment in Moment),
         *((b"COMMIT\0", moment) for moment in Moment),
     ]
