@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 
@@ -12,7 +13,9 @@ class Shutdown:
     """Set once, never cleared. ``wait`` replaces every sleep of a service."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # Not an Event: who waits for one holds its lock now and then, and a handler in that thread would wait for it.
+        self._requests: SimpleQueue[None] = SimpleQueue()
+        self._is_requested = False
         self._expected = time.monotonic()  # when the main loop is to look again, or last did
 
     def listen(self) -> Shutdown:
@@ -27,23 +30,28 @@ class Shutdown:
 
     def request(self) -> None:
         """Ask every loop to end."""
-        self._event.set()
+        self._is_requested = True
+        self._requests.put(None)
 
     @property
     def requested(self) -> bool:
         """Whether the service shall end."""
         self._expected = time.monotonic()
-        return self._event.is_set()
+        return self._is_requested
 
     def wait(self, seconds: float) -> bool:
         """Pause for ``seconds`` at most; True as soon as the service shall end."""
         self._expected = time.monotonic() + seconds
-        self._event.wait(seconds)
+        self._wait(max(0.0, seconds))
         return self.requested
 
     def wait_until_requested(self) -> None:
         """For threads beside the main loop: they do not speak for it."""
-        self._event.wait()
+        self._wait(None)
+
+    def _wait(self, seconds: float | None) -> None:
+        with suppress(Empty):
+            self._requests.put(self._requests.get(timeout=seconds))  # it is everybody's
 
     @property
     def silent_s(self) -> float:

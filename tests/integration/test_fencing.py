@@ -196,7 +196,7 @@ def test_a_batch_in_hand_when_its_partitions_move_is_not_written(
     """The one that hangs stays a member, and what it has in hand is older than what the new owner stores."""
     may_go_on = tmp_path / "go-on"
     send_to_all(expected, corrections(60, 100))
-    fast = own.model_copy(update={"consumer_batch_rows": 500})
+    fast = own.model_copy(update={"consumer_batch_rows": 500, "consumer_writers": 1})  # all that it has hangs
     hanging = start(
         plan("write", "before", call=1, until=str(may_go_on), hand_over_within_s=0.2),
         "consume",

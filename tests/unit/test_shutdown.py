@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from services.core.shutdown import Shutdown
+from tests.fix_stack import ROOT
+
+SIGNALS = """
+import os, signal, threading
+from services.core.shutdown import Shutdown
+for _ in range(300):
+    shutdown = Shutdown().listen()
+    threading.Timer(0.001, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while not shutdown.wait(0.0):
+        pass
+    assert shutdown.requested
+    assert shutdown.wait(60)
+    shutdown.wait_until_requested()
+"""
 
 
 @pytest.fixture
@@ -29,13 +45,12 @@ def test_a_pause_is_no_silence_until_it_should_have_ended(clock: list[float], mo
     shutdown = Shutdown()
     seen = []
 
-    def oversleep(seconds: float) -> bool:
+    def oversleep(seconds: float) -> None:
         for passed in (seconds - 1, 6):
             clock[0] += passed
             seen.append(shutdown.silent_s)
-        return False
 
-    monkeypatch.setattr(shutdown._event, "wait", oversleep)
+    monkeypatch.setattr(shutdown, "_wait", oversleep)
     assert not shutdown.wait(60)
     assert seen == [0, 5]
     assert shutdown.silent_s == 0
@@ -50,3 +65,8 @@ def test_a_thread_beside_the_loop_does_not_speak_for_it(clock: list[float]) -> N
     shutdown.request()
     beside.join()
     assert shutdown.silent_s == 70
+
+
+def test_no_moment_is_a_bad_one_for_a_signal() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALS], cwd=ROOT, timeout=30, check=False)
+    assert done.returncode == 0
