@@ -216,7 +216,7 @@ class Worker:
         working = [lane for lane in self._lanes if not lane.paused]
         if any(lane.ready is not None for lane in working):
             return WRITER_LOOK_S
-        return min(POLL_S, *(lane.left_s() for lane in working if not lane.filling.is_empty), POLL_S)
+        return min([POLL_S, *(lane.left_s() for lane in working if not lane.filling.is_empty)])
 
     def _note_error(self, message: Message) -> None:
         error = message.error()
@@ -365,7 +365,7 @@ class Worker:
 
     def _settle(self, lane: Lane, outcome: Outcome) -> None:
         lane.writer.take(outcome)
-        self._clock_lead = lane.writer.clock_lead
+        self._clock_lead = lane.writer.clock_lead or self._clock_lead  # 0: this writer has not stored anything yet
         match outcome:
             case Places():
                 self._take_places(lane, outcome)

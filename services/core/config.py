@@ -60,6 +60,15 @@ def _check_pair(certificate_setting: str, certificate: str, key: str, password: 
 LOGINS = ("sensor_consumer", "sensor_etl", "sensor_grafana", "sensor_dashboard")
 
 
+def _password_file_of(login: str) -> Any:
+    return Field("", description=f"file with the password of {login}; it wins over {login.upper()}_PASSWORD")
+
+
+def _password_of(login: str) -> Any:
+    what = f"password that migrate sets for the role {login}; empty: it is left alone"
+    return Field(SecretStr(""), validate_default=True, description=what)
+
+
 def _level(text: str) -> str:
     return text.upper() if text.islower() and text.upper() in logging.getLevelNamesMapping() else text
 
@@ -118,38 +127,14 @@ class Settings(Environment):
     postgre_sslcert: CertificateFile = Field("", description="file with the certificate we show to PostgreSQL")
     postgre_sslkey: str = Field("", validate_default=True, description="file with that certificate's private key")
 
-    sensor_consumer_password_file: PasswordFile = Field(
-        "", description="file with the password of sensor_consumer; it wins over SENSOR_CONSUMER_PASSWORD"
-    )
-    sensor_consumer_password: SecretStr = Field(
-        SecretStr(""),
-        validate_default=True,
-        description="password that the command logins sets for the role sensor_consumer; empty: it is left alone",
-    )
-    sensor_etl_password_file: PasswordFile = Field(
-        "", description="file with the password of sensor_etl; it wins over SENSOR_ETL_PASSWORD"
-    )
-    sensor_etl_password: SecretStr = Field(
-        SecretStr(""),
-        validate_default=True,
-        description="password that the command logins sets for the role sensor_etl; empty: it is left alone",
-    )
-    sensor_grafana_password_file: PasswordFile = Field(
-        "", description="file with the password of sensor_grafana; it wins over SENSOR_GRAFANA_PASSWORD"
-    )
-    sensor_grafana_password: SecretStr = Field(
-        SecretStr(""),
-        validate_default=True,
-        description="password that the command logins sets for the role sensor_grafana; empty: it is left alone",
-    )
-    sensor_dashboard_password_file: PasswordFile = Field(
-        "", description="file with the password of sensor_dashboard; it wins over SENSOR_DASHBOARD_PASSWORD"
-    )
-    sensor_dashboard_password: SecretStr = Field(
-        SecretStr(""),
-        validate_default=True,
-        description="the same for sensor_dashboard, which the dashboard then logs in as; empty: it is left alone",
-    )
+    sensor_consumer_password_file: PasswordFile = _password_file_of("sensor_consumer")
+    sensor_consumer_password: SecretStr = _password_of("sensor_consumer")
+    sensor_etl_password_file: PasswordFile = _password_file_of("sensor_etl")
+    sensor_etl_password: SecretStr = _password_of("sensor_etl")
+    sensor_grafana_password_file: PasswordFile = _password_file_of("sensor_grafana")
+    sensor_grafana_password: SecretStr = _password_of("sensor_grafana")
+    sensor_dashboard_password_file: PasswordFile = _password_file_of("sensor_dashboard")
+    sensor_dashboard_password: SecretStr = _password_of("sensor_dashboard")
 
     kafka_host: Name = Field("localhost", description="host name or address of a Kafka broker")
     kafka_port: Port = Field(9092, description="port of the Kafka broker: 1 to 65535")

@@ -15,7 +15,7 @@ from tests.fix_stack import ROOT, free_port
 
 # As in a shell: what is printed stays in a buffer for a while.
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-START = "import sys, time; from services.core.ending import run_to_its_end as run; from services.core.errors import *; "
+START = "import sys; from services.core.ending import run_to_its_end as run; from services.core.errors import *; "
 PRINT_MUCH = START + "sys.exit(run(lambda: [print('x' * 79) for _ in range(10_000)] and 0))"
 
 
@@ -115,7 +115,7 @@ def test_the_trace_of_a_fault_is_shown_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_before_anything_has_begun_ends_in_silence() -> None:
-    code = START + "run(lambda: print('begun', flush=True) or time.sleep(60))"
+    code = START + "import signal; run(lambda: print('begun', flush=True) or signal.pause())"
     with subprocess.Popen(python(code), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
