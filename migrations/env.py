@@ -9,14 +9,15 @@ import time
 import sqlalchemy as sa
 from alembic import context
 from psycopg import Connection
-from psycopg.errors import DeadlockDetected, LockNotAvailable, UniqueViolation
+from psycopg.errors import DeadlockDetected, DuplicateColumn, DuplicateTable, LockNotAvailable, UniqueViolation
 
 from services.core.backoff import pauses
 from services.core.config import load_settings
 from services.core.database import connect_at_start
-from services.core.errors import PipelineError
+from services.core.errors import ConfigurationError, PipelineError
 from services.core.logs import configure_logging, fields
 from services.core.printable import printable
+from services.core.schema import newest_revision
 from services.core.shutdown import Shutdown
 
 # Keeps two "alembic upgrade" from running at once. It is no advisory lock, because any role could take that.
@@ -37,7 +38,7 @@ def run() -> None:
     deadline = time.monotonic() + LOCKED_WITHIN_S
     for pause in pauses():
         try:
-            migrate(connect_at_start(settings, Shutdown()))
+            migrate(connect_at_start(settings, Shutdown()), settings.measurements)
             return
         except sa.exc.DBAPIError as error:
             is_locked = isinstance(error.orig, LockNotAvailable | UniqueViolation | DeadlockDetected)
@@ -47,7 +48,7 @@ def run() -> None:
             time.sleep(pause)
 
 
-def migrate(database: Connection) -> None:
+def migrate(database: Connection, measurements: tuple[str, ...]) -> None:
     """All in one transaction, however long it computes between two statements."""
     database.execute("SET idle_in_transaction_session_timeout = 0")
     database.autocommit = False
@@ -58,9 +59,31 @@ def migrate(database: Connection) -> None:
             with context.begin_transaction():
                 connection.exec_driver_sql(LOCK)
                 context.run_migrations()
+                # Not where Alembic only looks: then it has no destination.
+                if "destination_rev" in context.get_context().opts and is_newest():
+                    add_measurements(connection, measurements)
     finally:
         engine.dispose()
         database.close()
+
+
+def is_newest() -> bool:
+    """Whether the database is at this version's newest revision."""
+    return context.get_context().get_current_heads() == (newest_revision(),)
+
+
+def add_measurements(connection: sa.Connection, names: tuple[str, ...]) -> None:
+    """Bring the database to the configured set, also where there was no new revision; it drops nothing."""
+    for name in names:
+        try:
+            added = connection.exec_driver_sql("SELECT add_measurement(%s)", (name,)).scalar()
+        except sa.exc.DBAPIError as error:
+            if isinstance(error.orig, DuplicateColumn | DuplicateTable):
+                text = " ".join(str(error.orig).split())
+                raise ConfigurationError(f"MEASUREMENTS: {name} cannot be added: {text}") from error
+            raise
+        if added:
+            log.info("measurement_added", extra=fields(name=name))
 
 
 try:

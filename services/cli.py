@@ -25,7 +25,7 @@ LOCAL_DIRECTORY = Path(".local")
 WATCH_SECONDS = 5
 # What to read of the settings, where that is not all: who stops something must be able to with wrong ones too.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "generate": (*(f"data_feature_{name}" for name in ("date", "temp", "humid", "sensor")), "log_level", "log_format"),
+    "generate": ("measurements", "data_feature_*", "log_*"),
     "local status": ("kafka_port", "postgre_port"),
     "local down": (),
     "demo --down": (),
@@ -285,8 +285,8 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
     from services.etl.worker import run, run_reconcile
 
     if options.reconcile:
-        for metric, rows in run_reconcile(settings, Shutdown().listen()).items():
-            print(f"{metric}_summary: {rows} rows differed" + (" and were repaired" if rows else ""))
+        for name, rows in run_reconcile(settings, Shutdown().listen()).items():
+            print(f"{name}_summary: {rows} rows differed" + (" and were repaired" if rows else ""))
         return 0
     shutdown = Shutdown().listen()
     code = run(settings, shutdown, once=options.once)

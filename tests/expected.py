@@ -11,6 +11,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
 from services.core.kafka import client_settings
+from services.core.measurements import DEFAULT
 from services.core.offsets import Offsets, group_lag
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
 from tests.fix_services import PATIENCE_S, message, minutes, publish, read_topic, wait_until
@@ -55,7 +56,7 @@ class Expected:
         """Wait for the group to be at the topic's end; then every row is exact, and so many are dead letters."""
         self.wait_until_read(within_s)
         with connect(self.settings) as connection:
-            assert differences_in_readings(connection, self.rows) == []
+            assert differences_in_readings(connection, self.rows, DEFAULT) == []
         if dead_letters is not None:
             assert len(read_topic(self.settings, self.settings.dead_letter_topic)) == dead_letters
 
@@ -72,11 +73,8 @@ class Expected:
         wait_until(self._is_queue_empty, "the queue is empty", within_s)
         settings = self.settings
         with connect(settings) as connection:
-            for metric, width in (
-                ("temperature", settings.temperature_interval),
-                ("humidity", settings.humidity_interval),
-            ):
-                assert differences_in_summary(connection, self.rows, metric, width) == []
+            for at, name in enumerate(DEFAULT):
+                assert differences_in_summary(connection, self.rows, at, name, settings.interval_of(name)) == []
 
     def _is_queue_empty(self) -> bool:
         try:

@@ -27,6 +27,7 @@ from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settin
 from services.core.reading import Reading
 from services.etl import aggregates
 from tests.fix_stack import ROOT, as_environment
+from tests.measured import MEASUREMENTS
 
 PATIENCE_S = 30.0
 NOWHERE = Move("", {}, {})  # of no partition
@@ -144,7 +145,7 @@ def store(settings: Settings, *readings: Reading, repeated: Sequence[Reading] = 
 
 def touched_ranges(readings: Sequence[Reading]) -> Multirange[datetime]:
     """What the consumer queues for readings that it has stored; they are in order of time."""
-    return columns.touched_ranges(columns.columns_of(readings)["time"])
+    return columns.touched_ranges(columns.columns_of(readings, MEASUREMENTS)["time"])
 
 
 def message(
@@ -186,7 +187,7 @@ def publish(settings: Settings, values: Iterable[bytes | None], key: str = "s1",
 def rows_of(message: Message) -> list[dict[str, Any]]:
     """The readings of a message, in either format, with the names of the contract."""
     if dict(headers_of(message)).get(FORMAT_HEADER) == ARROW:
-        rows: list[dict[str, Any]] = decode_block(message.value()).to_pylist()
+        rows: list[dict[str, Any]] = decode_block(message.value(), MEASUREMENTS).to_pylist()
         return rows
     return [json.loads(message.value() or b"")]
 

@@ -25,10 +25,10 @@ from pydantic import SecretStr
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
-from services.core.reading import METRICS
-from services.etl.metrics import BASE
+from services.etl.rollup import BASE
 from services.local.security import Security
 from services.local.stack import Stack, StackOptions
+from tests.measured import MEASUREMENTS, make_settings
 
 ROOT = Path(__file__).parent.parent
 _numbers = itertools.count(1)
@@ -62,8 +62,7 @@ def is_native() -> bool:
 
 def native_settings() -> Settings:
     """The settings of the servers that TEST_* name."""
-    return Settings(
-        _env_file=None,
+    return make_settings(
         postgre_host=os.environ["TEST_POSTGRE_HOST"],
         postgre_port=int(os.environ.get("TEST_POSTGRE_PORT", "5432")),
         postgre_user=os.environ.get("TEST_POSTGRE_USER", "postgres"),
@@ -92,8 +91,7 @@ def make_stack(directory: Path, security: Security | None = None) -> Stack:
 
 def stack_settings(stack: Stack) -> Settings:
     """Settings that reach a local stack."""
-    return Settings(
-        _env_file=None,
+    return make_settings(
         postgre_host="127.0.0.1",
         postgre_port=stack.timescaledb.port,
         kafka_host="127.0.0.1",
@@ -203,13 +201,14 @@ def no_tables(settings: Settings) -> Iterator[None]:
 def empty(connection: psycopg.Connection) -> None:
     """Leave the schema and remove all rows and all aggregates."""
     views = connection.execute(  # those that are built on others first
-        "SELECT view_name FROM timescaledb_information.continuous_aggregates ORDER BY view_name = %s", [BASE]
+        "SELECT view_name FROM timescaledb_information.continuous_aggregates ORDER BY starts_with(view_name, %s)",
+        [BASE],
     ).fetchall()
-    for metric in METRICS:
+    for metric in MEASUREMENTS:
         connection.execute(f"CREATE OR REPLACE VIEW {metric}_summary_live AS SELECT * FROM {metric}_summary")
     for (name,) in views:
         connection.execute(sql.SQL("DROP MATERIALIZED VIEW {}").format(sql.Identifier(name)))
-    summaries = ", ".join(f"{metric}_summary" for metric in METRICS)
+    summaries = ", ".join(f"{metric}_summary" for metric in MEASUREMENTS)
     connection.execute(
         f"TRUNCATE sensor_data, summary_refresh_queue, {summaries}, summary_state, raw_chunk, summary_check,"
         " partition_progress"

@@ -39,7 +39,6 @@ depends_on = None
 
 OLDEST_TIMESCALEDB = (2, 23)
 INSTALL = "install TimescaleDB 2.23 or newer, community edition (image timescale/timescaledb), and preload it"
-METRICS = ("temperature", "humidity")
 ROLES = ("sensor_consumer", "sensor_etl", "sensor_reader")
 # Who looks at the summaries from elsewhere, and with how many connections at most. A session may change its time
 # limits, but not the two others.
@@ -74,14 +73,16 @@ def upgrade() -> None:
     create_progress()
     create_summaries()
     create_queue_state()
+    create_add_measurement()
 
 
 def downgrade() -> None:
     refuse_to_drop_data()
     op.execute("DROP VIEW refresh_queue_state")
-    for metric in METRICS:
-        op.execute(f"DROP VIEW {metric}_summary_live")
-        op.execute(f"DROP TABLE {metric}_summary")
+    for name in measurements():
+        op.execute(f"DROP VIEW {name}_summary_live")
+        op.execute(f"DROP TABLE {name}_summary")
+    op.execute("DROP FUNCTION add_measurement, measurements")
     op.execute("DROP TABLE sensor_data CASCADE")  # takes the continuous aggregates along
     op.execute("DROP FUNCTION hold_readings")
     op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue, etl_lease, summary_check")
@@ -106,13 +107,18 @@ def refuse_to_drop_data() -> None:
     """Unless asked for by an explicit word: summaries may be all that is left of readings that were dropped."""
     if context.get_x_argument(as_dictionary=True).get("drop_data") == "yes":
         return
-    tables = ("sensor_data", *(f"{metric}_summary" for metric in METRICS))
+    tables = ("sensor_data", *(f"{name}_summary" for name in measurements()))
     full = [name for name in tables if op.get_bind().scalar(sa.text(f"SELECT EXISTS (SELECT FROM {name})"))]
     if full:
         raise ConfigurationError(
             f"{', '.join(full)} hold data that this downgrade drops for good; if that is what you want: "
             "alembic -x drop_data=yes downgrade base"
         )
+
+
+def measurements() -> list[str]:
+    """Those that add_measurement has added."""
+    return list(op.get_bind().scalar(sa.text("SELECT measurements()")))
 
 
 def create_extension() -> None:
@@ -214,10 +220,8 @@ def create_readers() -> list[str]:
 def create_readings() -> None:
     op.execute("""
         CREATE TABLE sensor_data (
-            time        timestamptz      NOT NULL,
-            sensor_id   text COLLATE "C" NOT NULL,
-            temperature double precision,
-            humidity    double precision,
+            time      timestamptz      NOT NULL,
+            sensor_id text COLLATE "C" NOT NULL,
             CONSTRAINT sensor_data_key UNIQUE (time, sensor_id)
         )
     """)
@@ -309,11 +313,12 @@ def create_summaries() -> None:
     op.execute("GRANT INSERT (touched) ON summary_refresh_queue TO sensor_consumer")
     op.execute("""
         CREATE TABLE summary_state (
-            metric         text        PRIMARY KEY,
+            measurement    text        PRIMARY KEY,
             aggregate      text        NOT NULL,
             width          interval    NOT NULL,
             closed_before  timestamptz NOT NULL DEFAULT '-infinity',
             frozen_before  timestamptz NOT NULL DEFAULT '-infinity',
+            behind_before  timestamptz NOT NULL DEFAULT '-infinity',
             CHECK (closed_before >= frozen_before)
         )
     """)
@@ -328,7 +333,11 @@ def create_summaries() -> None:
         COMMENT ON COLUMN summary_state.frozen_before IS
             'summary rows of earlier intervals never change again: their raw readings may be gone'
     """)
-    op.execute("GRANT SELECT (metric, closed_before) ON summary_state TO sensor_consumer")
+    op.execute("""
+        COMMENT ON COLUMN summary_state.behind_before IS
+            'summary rows of earlier intervals may be out of date: they were not refreshed while not configured'
+    """)
+    op.execute("GRANT SELECT (measurement, closed_before) ON summary_state TO sensor_consumer")
     op.execute("""
         CREATE TABLE raw_chunk (
             range_start timestamptz PRIMARY KEY,
@@ -355,7 +364,7 @@ def create_summaries() -> None:
     """)
     op.execute("""
         CREATE TABLE summary_check (
-            metric      text        PRIMARY KEY,
+            measurement text        PRIMARY KEY,
             checked_at  timestamptz NOT NULL,
             next_before timestamptz,
             differences bigint      NOT NULL DEFAULT 0,
@@ -366,25 +375,6 @@ def create_summaries() -> None:
         COMMENT ON TABLE summary_check IS
             'when etl last compared a summary with the raw readings, how far back it has come, and what it ever found'
     """)
-    for metric in METRICS:
-        op.execute(f"""
-            CREATE TABLE {metric}_summary (
-                sensor_id      text COLLATE "C" NOT NULL,
-                interval_start timestamptz      NOT NULL,
-                interval_end   timestamptz      NOT NULL,
-                avg_{metric}   double precision NOT NULL,
-                min_{metric}   double precision NOT NULL,
-                max_{metric}   double precision NOT NULL,
-                reading_count  bigint           NOT NULL,
-                PRIMARY KEY (sensor_id, interval_start)
-            )
-        """)
-        op.execute(f"CREATE INDEX {metric}_summary_interval_start ON {metric}_summary (interval_start)")
-        # etl points the view at the continuous aggregate once that exists; the columns stay the same.
-        op.execute(f"CREATE VIEW {metric}_summary_live AS SELECT * FROM {metric}_summary")
-        op.execute(f"GRANT SELECT ON {metric}_summary, {metric}_summary_live TO sensor_reader")
-        op.execute(f"ALTER TABLE {metric}_summary OWNER TO sensor_etl")
-        op.execute(f"ALTER VIEW {metric}_summary_live OWNER TO sensor_etl")
     for table in ("summary_refresh_queue", "summary_state", "raw_chunk", "etl_lease", "summary_check"):
         op.execute(f"ALTER TABLE {table} OWNER TO sensor_etl")
 
@@ -402,3 +392,50 @@ def create_queue_state() -> None:
     # A view sees what its owner may see.
     op.execute("ALTER VIEW refresh_queue_state OWNER TO sensor_etl")
     op.execute("GRANT SELECT ON refresh_queue_state TO sensor_reader")
+
+
+def create_add_measurement() -> None:
+    """What brings the database up to MEASUREMENTS: migrations/env.py calls it after the revisions."""
+    op.execute("""
+        CREATE FUNCTION measurements() RETURNS text[] STABLE LANGUAGE sql AS $$
+            SELECT coalesce(array_agg(attname::text ORDER BY attnum), '{}') FROM pg_attribute
+            WHERE attrelid = 'sensor_data'::regclass AND attnum > 0 AND NOT attisdropped
+              AND to_regclass(format('%I', attname || '_summary')) IS NOT NULL
+        $$
+    """)
+    op.execute("""
+        COMMENT ON FUNCTION measurements IS 'what this database can store: columns that have a summary table'
+    """)
+    op.execute("""
+        CREATE FUNCTION add_measurement(name text) RETURNS boolean LANGUAGE plpgsql AS $$
+        BEGIN
+            IF name = ANY(measurements()) THEN
+                RETURN false;
+            END IF;
+            EXECUTE format('ALTER TABLE sensor_data ADD COLUMN %I double precision', name);
+            EXECUTE format('
+                CREATE TABLE %I (
+                    sensor_id      text COLLATE "C" NOT NULL,
+                    interval_start timestamptz      NOT NULL,
+                    interval_end   timestamptz      NOT NULL,
+                    %I             double precision NOT NULL,
+                    %I             double precision NOT NULL,
+                    %I             double precision NOT NULL,
+                    reading_count  bigint           NOT NULL,
+                    PRIMARY KEY (sensor_id, interval_start)
+                )', name || '_summary', 'avg_' || name, 'min_' || name, 'max_' || name);
+            EXECUTE format('CREATE INDEX %I ON %I (interval_start)',
+                           name || '_summary_interval_start', name || '_summary');
+            -- etl points the view at the continuous aggregate once that exists; the columns stay the same.
+            EXECUTE format('CREATE VIEW %I AS SELECT * FROM %I', name || '_summary_live', name || '_summary');
+            EXECUTE format('GRANT SELECT ON %I, %I TO sensor_reader', name || '_summary', name || '_summary_live');
+            EXECUTE format('ALTER TABLE %I OWNER TO sensor_etl', name || '_summary');
+            EXECUTE format('ALTER VIEW %I OWNER TO sensor_etl', name || '_summary_live');
+            RETURN true;
+        END $$
+    """)
+    op.execute("""
+        COMMENT ON FUNCTION add_measurement IS
+            'adds a column to sensor_data, a summary table and its live view; false if they exist'
+    """)
+    op.execute("REVOKE EXECUTE ON FUNCTION add_measurement FROM PUBLIC")

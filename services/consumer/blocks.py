@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from confluent_kafka import Message
 
-from services.consumer.columns import microseconds
+from services.consumer.columns import measured, microseconds
 from services.core.errors import MalformedMessage
 from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
-from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, METRICS, Decoder
+from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, Decoder
 
 
 def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, tuple[str, str]]]:
@@ -52,7 +52,7 @@ def alone(message: Message, row: pa.RecordBatch) -> Message:
 def as_json(row: pa.RecordBatch) -> bytes:
     """The message value of one row; NaN and infinity as Python writes them, which no decoder takes."""
     fields: dict[str, Any] = {"sensor_id": row["sensor_id"][0].as_py(), "time": _time_text(row["time"][0].as_py())}
-    fields |= {metric: row[metric][0].as_py() for metric in METRICS if row[metric][0].is_valid}
+    fields |= {name: row[name][0].as_py() for name in measured(row) if row[name][0].is_valid}
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
@@ -70,10 +70,10 @@ def _unusual(rows: pa.RecordBatch, decoder: Decoder) -> pa.Array:
     """Which rows may not be readings."""
     earliest, latest = map(microseconds, decoder.bounds)
     in_time = pc.and_(pc.greater_equal(rows["time"], earliest), pc.less_equal(rows["time"], latest))
-    numbers = [rows[metric] for metric in METRICS]
+    numbers = [rows[name] for name in measured(rows)]
     in_range = [pc.fill_null(pc.less_equal(pc.abs(number), LARGEST_VALUE), True) for number in numbers]  # not NaN
-    measured = reduce(pc.or_, (number.is_valid() for number in numbers))
-    usual = reduce(pc.and_, (_are_ids(rows["sensor_id"]), pc.fill_null(in_time, False), measured, *in_range))
+    has_any = reduce(pc.or_, (number.is_valid() for number in numbers))
+    usual = reduce(pc.and_, (_are_ids(rows["sensor_id"]), pc.fill_null(in_time, False), has_any, *in_range))
     return pc.invert(usual)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import pairwise
 from operator import attrgetter
 
@@ -17,17 +18,17 @@ import pyarrow.compute as pc
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
-from services.core.reading import EPOCH, METRICS, Reading
+from services.core.reading import EPOCH, Reading
 
 MICROSECOND, MINUTE, WEEK = timedelta(microseconds=1), timedelta(minutes=1), timedelta(weeks=1)
 SHIFT = 200_000 * (WEEK // MICROSECOND)  # with them no time is negative, and dividing rounds down
 
 # Where a message was, and whether it may have been stored before (it then fills gaps only).
 ORIGIN = (("partition", pa.int32()), ("offset", pa.int64()), ("repeated", pa.bool_()))
-READING = (("sensor_id", pa.string()), ("time", pa.int64()), *((metric, pa.float64()) for metric in METRICS))
-SCHEMA = pa.schema([*READING, *ORIGIN])  # times are microseconds since 1970; what is missing is null, never NaN
+KEY = (("sensor_id", pa.string()), ("time", pa.int64()))  # microseconds since 1970
+BESIDE = frozenset(name for name, _ in (*KEY, *ORIGIN))
 
-sensor_of, time_of, *metrics_of = map(attrgetter, Reading.__struct_fields__)
+sensor_of, time_of = map(attrgetter, Reading.__struct_fields__)
 
 pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what batches have left: 50 MB
 
@@ -42,18 +43,28 @@ MOST_WEEKS = 100
 
 # COPY's binary form: https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 COPY_HEADER, COPY_TRAILER = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
-FIELD_COUNT = (2 + len(METRICS)).to_bytes(2, "big")
 MILLION = pa.scalar(1_000_000, pa.int64())  # of a bare int Arrow would look for its type, in each call
 EIGHT_BYTES, NULL = (8).to_bytes(4, "big"), b"\xff\xff\xff\xff"  # the lengths that fields begin with
 POSTGRES_EPOCH_US = 946_684_800_000_000  # 2000
 
 
-def columns_of(readings: Sequence[Reading]) -> pa.RecordBatch:
-    """Sensors, times and metrics of readings, without where they came from."""
+@cache
+def schema_of(measurements: tuple[str, ...]) -> pa.Schema:
+    """Columns of readings: key, measurements (what is missing is null, never NaN), and where they came from."""
+    return pa.schema([*KEY, *((name, pa.float64()) for name in measurements), *ORIGIN])
+
+
+def measured(rows: pa.RecordBatch) -> tuple[str, ...]:
+    """The measurements that columns hold."""
+    return tuple(name for name in rows.schema.names if name not in BESIDE)
+
+
+def columns_of(readings: Sequence[Reading], measurements: tuple[str, ...]) -> pa.RecordBatch:
+    """Readings without where they came from."""
     times = microseconds_of(list(map(time_of, readings)))
     sensors = pa.array(list(map(sensor_of, readings)), pa.string())
-    metrics = [pa.array(list(map(metric_of, readings)), pa.float64()) for metric_of in metrics_of]
-    return pa.RecordBatch.from_arrays([sensors, times, *metrics], schema=pa.schema(READING))
+    values = [pa.array(list(map(attrgetter(name), readings)), pa.float64()) for name in measurements]
+    return pa.RecordBatch.from_arrays([sensors, times, *values], [*dict(KEY), *measurements])
 
 
 def microseconds_of(times: list[datetime]) -> pa.Array:
@@ -71,7 +82,7 @@ def microseconds_of(times: list[datetime]) -> pa.Array:
 
 def joined(chunks: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Several columns as one."""
-    return whole(pa.Table.from_batches(chunks, SCHEMA))
+    return whole(pa.Table.from_batches(chunks, chunks[0].schema if chunks else schema_of(())))
 
 
 def whole(table: pa.Table) -> pa.RecordBatch:
@@ -86,13 +97,14 @@ def microseconds(moment: datetime) -> int:
 
 
 def encode(rows: pa.RecordBatch) -> bytes:
-    """Readings as COPY takes them in binary form: time, metrics, sensor."""
+    """Readings as COPY takes them in binary form: time, measurements, sensor."""
+    measurements = measured(rows)
     names = rows["sensor_id"].dictionary_encode()
     fields = [bytes_of(name.encode()) for name in names.dictionary.to_pylist()]
     encoded = pc.binary_join_element_wise(
-        FIELD_COUNT,
+        (2 + len(measurements)).to_bytes(2, "big"),
         eight_bytes(pc.subtract(rows["time"], POSTGRES_EPOCH_US)),
-        *(eight_bytes(rows[metric]) for metric in METRICS),
+        *(eight_bytes(rows[name]) for name in measurements),
         pa.array(fields, pa.binary()).take(names.indices),
         b"",
     )
@@ -120,8 +132,9 @@ def last_values(rows: pa.RecordBatch) -> pa.RecordBatch:
 
     The order is the same for every consumer, so that two of them never wait for each other in a circle.
     """
-    grouped = pa.Table.from_batches([rows]).group_by(["sensor_id", "time"], use_threads=False)
-    latest = grouped.aggregate([(metric, "last") for metric in METRICS]).rename_columns(["sensor_id", "time", *METRICS])
+    grouped = pa.Table.from_batches([rows]).group_by(list(dict(KEY)), use_threads=False)
+    names = measured(rows)
+    latest = grouped.aggregate([(name, "last") for name in names]).rename_columns([*dict(KEY), *names])
     return whole(latest.sort_by([("time", "ascending"), ("sensor_id", "ascending")]))
 
 

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from confluent_kafka import Message
 
 from services.consumer.blocks import alone, split_refused
-from services.consumer.columns import ORIGIN, SCHEMA, columns_of, joined, microseconds
+from services.consumer.columns import ORIGIN, columns_of, joined, measured, microseconds, schema_of
 from services.consumer.dead_letter import DeadLetter
 from services.core.block import decode_block
 from services.core.errors import MalformedMessage
 from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
-from services.core.reading import METRICS, Decoder, Reading
+from services.core.reading import Decoder, Reading
 
 Decoded = tuple[list[pa.RecordBatch], list[DeadLetter], int]
 
@@ -53,7 +53,7 @@ def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Set[by
             at_once = None
     if at_once is None:
         readings, refused = decode_each(values, range(len(values)), decoder)
-        columns = columns_of(readings)
+        columns = columns_of(readings, decoder.measurements)
     letters = [DeadLetter(messages[at], *why) for at, why in refused.items()]
     kept = [message for at, message in enumerate(messages) if at not in refused] if refused else messages
     return [with_origin(columns, kept, marks)], letters, sum(map(len, filter(None, values)))
@@ -82,14 +82,17 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Set[byte
     letters: list[DeadLetter] = []
     for message in messages:
         try:
-            rows = decode_block(message.value(), format_of(message))
+            rows = decode_block(message.value(), decoder.measurements, format_of(message))
         except MalformedMessage as error:
             letters.append(DeadLetter(message, error.reason, str(error)))
             continue
         origin = (*place_of(message), mark(message) in marks)
         origins = [pa.repeat(pa.scalar(at, kind), len(rows)) for at, (_, kind) in zip(origin, ORIGIN, strict=True)]
-        columns = [rows["sensor_id"], rows["time"].view(pa.int64()), *(rows[metric] for metric in METRICS), *origins]
-        chunks.append(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        sensor, time, *values = rows.columns
+        columns = [sensor, time.view(pa.int64()), *values, *origins]
+        chunks.append(pa.RecordBatch.from_arrays(columns, schema=schema_of(decoder.measurements)))
+    if not chunks:
+        return [], letters, sum(len(message.value() or b"") for message in messages)
     rows = joined(chunks)
     readings, refused = split_refused(rows, decoder)
     blocks = {place_of(message): message for message in messages} if refused else {}
@@ -109,15 +112,15 @@ def decode_at_once(values: Sequence[bytes | None], decoder: Decoder) -> tuple[pa
     if not readings:
         return None
     try:
-        columns = columns_of(readings)
+        columns = columns_of(readings, decoder.measurements)
     except OverflowError:  # a time that is before the year 1 or after 9999 in UTC
         return None
     earliest, latest = map(microseconds, decoder.bounds)
     ends = pc.min_max(columns["time"])
     if ends["min"].as_py() < earliest or ends["max"].as_py() > latest:
         return None
-    metrics = [columns[metric] for metric in METRICS]
-    lacking = all(metric.null_count for metric in metrics) and pc.coalesce(*metrics).null_count
+    numbers = [columns[name] for name in decoder.measurements]
+    lacking = all(number.null_count for number in numbers) and pc.coalesce(*numbers).null_count
     return None if lacking else (columns, others)
 
 
@@ -127,7 +130,7 @@ def with_origin(columns: pa.RecordBatch, messages: Sequence[Message], marks: Set
     offsets = pa.array(list(map(Message.offset, messages)), pa.int64())
     repeated = [mark(message) in marks for message in messages] if marks else [False] * len(messages)
     return pa.RecordBatch.from_arrays(
-        [*columns.columns, partitions, offsets, pa.array(repeated, pa.bool_())], schema=SCHEMA
+        [*columns.columns, partitions, offsets, pa.array(repeated, pa.bool_())], schema=schema_of(measured(columns))
     )
 
 

@@ -1,5 +1,5 @@
 -- What the consumer runs. Schema: migrations/versions/0001_create_schema.py
--- In braces, for all metrics with commas between: their columns, what is stored, and the values of a merged row.
+-- In braces, for all measurements with commas between: their columns, what is stored, and the values of a merged row.
 -- The statements with several commands are sent as one, without parameters: one round trip.
 
 -- name: decompress_without_limit
@@ -12,7 +12,7 @@ LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE;
 SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)), clock_timestamp() FROM summary_state
 
 -- name: copy_readings
-COPY sensor_data (time, {metrics}, sensor_id) FROM STDIN (FORMAT binary)
+COPY sensor_data (time, {measurements}, sensor_id) FROM STDIN (FORMAT binary)
 
 -- name: queue_and_commit
 -- The rows of partition_progress are locked for no longer than it takes to commit.
@@ -27,16 +27,16 @@ SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {n
 CREATE TEMPORARY TABLE incoming (LIKE sensor_data)
 
 -- name: copy_incoming
-COPY incoming (time, {metrics}, sensor_id) FROM STDIN (FORMAT binary)
+COPY incoming (time, {measurements}, sensor_id) FROM STDIN (FORMAT binary)
 
 -- name: merge_incoming
 -- xmax is 0 in a row that this statement inserted, and our transaction's id in one that it updated.
 -- Only what changed is queued, in whole minutes: every interval is made of whole minutes.
 WITH changed AS (
-    INSERT INTO sensor_data AS stored (sensor_id, time, {metrics})
-    SELECT sensor_id, time, {metrics} FROM incoming
+    INSERT INTO sensor_data AS stored (sensor_id, time, {measurements})
+    SELECT sensor_id, time, {measurements} FROM incoming
     ON CONFLICT (sensor_id, time) DO UPDATE
-    SET ({metrics}) = ROW({values})
+    SET ({measurements}) = ROW({values})
     WHERE ROW({values}) IS DISTINCT FROM ROW({stored})
     RETURNING stored.time, stored.xmax = 0 AS inserted
 ), queued AS (

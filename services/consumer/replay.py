@@ -135,7 +135,7 @@ def replay(
 
     They are marked as repeated, so sending one twice is harmless: it fills a gap, but overwrites nothing that has been
     stored since. With ``overwrite`` they count as new. One that is refused again is a dead letter again, which takes
-    the place of the older one. What no settings could make a reading is not sent.
+    the place of the older one. What no limits could make a reading is not sent.
 
     Waits until consumers have met them, unless there is none. Raises PermanentError with the count if some could not be
     sent.
@@ -144,7 +144,7 @@ def replay(
     result = Replayed()
     sending = _Sending(settings, overwrite=overwrite)
     for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
-        hopeless = why_hopeless(letter)
+        hopeless = why_hopeless(letter, settings.measurements)
         if hopeless:
             result.hopeless[hopeless] += 1
         else:
@@ -208,14 +208,14 @@ class _Sending:
         self.places[partition] = max(offset, self.places.get(partition, 0))
 
 
-def why_hopeless(letter: Message) -> str:
-    """The reason why the letter can never be stored, whatever the settings are; empty if it may be."""
+def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
+    """The reason why the letter can never be stored, whatever the limits are; empty if it may be."""
     if any(name == ORIGINAL_BYTES_HEADER for name, _ in headers_of(letter)):
         return "truncated"
     if format_of(letter) != JSON:
         return ""
     try:
-        Decoder(max_bytes=DEAD_LETTER_MAX_BYTES, max_future=LATEST - EARLIEST).decode(letter.value())
+        Decoder(measurements, max_bytes=DEAD_LETTER_MAX_BYTES, max_future=LATEST - EARLIEST).decode(letter.value())
     except MalformedMessage as error:
         return error.reason
     return ""

@@ -33,6 +33,7 @@ from services.consumer.columns import (
     columns_of,
     encode,
     last_values,
+    measured,
     microseconds,
     split_at_jumps,
     touched_ranges,
@@ -42,19 +43,10 @@ from services.core.config import Settings
 from services.core.database import connect, connect_for_work, queries, translated
 from services.core.errors import PermanentError, TransientError
 from services.core.logs import fields
-from services.core.reading import EPOCH, METRICS, Reading
-
-
-def listed(form: str) -> sql.Composed:
-    """``form`` once for each metric, with its column in the braces, and commas between."""
-    return sql.SQL(", ").join(sql.SQL(form).format(sql.Identifier(metric)) for metric in METRICS)
-
+from services.core.reading import EPOCH, Reading
 
 SQL = queries("services.consumer")
-COLUMNS = {"metrics": listed("{0}"), "stored": listed("stored.{0}")}
-COPY_READINGS, COPY_INCOMING = (SQL[name].format(**COLUMNS) for name in ("copy_readings", "copy_incoming"))
-OVERWRITE = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(excluded.{0}, stored.{0})"))
-FILL_GAPS = SQL["merge_incoming"].format(**COLUMNS, values=listed("coalesce(stored.{0}, excluded.{0})"))
+LAST_WINS, FIRST_WINS = "coalesce(excluded.{0}, stored.{0})", "coalesce(stored.{0}, excluded.{0})"
 
 SESSION_NAME = "sensor-pipeline consumer"
 MOVED = "KP001"  # raised by advance_partitions
@@ -133,7 +125,7 @@ class Sink:
         self._connection: Connection | None = None
         self._merges_left = 0
         self._merges_next = FIRST_MERGES
-        self._shorter_interval = min(settings.temperature_interval, settings.humidity_interval) * MINUTE
+        self._shortest_interval = min(map(settings.interval_of, settings.measurements)) * MINUTE
         self._over_before = datetime.min.replace(tzinfo=UTC)
         self.clock_lead = timedelta(0)  # how far this machine's clock is ahead of the database's
 
@@ -154,7 +146,7 @@ class Sink:
         PartitionsMovedError (a partition is elsewhere: forget the batch).
         """
         result = WriteResult()
-        overwriting, filling = as_columns(readings), as_columns(repeated)
+        overwriting, filling = self._as_columns(readings), self._as_columns(repeated)
         parts = split_at_jumps(overwriting["time"])
         alone = advance and len(parts) + bool(len(filling)) == 1
         for part in parts:
@@ -181,11 +173,14 @@ class Sink:
         if connection is not None:
             connection.close()
 
+    def _as_columns(self, readings: pa.RecordBatch | Sequence[Reading]) -> pa.RecordBatch:
+        return readings if isinstance(readings, pa.RecordBatch) else columns_of(readings, self._settings.measurements)
+
     def _write_part(self, readings: pa.RecordBatch, part: pa.Array, move: Move, *, fill: bool = False) -> WriteResult:
         """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
         rows = readings.take(part)  # in order of time
         try:
-            result = self._merge(rows, move, FILL_GAPS) if fill else self._copy_or_merge(rows, move)
+            result = self._merge(rows, move, FIRST_WINS) if fill else self._copy_or_merge(rows, move)
             self._count(rows["time"], result)
             return result
         except HistoryClosedError as error:
@@ -215,18 +210,18 @@ class Sink:
             READINGS_STORED.labels(name).inc(getattr(result, name))
         READINGS_LATE.inc(count_before(times, self._over_before))
         newest = min(EPOCH + times[-1].as_py() * MICROSECOND, datetime.now(UTC))
-        self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shorter_interval)
+        self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shortest_interval)
 
     def _copy_or_merge(self, rows: pa.RecordBatch, move: Move) -> WriteResult:
         if self._merges_left:
             self._merges_left -= 1
-            return self._merge(rows, move, OVERWRITE)
+            return self._merge(rows, move, LAST_WINS)
         try:
             result = self._copy(rows, move)
         except errors.UniqueViolation:
             self._merges_left = self._merges_next
             self._merges_next = min(self._merges_next * 2, MOST_MERGES)
-            return self._merge(rows, move, OVERWRITE)
+            return self._merge(rows, move, LAST_WINS)
         self._merges_next = FIRST_MERGES
         return result
 
@@ -235,18 +230,18 @@ class Sink:
         finish = SQL["queue_and_commit"].format(**move.literals(), touched=sql.Literal(touched))
         with self._session() as cursor:
             self._begin(cursor, rows)
-            copy(cursor, COPY_READINGS, encoded)
+            copy(cursor, statement("copy_readings", rows), encoded)
             self._commit(cursor, finish)
         return WriteResult(inserted=len(rows), advanced=move.advances)
 
-    def _merge(self, rows: pa.RecordBatch, move: Move, merge: sql.Composed) -> WriteResult:
+    def _merge(self, rows: pa.RecordBatch, move: Move, value: str) -> WriteResult:
         encoded = encode(last_values(rows))
         finish = SQL["drop_and_commit"].format(**move.literals())
         with self._session() as cursor:
             self._begin(cursor, rows)
             cursor.execute(SQL["create_incoming"])
-            copy(cursor, COPY_INCOMING, encoded)
-            counts = cursor.execute(merge).fetchone()
+            copy(cursor, statement("copy_incoming", rows), encoded)
+            counts = cursor.execute(statement("merge_incoming", rows, value)).fetchone()
             self._commit(cursor, finish)
         assert counts is not None
         inserted, updated = counts
@@ -321,9 +316,13 @@ def not_about_a_row() -> Iterator[None]:
         raise
 
 
-def as_columns(readings: pa.RecordBatch | Sequence[Reading]) -> pa.RecordBatch:
-    """Readings as columns, if they are not yet."""
-    return readings if isinstance(readings, pa.RecordBatch) else columns_of(readings)
+def statement(name: str, rows: pa.RecordBatch, value: str = "{0}") -> sql.Composed:
+    """A statement with the measurements that ``rows`` hold filled in, and what to make ``value`` of each."""
+    names = [sql.Identifier(name) for name in measured(rows)]
+    forms = {"measurements": "{0}", "stored": "stored.{0}", "values": value}
+    return SQL[name].format(
+        **{key: sql.SQL(", ").join(map(sql.SQL(form).format, names)) for key, form in forms.items()}
+    )
 
 
 def count_before(times: pa.Array, moment: datetime) -> int:

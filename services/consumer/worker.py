@@ -116,6 +116,7 @@ class Worker:
         self._until_caught_up = until_caught_up
         days = settings.raw_retention_days
         self._decoder = Decoder(
+            settings.measurements,
             max_bytes=settings.max_message_bytes,
             max_future=timedelta(seconds=settings.max_future_seconds),
             max_past=timedelta(days=settings.max_past_days),

@@ -1,44 +1,42 @@
 """A message that holds a block of readings: an Arrow IPC stream of one record batch.
 
-Its header FORMAT_HEADER is ARROW. The columns are those of a reading (reading.py), by name and in any order; a metric
-may be missing. Nothing in it is compressed or dictionary-encoded, so a block is as large as it looks: it takes no more
-memory than the broker lets through as a message.
+Its header FORMAT_HEADER is ARROW. The columns are the fields of a reading (reading.py), by name and in any order; a
+measurement may be missing, and other columns are ignored. Nothing in it is compressed or dictionary-encoded, so a block
+is as large as it looks: it takes no more memory than the broker lets through as a message.
 """
 
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import NoReturn
 
 import pyarrow as pa
 
 from services.core.errors import MalformedMessage
 from services.core.kafka import ARROW, FORMAT_HEADER, JSON
-from services.core.reading import METRICS
 
-SCHEMA = pa.schema(
-    [
-        ("sensor_id", pa.string()),
-        ("time", pa.timestamp("us", "UTC")),
-        *((metric, pa.float64()) for metric in METRICS),
-    ]
-)
-REQUIRED = frozenset({"sensor_id", "time"})
+KEY = (("sensor_id", pa.string()), ("time", pa.timestamp("us", "UTC")))
 
-_HEAD = SCHEMA.serialize().to_pybytes()
 _END = struct.pack("<Ii", 0xFFFF_FFFF, 0)  # Arrow's end of a stream
 
 # Where the fields are in the metadata of a message (Message.fbs in Arrow's sources), by number.
 _HEADER, _COMPRESSION = 2, 3
 
 
+@cache
+def block_schema(measurements: tuple[str, ...]) -> pa.Schema:
+    """The columns of a block."""
+    return pa.schema([*KEY, *((name, pa.float64()) for name in measurements)])
+
+
 def encode_block(batch: pa.RecordBatch) -> bytes:
-    """The message value of readings, a record batch of SCHEMA."""
-    return b"".join((_HEAD, batch.serialize(), _END))
+    """The message value of readings, a record batch with the columns of a block."""
+    return b"".join((batch.schema.serialize(), batch.serialize(), _END))
 
 
-def decode_block(value: bytes | None, form: bytes | None = ARROW) -> pa.RecordBatch:
-    """The record batch in ``value``, with the columns of SCHEMA; rows are valid Arrow, but may be no readings.
+def decode_block(value: bytes | None, measurements: tuple[str, ...], form: bytes | None = ARROW) -> pa.RecordBatch:
+    """The key and these measurements of the record batch in ``value``; rows are valid Arrow, but may be no readings.
 
     ``form`` is what its header says. Raises MalformedMessage, nothing else, whatever the bytes.
     """
@@ -47,18 +45,19 @@ def decode_block(value: bytes | None, form: bytes | None = ARROW) -> pa.RecordBa
     if not value:
         raise MalformedMessage("empty", "the message has no value")
     try:
-        batch = _read(value)
+        schema = block_schema(measurements)
+        batch = _read(value, schema)
         batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
         raise MalformedMessage("invalid_block", f"no block of readings: {' '.join(str(error).split())}") from error
     columns = [
         batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
-        for field in SCHEMA
+        for field in schema
     ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    return pa.record_batch(columns, schema=schema)
 
 
-def _read(value: bytes) -> pa.RecordBatch:
+def _read(value: bytes, wanted: pa.Schema) -> pa.RecordBatch:
     source = pa.BufferReader(value)
     messages = list(pa.ipc.MessageReader.open_stream(source))
     if [message.type for message in messages] != ["schema", "record batch"]:
@@ -66,20 +65,20 @@ def _read(value: bytes) -> pa.RecordBatch:
     if source.tell() != len(value):
         _refuse("it goes on behind its end")
     schema = pa.ipc.read_schema(messages[0])
-    _check_schema(schema)
+    _check_schema(schema, wanted)
     if _is_compressed(messages[1].metadata.to_pybytes()):
         _refuse("its body is compressed")
     return pa.ipc.read_record_batch(messages[1], schema)
 
 
-def _check_schema(schema: pa.Schema) -> None:
+def _check_schema(schema: pa.Schema, wanted: pa.Schema) -> None:
     names = schema.names
-    if len(set(names)) < len(names) or not REQUIRED <= set(names) <= set(SCHEMA.names):
-        _refuse(f"its columns are {', '.join(names)[:1000]}; they should be {', '.join(SCHEMA.names)}")
-    for field in schema:
-        expected = SCHEMA.field(field.name).type
-        if field.type != expected:
-            _refuse(f"its column {field.name} is {field.type}; it should be {expected}")
+    if len(set(names)) < len(names) or not set(dict(KEY)) <= set(names):
+        _refuse(f"its columns are {', '.join(names)[:1000]}; they should be {', '.join(wanted.names)}")
+    for field in wanted:
+        found = field.type if field.name not in names else schema.field(field.name).type
+        if found != field.type:
+            _refuse(f"its column {field.name} is {found}; it should be {field.type}")
 
 
 def _is_compressed(metadata: bytes) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,16 +18,24 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
     ValidationInfo,
     create_model,
     field_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from services.core.credentials import SYSTEM, check_certificates, check_key, check_permissions, read_password
 from services.core.errors import ConfigurationError
+from services.core.measurements import DEFAULT, measurement, names_of
 from services.core.names import UnknownName, names_in, unknown_names, with_synonyms
 
 DOTENV = Path(".env")
@@ -69,11 +79,16 @@ def _password_of(login: str) -> Any:
     return Field(SecretStr(""), validate_default=True, description=what)
 
 
+def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return names_of(given) if isinstance(given, str) else given
+
+
 def _level(text: str) -> str:
     return text.upper() if text.islower() and text.upper() in logging.getLevelNamesMapping() else text
 
 
 Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), PlainSerializer(",".join)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
 Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
@@ -103,10 +118,14 @@ class Environment(BaseSettings):
 
 
 class Settings(Environment):
-    """All settings; the names are the environment variables' names in lower case."""
+    """All settings; the names are the environment variables' names in lower case.
 
-    temperature_interval: Minutes = Field(10, description="width of a temperature interval: whole minutes, 1 to 527040")
-    humidity_interval: Minutes = Field(20, description="width of a humidity interval: whole minutes, 1 to 527040")
+    Those of each measurement are added by ``settings_type``.
+    """
+
+    measurements: Names = Field(
+        DEFAULT, description="what is measured, with commas between; run sensor-pipeline migrate after a change"
+    )
 
     postgre_host: Name = Field("localhost", description="host name or address of PostgreSQL with TimescaleDB")
     postgre_port: Port = Field(5432, description="port of PostgreSQL: 1 to 65535")
@@ -188,8 +207,6 @@ class Settings(Environment):
         description="file, directory or glob of Parquet files: a local path, or s3:// or gs://",
     )
     data_feature_date: Name = Field("time_hour", description="column of the Parquet file with the time")
-    data_feature_temp: Name = Field("temp", description="column of the Parquet file with the temperature")
-    data_feature_humid: Name = Field("humid", description="column of the Parquet file with the humidity")
     data_feature_sensor: str = Field(
         "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
     )
@@ -339,6 +356,14 @@ class Settings(Environment):
             _check_pair("KAFKA_SSL_CERTIFICATE_LOCATION", info.data["kafka_ssl_certificate_location"], key, password)
         return key
 
+    def interval_of(self, name: str) -> int:
+        """Minutes of an interval of a measurement."""
+        return int(getattr(self, measurement(name).interval_setting))
+
+    def column_of(self, name: str) -> str:
+        """The Parquet column of a measurement; empty: files do not have it."""
+        return str(getattr(self, measurement(name).column_setting))
+
     def password_of(self, login: str) -> str:
         """What SENSOR_*_PASSWORD says for one of LOGINS; empty: nothing."""
         password: SecretStr = getattr(self, f"{login}_password")
@@ -355,26 +380,34 @@ class Settings(Environment):
         return f"{self.kafka_host}:{self.kafka_port}"
 
 
-# The setting that names each metric's column of the Parquet file; the metrics are the fields of a reading.
-METRIC_COLUMNS = {
-    "temperature": "data_feature_temp",
-    "humidity": "data_feature_humid",
-}
+@cache
+def settings_type(measurements: tuple[str, ...]) -> type[Settings]:
+    """Settings with two for each of these measurements: the width of its intervals, and its Parquet column."""
+    more: dict[str, Any] = {"measurements": (Names, Settings.model_fields["measurements"])}
+    for each in map(measurement, measurements):
+        width = f"width of a {each.name} interval: whole minutes, 1 to 527040"
+        column = f"column of the Parquet file with the {each.name}; empty: it has none"
+        more[each.interval_setting] = (Minutes, Field(each.minutes, description=width))
+        more[each.column_setting] = (str, Field(each.column, description=column))
+    return create_model("Settings", __base__=Settings, **more)
 
 
 def load_settings(*names: str) -> Settings:
-    """Read the environment and ``.env``; with ``names`` only these settings, the others have their defaults.
+    """Read the environment and ``.env``; with ``names`` (``kafka_*``) only these, the others have their defaults.
 
     Raises ConfigurationError with one line for each wrong variable: its name, its value, what is allowed.
     """
+    model = settings_type(DEFAULT)
     try:
-        names_in(DOTENV, Settings.model_fields)
-        return _read(names) if names else Settings()
+        if not names or any(name.startswith("data_feature_") for name in names):
+            model = _model()
+        names_in(DOTENV, model.model_fields)
+        return _read(model, names) if names else model()
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             field = str(problem["loc"][0])
-            info = Settings.model_fields.get(field.lower())
+            info = model.model_fields.get(field.lower())
             secret = info is not None and info.annotation is SecretStr
             value = "" if secret else " ".join(str(problem["input"]).splitlines())
             if problem["type"] == "value_error":  # said by a validator of ours
@@ -387,17 +420,26 @@ def load_settings(*names: str) -> Settings:
         raise ConfigurationError(f"{DOTENV} cannot be read: {error}") from error
 
 
-def _read(names: tuple[str, ...]) -> Settings:
-    found = {name: Settings.model_fields[name] for name in names}
-    chosen: dict[str, Any] = {name: (field.annotation, field) for name, field in found.items()}
-    return Settings.model_construct(**create_model("Chosen", __base__=Environment, **chosen)().model_dump())
+def _model() -> type[Settings]:
+    """The settings with those of what MEASUREMENTS lists."""
+    return settings_type(_read(Settings, ("measurements",)).measurements)
+
+
+def _read(model: type[Settings], patterns: tuple[str, ...]) -> Settings:
+    chosen: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in model.model_fields.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    return model.model_construct(**dict(create_model("Chosen", __base__=Environment, **chosen)()))
 
 
 def default_settings() -> Settings:
     """The defaults, whatever the environment says: for what must work with wrong settings too."""
-    return Settings.model_construct()
+    return settings_type(DEFAULT).model_construct()
 
 
 def find_unknown_names() -> list[UnknownName]:
     """Names in the environment and ``.env`` that may be misspelt settings."""
-    return list(unknown_names(Settings.model_fields, os.environ, names_in(DOTENV, Settings.model_fields)))
+    known = _model().model_fields
+    return list(unknown_names(known, os.environ, names_in(DOTENV, known)))

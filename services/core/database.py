@@ -182,7 +182,8 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
 def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = False) -> Connection:
     """Connect, waiting up to STARTUP_TIMEOUT_SECONDS for a server that is still starting.
 
-    Raises ConfigurationError when it did not answer in time, and, with ``tables``, PermanentError when it has none.
+    Raises ConfigurationError when it did not answer in time, and, with ``tables``, when it lacks a measurement;
+    PermanentError when it has no tables.
     """
     noted_at, deadline = note_and_deadline(settings)
     for pause in pauses():
@@ -215,10 +216,21 @@ def _remedy(text: str) -> str:
 
 
 def require_tables(connection: Connection, settings: Settings) -> None:
-    """Raise PermanentError unless the migrations have run; which ones is asked by the command status."""
+    """Raise unless the migrations have run, for all of MEASUREMENTS; which ones is asked by the command status."""
     if connection.execute("SELECT to_regclass('partition_progress')").fetchone() == (None,):
         connection.close()
         raise PermanentError(f"the database {address(settings)} does not have the tables yet: {MIGRATE}")
+    missing = missing_measurements(connection, settings)
+    if missing:
+        connection.close()
+        names = ", ".join(missing)
+        raise ConfigurationError(f"MEASUREMENTS: the database {address(settings)} does not have {names} yet: {MIGRATE}")
+
+
+def missing_measurements(connection: Connection, settings: Settings) -> list[str]:
+    """Those of MEASUREMENTS that no migration has added."""
+    row = connection.execute("SELECT measurements()").fetchone()
+    return [name for name in settings.measurements if row is None or name not in row[0]]
 
 
 def cut(connection: Connection) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from dotenv.parser import parse_stream
 
 from services.core.errors import ConfigurationError
+from services.core.measurements import DEFAULT
 
 # The official image of PostgreSQL, and so everybody, writes it with an S.
 SYNONYM = re.compile(r"^postgres_", re.IGNORECASE)
 SYNONYMS = {"postgres_db": "postgre_dbname"}
 # Nobody else's names begin like this.
-OURS = ("DATA_FEATURE_", "DEAD_LETTER_", "HUMIDITY_", "POSTGRE_", "TEMPERATURE_")
+OURS = ("DATA_FEATURE_", "DEAD_LETTER_", "POSTGRE_", *(f"{name.upper()}_" for name in DEFAULT))
 OF_COMPOSE = re.compile(r"(COMPOSE|DOCKER|GRAFANA|POSTGRES|PROMETHEUS|SENSOR)_\w+|\w+_(IMAGE|RESTART)")
 OF_KUBERNETES = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT_\d+_\w+)")  # what it says of every Service
 ALMOST = 0.87  # of difflib's ratio: one letter more, less or other

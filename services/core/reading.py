@@ -1,16 +1,17 @@
 """The message contract: one reading a message, JSON, keyed by sensor.
 
-    {"sensor_id": "s0042", "time": "2024-01-01T00:00:00.000Z", "temperature": 20.41, "humidity": 50.12}
+    {"sensor_id": "s0042", "time": "2024-01-01T00:00:00.000Z", "co2": 412.5}
 
-``time`` is RFC 3339 with an offset. ``temperature`` and ``humidity`` may be null or absent, not both.
-Unknown fields are ignored.
+``time`` is RFC 3339 with an offset. A field for each measurement (MEASUREMENTS) may be null or absent, but not all of
+them. Other fields are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, cast
 
 import msgspec
 
@@ -27,18 +28,23 @@ Value = Annotated[float, msgspec.Meta(ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):
-    """One reading: the sensor, an aware time, degrees and per cent as the sensor gives them."""
+    """One reading: the sensor and an aware time; ``reading_type`` adds the measurements, as the sensor gives them."""
 
     sensor_id: SensorId
     time: Annotated[datetime, msgspec.Meta(tz=True)]
-    temperature: Value | None = None
-    humidity: Value | None = None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, measurement: str) -> float | None: ...
 
 
-# What is measured: the fields of a message, the columns of sensor_data, and a summary table for each.
-METRICS = Reading.__struct_fields__[2:]
+@cache
+def reading_type(measurements: tuple[str, ...]) -> type[Reading]:
+    """Readings with a field for each of these, a float or None."""
+    fields = [(name, Value | None, None) for name in measurements]
+    return cast("type[Reading]", msgspec.defstruct("Reading", fields, bases=(Reading,), frozen=True, gc=False))
 
-_decoder = msgspec.json.Decoder(Reading)
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -52,7 +58,7 @@ def _ago(now: datetime, age: timedelta | None) -> datetime:
 
 
 class Decoder:
-    """Turns message values into readings, or says why a value is not one.
+    """Turns message values into readings of ``measurements``, or says why a value is not one.
 
     ``max_bytes`` bounds a message, ``max_future`` bounds how far ahead of ``now`` (aware) a reading may be:
     one device with a wrong clock must not create chunks in the year 2999, nor one for each week since the year 1,
@@ -62,12 +68,15 @@ class Decoder:
 
     def __init__(
         self,
+        measurements: tuple[str, ...],
         *,
         max_bytes: int,
         max_future: timedelta,
         max_past: timedelta | None = None,
         max_age: timedelta | None = None,
     ) -> None:
+        self.measurements = measurements
+        self._decode = msgspec.json.Decoder(reading_type(measurements)).decode
         self._max_bytes = max_bytes
         self._max_future = max_future
         self._max_past = max_past
@@ -97,7 +106,7 @@ class Decoder:
         rest = iter(values)
         while len(readings) + len(others) < len(values):
             try:
-                readings.extend(map(_decoder.decode, rest))  # type: ignore[arg-type]  # of None: TypeError
+                readings.extend(map(self._decode, rest))  # type: ignore[arg-type]  # of None: TypeError
             except (TypeError, ValueError, RecursionError):  # what came before it has been added
                 others.append(len(readings) + len(others))
         if max(map(len, filter(None, values)), default=0) > self._max_bytes:
@@ -112,15 +121,15 @@ class Decoder:
         if len(value) > self._max_bytes:
             raise MalformedMessage("too_large", f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}")
         try:
-            reading = _decoder.decode(value)
+            reading = self._decode(value)
         except msgspec.ValidationError as error:
             raise MalformedMessage("invalid_reading", str(error)) from error
         except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
             raise MalformedMessage("invalid_json", str(error)) from error
         if not reading.sensor_id.isprintable():
             raise MalformedMessage("invalid_reading", "sensor_id has characters that cannot be printed")
-        if reading.temperature is None and reading.humidity is None:
-            raise MalformedMessage("no_measurement", f"{' and '.join(METRICS)} are missing or null")
+        if all(getattr(reading, name) is None for name in self.measurements):
+            raise MalformedMessage("no_measurement", f"{' and '.join(self.measurements)} missing or null")
         if reading.time > self._latest:
             raise MalformedMessage("future_time", f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -14,7 +15,6 @@ from flask import Response, abort, request
 
 from services.core.errors import PipelineError
 from services.core.health import is_loopback, is_ours
-from services.core.reading import METRICS
 from services.dashboard import charts
 from services.dashboard.monitor import LOOK_EVERY_S, Monitor, rates
 from services.dashboard.series import MOST_SENSORS, Series, Summaries
@@ -58,7 +58,7 @@ def make_page(monitor: Monitor, summaries: Summaries, host: str = "127.0.0.1") -
         add_log_handler=False,
         enable_mcp=False,
     )
-    app.layout = layout
+    app.layout = layout(summaries.measurements)
     filler = Filler(monitor, summaries)
     app.callback(
         Output("banner", "children"),
@@ -84,7 +84,7 @@ def make_page(monitor: Monitor, summaries: Summaries, host: str = "127.0.0.1") -
         Output("joined", "children"),
         Output("shown", "data"),
         Input("sensor", "value"),
-        Input("metric", "value"),
+        Input("measurement", "value"),
         Input("range", "value"),
         Input("chart-tick", "n_intervals"),
         State("shown", "data"),
@@ -122,7 +122,7 @@ def allow_own_content_only(app: Dash) -> None:
     app.server.after_request(add_policy)
 
 
-def layout() -> html.Main:
+def layout(measurements: Sequence[str]) -> html.Main:
     """The parts of the page, still empty."""
     return html.Main(
         [
@@ -138,7 +138,13 @@ def layout() -> html.Main:
                 className="small-charts",
             ),
             html.Section(
-                [html.H2("Intervals"), controls(), html.P(id="joined"), chart("chart"), html.P(id="chart-text")]
+                [
+                    html.H2("Intervals"),
+                    controls(measurements),
+                    html.P(id="joined"),
+                    chart("chart"),
+                    html.P(id="chart-text"),
+                ]
             ),
             html.P("Times are UTC. Values are in the units of the readings.", className="note"),
             dcc.Interval(id="tick", interval=LOOK_EVERY_S * 1000),
@@ -149,12 +155,12 @@ def layout() -> html.Main:
     )
 
 
-def controls() -> html.Div:
-    """The choice of sensor, metric and range."""
+def controls(measurements: Sequence[str]) -> html.Div:
+    """The choice of sensor, measurement and range."""
     return html.Div(
         [
             choice("Sensor", dcc.Dropdown(id="sensor", clearable=False, placeholder="none yet")),
-            choice("Metric", dcc.RadioItems(list(METRICS), METRICS[0], id="metric", inline=True)),
+            choice("Measurement", dcc.RadioItems(list(measurements), measurements[0], id="measurement", inline=True)),
             choice("Range, up to the newest interval", dcc.RadioItems(list(RANGES), "7 days", id="range", inline=True)),
         ],
         className="controls",
@@ -229,10 +235,10 @@ class Filler:
         return sensors, chosen if chosen in sensors or not sensors else sensors[0], version
 
     def chart(
-        self, sensor: str | None, metric: str, span: object, _tick: int | None, shown: int | None
+        self, sensor: str | None, measurement: str, span: object, _tick: int | None, shown: int | None
     ) -> tuple[Any, ...]:
         """The chart of one sensor and its text, if they are not the ones that are ``shown``."""
-        if metric not in METRICS or not isinstance(span, str) or span not in RANGES:
+        if measurement not in self._summaries.measurements or not isinstance(span, str) or span not in RANGES:
             return UNCHANGED
         if self._monitor.sensors is None or sensor is None:
             text = NO_DATABASE if self._monitor.sensors is None else NO_READINGS
@@ -240,16 +246,22 @@ class Filler:
         if self._monitor.database_problem:
             return UNCHANGED
         try:
-            series = self._summaries.series(metric, sensor, RANGES[span])
+            series = self._summaries.series(measurement, sensor, RANGES[span])
         except PipelineError:  # the monitor says so, in the banner and in the log
             return UNCHANGED
-        name = f"{sensor} {metric} {span}"
+        name = f"{sensor} {measurement} {span}"
         version = hash((name, tuple(series.points) if series is not None else ())) % 2**32
         if version == shown:
             return UNCHANGED
         if series is None:
-            return no_update, True, f"{sensor} has no {metric} intervals", "", version
-        return charts.series_chart(series, name), False, describe(series, f"{sensor}, {metric}"), note(series), version
+            return no_update, True, f"{sensor} has no {measurement} intervals", "", version
+        return (
+            charts.series_chart(series, name),
+            False,
+            describe(series, f"{sensor}, {measurement}"),
+            note(series),
+            version,
+        )
 
 
 def describe(series: Series, name: str) -> str:

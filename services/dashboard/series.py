@@ -13,7 +13,7 @@ from psycopg import Connection, sql
 
 from services.core.config import Settings
 from services.core.database import connect, queries, translated
-from services.core.reading import METRICS
+from services.core.measurements import measurement
 
 SQL = queries("services.dashboard")
 
@@ -47,6 +47,7 @@ class Summaries:
     """One connection that is opened when it is needed, and again after an error. For one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
+        self.measurements = settings.measurements
         self._settings = settings
         self._lock = threading.Lock()
         self._connection: Connection | None = None
@@ -68,18 +69,18 @@ class Summaries:
         """The sensors that have a summary, at most MOST_SENSORS."""
         found: set[str] = set()
         with self._connected() as connection:
-            for metric in METRICS:
-                query = SQL["sensors"].format(**identifiers(metric))
+            for name in self.measurements:
+                query = SQL["sensors"].format(**measurement(name).identifiers())
                 found.update(sensor for (sensor,) in connection.execute(query, {"most": MOST_SENSORS}))
         return sorted(found)[:MOST_SENSORS]
 
-    def series(self, metric: str, sensor: str, span: timedelta | None) -> Series | None:
+    def series(self, name: str, sensor: str, span: timedelta | None) -> Series | None:
         """The last ``span`` of a sensor's intervals, or all, joined to wider ones if they are too many.
 
-        None if the sensor has no intervals of this metric.
+        None if the sensor has no intervals of this measurement.
         """
         with self._connected() as connection:
-            names = identifiers(metric)
+            names = measurement(name).identifiers()
             row = connection.execute(SQL["extent"].format(**names), {"sensor": sensor}).fetchone()
             if row is None:
                 return None
@@ -107,9 +108,3 @@ class Summaries:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
-
-
-def identifiers(metric: str) -> dict[str, sql.Identifier]:
-    """What the statements have in braces."""
-    names = {"summary": f"{metric}_summary"} | {name: f"{name}_{metric}" for name in ("avg", "min", "max")}
-    return {name: sql.Identifier(value) for name, value in names.items()}

@@ -1,4 +1,4 @@
-"""The life of the continuous aggregates: one of each metric at the configured width, made of the readings.
+"""The life of the continuous aggregates: one of each rollup at the configured width, made of the readings.
 
 Where readings are dense it is made of an aggregate of minutes instead, which is there for as long as one is made of it.
 
@@ -17,23 +17,24 @@ from psycopg import Connection, sql
 
 from services.core.database import queries
 from services.core.logs import fields
+from services.core.measurements import measurement
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, BASE_PARTS, OF_MINUTES, Metric, minutes_pay
+from services.etl.rollup import BASE, OF_MINUTES, Rollup, minutes_pay
 
 SQL = queries("services.etl")
 
 log = logging.getLogger("etl")
 
 
-def statement(name: str, metric: Metric, **more: sql.Composable) -> sql.Composed:
-    """A statement of queries.sql with the metric's names filled in."""
-    return SQL[name].format(**metric.identifiers(), **more)
+def statement(name: str, rollup: Rollup, **more: sql.Composable) -> sql.Composed:
+    """A statement of queries.sql with the rollup's names filled in."""
+    return SQL[name].format(**rollup.identifiers(), **more)
 
 
-def stored_metrics(connection: Connection) -> dict[str, Metric]:
-    """The metrics by name, at the width that their summaries have now, and made of what they are made of."""
+def stored_rollups(connection: Connection) -> dict[str, Rollup]:
+    """The rollups by name, at the width that their summaries have now, and made of what they are made of."""
     return {
-        name: Metric(name, minutes, aggregate.endswith(OF_MINUTES))
+        name: Rollup(measurement(name), minutes, aggregate.endswith(OF_MINUTES))
         for name, minutes, aggregate in connection.execute(SQL["read_state"])
     }
 
@@ -41,29 +42,40 @@ def stored_metrics(connection: Connection) -> dict[str, Metric]:
 class Aggregates:
     """The aggregates that exist, and which of them feeds each summary."""
 
-    def __init__(self, connection: Connection, lease: Lease, configured: tuple[Metric, ...]) -> None:
+    def __init__(self, connection: Connection, lease: Lease, configured: tuple[Rollup, ...]) -> None:
         self._connection = connection
         self._lease = lease
         self.configured = configured
-        self.current: dict[str, Metric] = {}
-        self.building: dict[str, Metric] = {}
+        self.current: dict[str, Rollup] = {}
+        self.building: dict[str, Rollup] = {}
+        self._base_of: dict[str, str] = {}  # by measurement
         self.is_new = True  # as far as we know, nothing is summarised yet
 
     def prepare(self) -> None:
-        """Create what the summaries cannot do without."""
-        self._drop_outdated_base()
-        for metric in self.configured:
+        """Create what the summaries cannot do without; note what will have to be caught up with."""
+        self._read_bases()
+        stored = stored_rollups(self._connection)
+        with self._lease.transaction():
+            self._connection.execute(SQL["fall_behind"], {"configured": [rollup.name for rollup in self.configured]})
+        for rollup in self.configured:
             with self._lease.transaction():
-                current = stored_metrics(self._connection).get(metric.name, metric)
+                current = stored.get(rollup.name, rollup)
                 if current.aggregate not in self.materialized():
                     current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=False))
                     self._create(current)
+                    is_added = bool(stored) and rollup.name not in stored
                     self._connection.execute(
                         SQL["write_state"],
-                        {"metric": metric.name, "aggregate": current.aggregate, "width": current.width},
+                        {
+                            "measurement": current.name,
+                            "aggregate": current.aggregate,
+                            "width": current.width,
+                            "behind": "infinity" if is_added else "-infinity",
+                        },
                     )
-                    self._connection.execute(SQL["queue_all"])
-            self.current[metric.name] = current
+                    if not is_added:
+                        self._connection.execute(SQL["queue_all"])
+            self.current[rollup.name] = current
 
     def suit_first_readings(self) -> None:
         """As long as nothing is summarised, what the summaries are made of can change at once."""
@@ -81,32 +93,15 @@ class Aggregates:
                 self.switch(suited, None)
                 self.drop_others()
 
-    def _is_empty(self, metric: Metric) -> bool:
+    def _is_empty(self, rollup: Rollup) -> bool:
         """Whether nothing is summarised yet."""
-        row = self._connection.execute(statement("is_summary_empty", metric)).fetchone()
+        row = self._connection.execute(statement("is_summary_empty", rollup)).fetchone()
         return row is not None and bool(row[0])
 
-    def _drop_outdated_base(self) -> None:
-        """Drop minutes that lack a metric, and all that is made of them; also what is, and does not say so.
-
-        The summaries stay as they are; the live views show them until the aggregates are there again.
-        """
-        wanted = {f"{metric.name}_{part}" for metric in self.configured for part in BASE_PARTS}
-        columns = {row[0] for row in self._connection.execute(SQL["list_columns"], {"table": BASE})}
-        built = {row[0] for row in self._connection.execute(SQL["built_on"], {"base": BASE})} & self._ours()
-        if not columns or (wanted <= columns and all(name.endswith(OF_MINUTES) for name in built)):
-            return
-        with self._lease.transaction():
-            for metric in stored_metrics(self._connection).values():
-                if metric.aggregate in built:
-                    self._connection.execute(statement("show_summary_live", metric))
-            for aggregate in (*built, BASE):
-                self._drop(aggregate)
-
-    def wanted(self) -> tuple[Metric, ...]:
-        """The configured metrics, made of what suits the newest readings."""
-        of_minutes = minutes_pay(self._rate(), have_paid=any(metric.of_minutes for metric in self.current.values()))
-        return tuple(replace(metric, of_minutes=of_minutes) for metric in self.configured)
+    def wanted(self) -> tuple[Rollup, ...]:
+        """The configured rollups, made of what suits the newest readings."""
+        of_minutes = minutes_pay(self._rate(), have_paid=any(rollup.of_minutes for rollup in self.current.values()))
+        return tuple(replace(rollup, of_minutes=of_minutes) for rollup in self.configured)
 
     def _rate(self) -> float | None:
         """How many readings per minute each sensor sends."""
@@ -116,23 +111,23 @@ class Aggregates:
 
     def show_live(self) -> Iterator[None]:
         """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it."""
-        for metric in self.current.values():
-            row = self._connection.execute(statement("live_view_shows", metric)).fetchone()
+        for rollup in self.current.values():
+            row = self._connection.execute(statement("live_view_shows", rollup)).fetchone()
             if row is not None and not row[0]:
                 with self._lease.transaction():
-                    self._connection.execute(statement("replace_live_view", metric))
+                    self._connection.execute(statement("replace_live_view", rollup))
                 yield
 
-    def build(self, metric: Metric) -> None:
+    def build(self, rollup: Rollup) -> None:
         """Create an aggregate that is about to take over; one that was begun and given up has missed readings."""
-        self.building.pop(metric.name, None)
+        self.building.pop(rollup.name, None)
         with self._lease.transaction():
             for aggregate in self._unused():
                 self._drop(aggregate)
-            self._create(metric)
-        self.building[metric.name] = metric
+            self._create(rollup)
+        self.building[rollup.name] = rollup
 
-    def switch(self, metric: Metric, edge: str | None) -> int:
+    def switch(self, rollup: Rollup, edge: str | None) -> int:
         """Let the new aggregate feed the summary, in one transaction; returns how many of the summary's rows are new.
 
         They are from ``edge`` on. Without one the width is the same, and so are the rows.
@@ -140,20 +135,20 @@ class Aggregates:
         The view comes last, since whoever wants to read it waits from then on; whether it can be had is tried before.
         """
         with self._lease.transaction():
-            self._connection.execute(statement("probe_live_view", metric))
+            self._connection.execute(statement("probe_live_view", rollup))
         with self._lease.transaction():
             filled = 0
             if edge is not None:
-                self._connection.execute(statement("delete_from", metric), {"edge": edge})
-                fill = statement("fill_from", metric, materialized=self.materialized()[metric.aggregate])
+                self._connection.execute(statement("delete_from", rollup), {"edge": edge})
+                fill = statement("fill_from", rollup, materialized=self.materialized()[rollup.aggregate])
                 filled = self._connection.execute(fill, {"edge": edge}).rowcount
             self._connection.execute(
                 SQL["replace_state"],
-                {"metric": metric.name, "aggregate": metric.aggregate, "width": metric.width, "edge": edge},
+                {"measurement": rollup.name, "aggregate": rollup.aggregate, "width": rollup.width, "edge": edge},
             )
-            self._connection.execute(statement("replace_live_view", metric))
-        self.current[metric.name] = metric
-        del self.building[metric.name]
+            self._connection.execute(statement("replace_live_view", rollup))
+        self.current[rollup.name] = rollup
+        del self.building[rollup.name]
         return filled
 
     def drop_others(self) -> None:
@@ -163,48 +158,76 @@ class Aggregates:
                 self._drop(aggregate)
 
     def _unused(self) -> list[str]:
-        """The aggregates that are not refreshed; what is made of others comes before them."""
-        refreshed = self.all_refreshed()
-        unused = sorted(self._ours() - {metric.aggregate for metric in refreshed})
-        has_base = BASE in self.materialized()
-        return [*unused, BASE] if has_base and not self.are_minutes_refreshed() else unused
+        """The aggregates that are not refreshed; what is made of others comes before them.
 
-    def all_refreshed(self) -> tuple[Metric, ...]:
+        Minutes that are not refreshed are of no use to a measurement that is off the list either: its aggregate is made
+        again when it is put back.
+        """
+        unused = sorted(self._ours() - {rollup.aggregate for rollup in self.all_refreshed()})
+        for base in sorted(set(self._base_of.values()) - set(self.bases_refreshed())):
+            built = (name for (name,) in self._connection.execute(SQL["built_on"], {"base": base}))
+            unused += [*(name for name in built if name not in unused), base]
+        return unused
+
+    def all_refreshed(self) -> tuple[Rollup, ...]:
         """Every aggregate that must follow the readings: the current ones and those being built."""
         return (*self.current.values(), *self.building.values())
 
-    def are_minutes_refreshed(self) -> bool:
-        """Whether one of them is made of minutes."""
-        return any(metric.of_minutes for metric in self.all_refreshed())
+    def bases_refreshed(self) -> list[str]:
+        """The aggregates of minutes that they are made of."""
+        return sorted({self.base_of(rollup) for rollup in self.all_refreshed() if rollup.of_minutes})
+
+    def base_of(self, rollup: Rollup) -> str:
+        """The aggregate of minutes with this measurement."""
+        return self._base_of[rollup.name]
+
+    def _read_bases(self) -> None:
+        rows = self._connection.execute(SQL["list_bases"], {"base": BASE})
+        self._base_of = {name: base for base, names in rows for name in names}
 
     def materialized(self) -> dict[str, sql.Identifier]:
         """The aggregates that exist, each with the table of what was refreshed."""
         rows = self._connection.execute(SQL["list_aggregates"])
         return {name: sql.Identifier(schema, table) for name, schema, table in rows}
 
-    def _create(self, metric: Metric) -> None:
+    def _create(self, rollup: Rollup) -> None:
         """Unless it exists: migrations that were taken back and forth. Below it the minutes, if it is made of them."""
-        existing = self.materialized()
-        if metric.aggregate in existing:
+        if rollup.aggregate in self.materialized():
             return
         self._connection.execute(SQL["as_owner"])
-        if metric.of_minutes and BASE not in existing:
-            columns = sql.SQL(",\n       ").join(statement("base_columns", each) for each in self.configured)
-            self._connection.execute(SQL["create_base"].format(base=sql.Identifier(BASE), columns=columns))
-            self._note_created(BASE)
-        self._connection.execute(statement("create_of_minutes" if metric.of_minutes else "create_of_readings", metric))
-        self._note_created(metric.aggregate)
+        if rollup.of_minutes:
+            self._create_base(rollup)
+            source = sql.Identifier(self.base_of(rollup))
+            self._connection.execute(statement("create_of_minutes", rollup, base=source))
+        else:
+            self._connection.execute(statement("create_of_readings", rollup))
+        self._note_created(rollup.aggregate)
+
+    def _create_base(self, rollup: Rollup) -> None:
+        """Unless there is one with this measurement: of all that have none."""
+        if rollup.name in self._base_of:
+            return
+        base = f"{BASE}_{rollup.name}" if BASE in self._base_of.values() else BASE
+        lacking = [each for each in self.configured if each.name not in self._base_of]
+        columns = sql.SQL(",\n       ").join(statement("base_columns", each) for each in lacking)
+        self._connection.execute(SQL["create_base"].format(base=sql.Identifier(base), columns=columns))
+        self._note_created(base)
+        self._read_bases()
 
     def _note_created(self, aggregate: str) -> None:
         self._connection.execute(SQL["vacuum_often"].format(materialized=self.materialized()[aggregate]))
         log.info("aggregate_created", extra=fields(aggregate=aggregate))
 
     def _ours(self) -> set[str]:
-        """The aggregates of the metrics, of whatever width and source."""
-        names = "|".join({metric.name for metric in self.configured} | stored_metrics(self._connection).keys())
+        """The aggregates of what is configured, of whatever width and source."""
+        names = "|".join(rollup.name for rollup in self.configured)
         pattern = re.compile(f"({names})_[0-9]+min({OF_MINUTES})?")
         return {aggregate for aggregate in self.materialized() if pattern.fullmatch(aggregate)}
 
     def _drop(self, aggregate: str) -> None:
+        for rollup in stored_rollups(self._connection).values():
+            if rollup.aggregate == aggregate and rollup.name not in self.current:
+                self._connection.execute(statement("show_summary_live", rollup))
         self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
+        self._read_bases()
         log.info("aggregate_dropped", extra=fields(aggregate=aggregate))

@@ -35,7 +35,7 @@ INTERVALS_REFRESHED = Counter(
     ["aggregate"],
 )
 SUMMARY_ROWS_CHANGED = Counter(
-    "sensor_summary_rows_changed_total", "Summary rows that were inserted, updated or deleted.", ["metric"]
+    "sensor_summary_rows_changed_total", "Summary rows that were inserted, updated or deleted.", ["measurement"]
 )
 QUEUE_ROWS_DONE = Counter("sensor_refresh_queue_rows_done_total", "Rows of the refresh queue that were worked off.")
 CHUNKS_DROPPED = Counter("sensor_chunks_dropped_total", "Chunks of raw readings dropped by RAW_RETENTION_DAYS.")
@@ -45,7 +45,7 @@ CHUNKS_COMPRESSED = Counter(
 SUMMARY_DIFFERENCES = Counter(
     "sensor_summary_differences_total",
     "Summary rows that differed from the raw readings although nothing waited; they are repaired. Should stay 0.",
-    ["metric"],
+    ["measurement"],
 )
 DUTY_FAILURES = Counter(
     "sensor_etl_duty_failures_total", "Failed tries of what etl does beside the refresh; each is tried again.", ["duty"]

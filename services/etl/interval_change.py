@@ -30,8 +30,8 @@ from services.core.database import queries
 from services.core.logs import fields
 from services.etl.aggregates import Aggregates, statement
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, Metric
 from services.etl.retention import close
+from services.etl.rollup import Rollup
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
@@ -51,50 +51,52 @@ class IntervalChange:
         self._aggregates = aggregates
         self._summaries = summaries
         self._keep = keep
-        self._refused: set[Metric] = set()  # and said so
+        self._refused: set[Rollup] = set()  # and said so
 
     def steps(self) -> Iterator[None]:
         """All that is left to change, piece by piece; in between the queue is worked off."""
-        for metric in self._aggregates.wanted():
-            old = self._aggregates.current[metric.name]
-            edge = None if metric.minutes == old.minutes else self._common_edge(old, metric)
-            new = metric if edge is not None else replace(metric, minutes=old.minutes)
+        for rollup in self._aggregates.wanted():
+            old = self._aggregates.current[rollup.name]
+            edge = None if rollup.minutes == old.minutes else self._common_edge(old, rollup)
+            new = rollup if edge is not None else replace(rollup, minutes=old.minutes)
             if new == old:
-                self._aggregates.building.pop(metric.name, None)
+                self._aggregates.building.pop(rollup.name, None)
             else:
                 yield from self._change(old, new, edge)
         self._aggregates.drop_others()
 
-    def _change(self, old: Metric, metric: Metric, edge: str | None) -> Iterator[None]:
-        if self._aggregates.building.get(metric.name) != metric:
-            self._aggregates.build(metric)
-            log.info("interval_change_begun", extra=fields(old=old.aggregate, new=metric.aggregate))
+    def _change(self, old: Rollup, rollup: Rollup, edge: str | None) -> Iterator[None]:
+        if self._aggregates.building.get(rollup.name) != rollup:
+            self._aggregates.build(rollup)
+            log.info("interval_change_begun", extra=fields(old=old.aggregate, new=rollup.aggregate))
             yield
         if edge not in (None, WHOLE_HISTORY):
             # Between what is frozen and the edge nothing will feed the summary; let the last readings through.
-            close(self._connection, self._lease, {metric.name: edge}, self._keep)
+            close(self._connection, self._lease, {rollup.name: edge}, self._keep)
             while self._summaries.is_queued_before(edge):
                 yield
-        start, end = self._history(metric, edge)
+        start, end = self._history(rollup, edge)
         while start is not None and end is not None and start < end:
             began = time.monotonic()
-            stop = min(start + max(self._summaries.step // metric.width, 1) * metric.width, end)
-            if metric.of_minutes:
-                self._summaries.refresh(BASE, start, stop)  # what was changed by hand is in no queue row
-            self._summaries.refresh(metric.aggregate, start, stop)
+            stop = min(start + max(self._summaries.step // rollup.width, 1) * rollup.width, end)
+            if rollup.of_minutes:
+                self._summaries.refresh(
+                    self._aggregates.base_of(rollup), start, stop
+                )  # what was changed by hand is in no queue row
+            self._summaries.refresh(rollup.aggregate, start, stop)
             start = stop
             self._summaries.pace(time.monotonic() - began)
             yield
-        rows = self._aggregates.switch(metric, edge)
-        log.info("interval_changed", extra=fields(old=old.aggregate, new=metric.aggregate, summary_rows=rows))
+        rows = self._aggregates.switch(rollup, edge)
+        log.info("interval_changed", extra=fields(old=old.aggregate, new=rollup.aggregate, summary_rows=rows))
 
-    def _common_edge(self, old: Metric, new: Metric) -> str | None:
+    def _common_edge(self, old: Rollup, new: Rollup) -> str | None:
         """Where the new width takes over: -infinity, or the first boundary of both that is not closed; None: nowhere.
 
         That would have to be later than now minus what is kept.
         """
-        common = Metric(new.name, math.lcm(old.minutes, new.minutes))
-        arguments = {"metric": new.name, "common": common.width, "keep": self._keep}
+        common = Rollup(new.measurement, math.lcm(old.minutes, new.minutes))
+        arguments = {"measurement": new.name, "common": common.width, "keep": self._keep}
         row = self._connection.execute(SQL["common_edge"], arguments).fetchone()
         assert row is not None
         edge, is_possible = row
@@ -105,7 +107,7 @@ class IntervalChange:
             log.warning(
                 "interval_change_refused",
                 extra=fields(
-                    setting=f"{new.name.upper()}_INTERVAL",
+                    setting=new.measurement.interval_setting.upper(),
                     old=old.minutes,
                     new=new.minutes,
                     detail=f"intervals of both widths begin together at {edge} for the first time, and closing history "
@@ -114,8 +116,8 @@ class IntervalChange:
             )
         return None
 
-    def _history(self, metric: Metric, edge: str | None) -> tuple[datetime | None, datetime | None]:
+    def _history(self, rollup: Rollup, edge: str | None) -> tuple[datetime | None, datetime | None]:
         """From the first interval after the edge to the end of the last one; None without readings."""
-        row = self._connection.execute(statement("history", metric), {"edge": edge}).fetchone()
+        row = self._connection.execute(statement("history", rollup), {"edge": edge}).fetchone()
         assert row is not None
         return row[0], row[1]

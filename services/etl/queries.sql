@@ -42,17 +42,13 @@ SET enable_sort = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET
 
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
--- that is loaded comes in many pieces, and its intervals should be computed when they are complete. ``resting`` leaves
--- it for later, as long as more is loaded.
+-- that is loaded comes in many pieces, and its intervals should be computed when they are complete.
 SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp(),
        count(*) < (SELECT count(*) FROM summary_refresh_queue)
-FROM summary_refresh_queue, (
-    SELECT coalesce(range_agg(touched), '{}') AS lately,
-           coalesce(bool_or(upper(touched) <= now() - interval '1 hour'), false) AS has_past
-    FROM summary_refresh_queue WHERE queued_at > now() - interval '1 second'
-) AS loaded
+FROM summary_refresh_queue
 WHERE %(all)s OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
-   OR NOT touched && lately AND NOT (%(resting)s AND has_past)
+   OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
+                      WHERE queued_at > now() - interval '1 second')
 
 -- name: queue_depth
 SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8
@@ -116,7 +112,7 @@ SELECT coalesce(range_agg(interval) * tstzmultirange(tstzrange(
                  THEN time_bucket(%(width)s, edge + %(width)s - interval '1 microsecond')
                  ELSE edge END
      FROM (SELECT greatest(frozen_before, %(rest_end)s::timestamptz) AS edge
-           FROM summary_state WHERE metric = %(metric)s) AS state), NULL)), '{}')
+           FROM summary_state WHERE measurement = %(measurement)s) AS state), NULL)), '{}')
 FROM (
     SELECT tstzrange(time_bucket(%(width)s, lower(piece)),
                      time_bucket(%(width)s, upper(piece) - interval '1 microsecond') + %(width)s) AS interval
@@ -129,13 +125,13 @@ FROM (
 UPDATE summary_state AS state
 SET frozen_before = greatest(frozen_before, edge), closed_before = greatest(closed_before, edge)
 FROM (
-    SELECT metric, least(max(CASE WHEN range_end <= dropped_at
+    SELECT measurement, least(max(CASE WHEN range_end <= dropped_at
                                   THEN time_bucket(width, range_end + width - interval '1 microsecond')
                                   ELSE time_bucket(width, dropped_at) END),
                          time_bucket(width, now() - %(keep)s)) AS edge
-    FROM raw_chunk, summary_state WHERE dropped_at IS NOT NULL GROUP BY metric, width
+    FROM raw_chunk, summary_state WHERE dropped_at IS NOT NULL GROUP BY measurement, width
 ) AS dropped
-WHERE state.metric = dropped.metric AND edge > frozen_before
+WHERE state.measurement = dropped.measurement AND edge > frozen_before
 
 -- name: hold_readings
 SELECT hold_readings()
@@ -143,7 +139,7 @@ SELECT hold_readings()
 -- name: close_history
 -- Never later than now minus what is kept, whatever was asked for.
 UPDATE summary_state SET closed_before = greatest(closed_before, %(edge)s::timestamptz)
-WHERE metric = %(metric)s AND %(edge)s::timestamptz <= now() - %(keep)s
+WHERE measurement = %(measurement)s AND %(edge)s::timestamptz <= now() - %(keep)s
 
 -- name: freeze_closed
 UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < closed_before
@@ -151,7 +147,7 @@ UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < clo
 -- name: expired_edges
 -- Where the whole intervals begin after what has expired: a chunk of which every interval, at every width, ended long
 -- enough ago; and whether that is still to be closed.
-SELECT metric, edge::text, edge > closed_before
+SELECT measurement, edge::text, edge > closed_before
 FROM summary_state, LATERAL (
     SELECT time_bucket(width, max(range_end) + width - interval '1 microsecond') AS edge
     FROM timescaledb_information.chunks
@@ -159,7 +155,7 @@ FROM summary_state, LATERAL (
       AND (SELECT max(time_bucket(each.width, range_end + each.width - interval '1 microsecond'))
            FROM summary_state AS each) <= now() - %(keep)s
 ) AS expired
-WHERE edge IS NOT NULL ORDER BY metric
+WHERE edge IS NOT NULL ORDER BY measurement
 
 -- name: is_closing
 -- Whether something is closed and not frozen, and whether any of it waits for its summaries.
@@ -181,7 +177,7 @@ SELECT drop_chunks('sensor_data', newer_than => %(start)s::timestamptz, older_th
 -- name: drop_frozen_minutes
 -- If there are any: they would only be in the way, since nothing reads the minutes of frozen intervals again.
 SELECT drop_chunks(view_name::regclass, older_than => (SELECT min(frozen_before) FROM summary_state))
-FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND view_name = %(base)s
+FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND starts_with(view_name, %(base)s)
 
 -- name: uncompressed_chunks
 -- Bit 1 says that a chunk is compressed, 2 and 8 that readings came later, 4 that somebody has frozen it.
@@ -229,15 +225,20 @@ GROUP BY sensor_id, time_bucket(interval '1 minute', time)
 WITH NO DATA
 
 -- name: base_columns
--- Of each metric.
-sum({metric}) AS {base_sum}, min({metric}) AS {base_min}, max({metric}) AS {base_max}, count({metric}) AS {base_count}
+-- Of each measurement.
+sum({measurement}) AS {base_sum}, min({measurement}) AS {base_min}, max({measurement}) AS {base_max}, count({measurement}) AS {base_count}
 
--- name: list_columns
-SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+-- name: list_bases
+-- Each with its measurements: those that it counts.
+SELECT view_name::text, array_agg(left(attname, -length('_count')))
+FROM timescaledb_information.continuous_aggregates
+JOIN pg_attribute ON attrelid = format('%%I.%%I', view_schema, view_name)::regclass
+WHERE view_schema = 'public' AND starts_with(view_name, %(base)s) AND attname LIKE '%%\_count' AND attnum > 0
+GROUP BY view_name
 
 -- name: built_on
 SELECT view_name FROM timescaledb_information.continuous_aggregates
-WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) = (
+WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) IN (
     SELECT materialization_hypertable_schema, materialization_hypertable_name
     FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND view_name = %(base)s)
 
@@ -246,12 +247,12 @@ CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
 SELECT sensor_id,
        time_bucket({width}, time) AS interval_start,
-       avg({metric}) AS average,
-       min({metric}) AS least,
-       max({metric}) AS greatest,
-       count({metric}) AS reading_count
+       avg({measurement}) AS average,
+       min({measurement}) AS least,
+       max({measurement}) AS greatest,
+       count({measurement}) AS reading_count
 FROM sensor_data
-WHERE {metric} IS NOT NULL
+WHERE {measurement} IS NOT NULL
 GROUP BY sensor_id, time_bucket({width}, time)
 WITH NO DATA
 
@@ -300,22 +301,35 @@ SELECT sensor_id,
        greatest AS {max},
        reading_count
 FROM {aggregate}
-WHERE interval_start >= (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
+WHERE interval_start >= (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})
 UNION ALL
 SELECT sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count
 FROM {summary}
-WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})
+WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})
 
 -- name: show_summary_live
 -- For as long as there is no aggregate.
 CREATE OR REPLACE VIEW {live} AS SELECT * FROM {summary}
 
 -- name: read_state
-SELECT metric, extract(epoch FROM width)::bigint / 60, aggregate FROM summary_state ORDER BY metric
+SELECT measurement, extract(epoch FROM width)::bigint / 60, aggregate FROM summary_state ORDER BY measurement
 
 -- name: write_state
-INSERT INTO summary_state (metric, aggregate, width) VALUES (%(metric)s, %(aggregate)s, %(width)s)
-ON CONFLICT (metric) DO UPDATE SET aggregate = excluded.aggregate
+INSERT INTO summary_state (measurement, aggregate, width, behind_before)
+VALUES (%(measurement)s, %(aggregate)s, %(width)s, %(behind)s::timestamptz)
+ON CONFLICT (measurement) DO UPDATE SET aggregate = excluded.aggregate, behind_before = excluded.behind_before
+
+-- name: fall_behind
+-- What is off the list is not refreshed from now on.
+UPDATE summary_state SET behind_before = 'infinity'
+WHERE measurement <> ALL(%(configured)s) AND behind_before < 'infinity'
+
+-- name: read_behind
+SELECT behind_before::text FROM summary_state WHERE measurement = {measurement_name} AND behind_before > '-infinity'
+
+-- name: write_behind
+UPDATE summary_state SET behind_before = coalesce(%(edge)s::timestamptz, '-infinity')
+WHERE measurement = {measurement_name}
 
 -- name: is_summary_empty
 SELECT NOT EXISTS (SELECT FROM {summary})
@@ -350,7 +364,7 @@ WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' HAVING co
 -- of NULL.
 SELECT CASE WHEN min(first) IS NOT NULL
             THEN greatest(time_bucket({width}, min(first)), %(edge)s::timestamptz,
-                          (SELECT frozen_before FROM summary_state WHERE metric = {metric_name})) END,
+                          (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})) END,
        time_bucket({width}, max(last)) + {width}
 FROM (SELECT min(range_start) AS first, max(range_end) - interval '1 microsecond' AS last
       FROM timescaledb_information.chunks
@@ -371,30 +385,30 @@ FROM summary_state, LATERAL (
         (SELECT max(interval_start) FROM {summary}
          WHERE %(edge)s::timestamptz IS NULL OR interval_start < %(edge)s::timestamptz))) AS last
 ) AS stored
-WHERE metric = {metric_name} AND last >= frozen_before
+WHERE measurement = {measurement_name} AND last >= frozen_before
 
 -- name: last_check
 -- Since when history is recent, and how far back the older pieces have come.
 SELECT greatest(time_bucket({width}, now() - interval '1 day'), frozen_before),
-       (SELECT next_before FROM summary_check WHERE metric = {metric_name})
-FROM summary_state WHERE metric = {metric_name}
+       (SELECT next_before FROM summary_check WHERE measurement = {measurement_name})
+FROM summary_state WHERE measurement = {measurement_name}
 
 -- name: note_check
-INSERT INTO summary_check AS old (metric, checked_at, next_before, differences, differed_at)
-VALUES (%(metric)s, now(), %(next_before)s, %(differing)s, CASE WHEN %(differing)s > 0 THEN now() END)
-ON CONFLICT (metric) DO UPDATE
+INSERT INTO summary_check AS old (measurement, checked_at, next_before, differences, differed_at)
+VALUES (%(measurement)s, now(), %(next_before)s, %(differing)s, CASE WHEN %(differing)s > 0 THEN now() END)
+ON CONFLICT (measurement) DO UPDATE
 SET checked_at = excluded.checked_at, next_before = excluded.next_before,
     differences = old.differences + excluded.differences, differed_at = coalesce(excluded.differed_at, old.differed_at)
 
 -- name: find_differences
 -- One snapshot: what the queue does not name must be equal. An average may differ in its last digits.
--- The queue rows of this comparison do not count, or one metric's difference would hide the other's.
+-- The queue rows of this comparison do not count, or one measurement's difference would hide the other's.
 -- What a chunk that was dropped held cannot be compared any more.
 WITH fresh AS (
     SELECT sensor_id, time_bucket({width}, time) AS interval_start,
-           avg({metric}) AS average, min({metric}) AS least, max({metric}) AS greatest, count({metric}) AS readings
+           avg({measurement}) AS average, min({measurement}) AS least, max({measurement}) AS greatest, count({measurement}) AS readings
     FROM sensor_data
-    WHERE time >= %(start)s AND time < %(end)s AND {metric} IS NOT NULL
+    WHERE time >= %(start)s AND time < %(end)s AND {measurement} IS NOT NULL
     GROUP BY sensor_id, time_bucket({width}, time)
 ), stored AS (
     SELECT sensor_id, interval_start, interval_end, {avg} AS average, {min} AS least, {max} AS greatest,
@@ -433,14 +447,14 @@ SELECT edge::text, edge <= now() - %(keep)s
 FROM (SELECT CASE WHEN isfinite(closed_before)
                   THEN time_bucket(%(common)s, closed_before + %(common)s - interval '1 microsecond')
                   ELSE closed_before END AS edge
-      FROM summary_state WHERE metric = %(metric)s) AS state
+      FROM summary_state WHERE measurement = %(measurement)s) AS state
 
 -- name: replace_state
 -- Without an edge nothing more is frozen.
 UPDATE summary_state
 SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = coalesce(%(edge)s::timestamptz, frozen_before),
     closed_before = greatest(closed_before, %(edge)s::timestamptz)
-WHERE metric = %(metric)s
+WHERE measurement = %(measurement)s
 
 -- name: delete_from
 DELETE FROM {summary} WHERE interval_start >= %(edge)s::timestamptz

@@ -11,7 +11,7 @@ oldest and again. ``etl --reconcile`` looks at all of it at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timedelta
 
 from psycopg import Connection
@@ -19,10 +19,10 @@ from psycopg import Connection
 from services.core.database import queries
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
-from services.etl.aggregates import statement, stored_metrics
+from services.etl.aggregates import Aggregates, statement, stored_rollups
 from services.etl.instruments import SUMMARY_DIFFERENCES
 from services.etl.lease import Lease
-from services.etl.metrics import Metric
+from services.etl.rollup import Rollup
 from services.etl.summaries import Summaries
 
 SQL = queries("services.etl")
@@ -37,75 +37,95 @@ Window = tuple[datetime, datetime]
 class SelfCheck:
     """The leader's own comparison; the table summary_check says how far it has come and what it found."""
 
-    def __init__(self, connection: Connection, lease: Lease, summaries: Summaries) -> None:
+    def __init__(self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: Summaries) -> None:
         self._connection = connection
         self._lease = lease
+        self._aggregates = aggregates
         self._summaries = summaries
 
+    def catch_up(self) -> Iterator[None]:
+        """Compare all the history of what is new or was off the list, once and piece by piece, the newest first.
+
+        What was stored meanwhile is in no queue any more. How far it has come is kept: we may die in between.
+        """
+        for rollup in tuple(self._aggregates.current.values()):
+            while (row := self._connection.execute(statement("read_behind", rollup)).fetchone()) is not None:
+                piece = piece_before(self._connection, rollup, row[0])
+                with self._lease.transaction():
+                    if piece is not None:
+                        queue_differences(self._connection, rollup, piece, [])
+                    edge = {"edge": piece and piece[0]}
+                    self._connection.execute(statement("write_behind", rollup), edge)
+                yield
+
     def steps(self) -> Iterator[None]:
-        """One look at every metric: at the last day, and at one more piece of what is older."""
-        for metric in stored_metrics(self._connection).values():
-            row = self._connection.execute(statement("last_check", metric)).fetchone()
+        """One look at every measurement: at the last day, and at one more piece of what is older."""
+        for rollup in tuple(self._aggregates.current.values()):
+            row = self._connection.execute(statement("last_check", rollup)).fetchone()
             assert row is not None
             recent, next_before = row
-            newest = piece_before(self._connection, metric, None)
-            # The open interval of a wide metric may be a year of readings: it gets its turn with the others.
-            has_recent = newest is not None and newest[1] > recent and metric.width <= PIECE
-            differing = self._compare(metric, (recent, newest[1])) if newest is not None and has_recent else 0
+            newest = piece_before(self._connection, rollup, None)
+            # The open interval of a wide rollup may be a year of readings: it gets its turn with the others.
+            has_recent = newest is not None and newest[1] > recent and rollup.width <= PIECE
+            differing = self._compare(rollup, (recent, newest[1])) if newest is not None and has_recent else 0
             yield
             edge = recent if has_recent else None
-            older = piece_before(self._connection, metric, next_before or edge) or piece_before(
-                self._connection, metric, edge
+            older = piece_before(self._connection, rollup, next_before or edge) or piece_before(
+                self._connection, rollup, edge
             )
             if older is not None:
-                differing += self._compare(metric, older)
+                differing += self._compare(rollup, older)
             with self._lease.transaction():
                 self._connection.execute(
                     SQL["note_check"],
-                    {"metric": metric.name, "next_before": older and older[0], "differing": differing},
+                    {"measurement": rollup.name, "next_before": older and older[0], "differing": differing},
                 )
-            SUMMARY_DIFFERENCES.labels(metric.name).inc(differing)
+            SUMMARY_DIFFERENCES.labels(rollup.name).inc(differing)
             yield
 
-    def _compare(self, metric: Metric, window: Window) -> int:
+    def _compare(self, rollup: Rollup, window: Window) -> int:
         """Queue what differs; the number of rows."""
-        if not find_differences(self._connection, metric, window, [])[0]:
+        if not find_differences(self._connection, rollup, window, [])[0]:
             return 0
         self._summaries.note_dropped_chunks()  # somebody may just have dropped one
-        return queue_differences(self._connection, metric, window, [])
+        return queue_differences(self._connection, rollup, window, [])
 
 
-def find_differences(connection: Connection, metric: Metric, window: Window, ours: list[int]) -> tuple[int, object]:
+def find_differences(connection: Connection, rollup: Rollup, window: Window, ours: list[int]) -> tuple[int, object]:
     """How many rows differ, and their intervals; ``ours`` are queue rows that do not count."""
     arguments = {"start": window[0], "end": window[1], "ours": ours}
-    row = connection.execute(statement("find_differences", metric), arguments).fetchone()
+    row = connection.execute(statement("find_differences", rollup), arguments).fetchone()
     assert row is not None
     return row[0], row[1]
 
 
-def queue_differences(connection: Connection, metric: Metric, window: Window, ours: list[int]) -> int:
+def queue_differences(connection: Connection, rollup: Rollup, window: Window, ours: list[int]) -> int:
     """Queue the intervals that differ, and add the queue row to ``ours``; the number of rows that differ."""
-    rows, touched = find_differences(connection, metric, window, ours)
+    rows, touched = find_differences(connection, rollup, window, ours)
     if rows:
         ours += connection.execute(SQL["queue_again"], {"touched": touched}).fetchone() or ()
-        log.warning("summary_differs", extra=fields(metric=metric.name, rows=rows, start=window[0], end=window[1]))
+        log.warning("summary_differs", extra=fields(measurement=rollup.name, rows=rows, start=window[0], end=window[1]))
     return rows
 
 
-def reconcile(connection: Connection, take_over: Callable[[], Summaries | None], shutdown: Shutdown) -> dict[str, int]:
-    """Queue what differs and wait until it is repaired; the number of rows that differed, for each metric.
+def reconcile(
+    connection: Connection, names: Collection[str], take_over: Callable[[], Summaries | None], shutdown: Shutdown
+) -> dict[str, int]:
+    """Queue what differs and wait until it is repaired; the number of rows that differed, by measurement.
 
     ``take_over`` gives what does the repair as soon as we lead; None while another instance does, which repairs it.
     """
     differing: dict[str, int] = {}
     before = [number for (number,) in connection.execute(SQL["queued_ids"])]
     ids: list[int] = []
-    for metric in stored_metrics(connection).values():
-        differing[metric.name] = 0
-        window = piece_before(connection, metric, None)
+    for rollup in stored_rollups(connection).values():
+        if rollup.name not in names:
+            continue
+        differing[rollup.name] = 0
+        window = piece_before(connection, rollup, None)
         while window is not None and not shutdown.requested:
-            differing[metric.name] += queue_differences(connection, metric, window, ids)
-            window = piece_before(connection, metric, window[0])
+            differing[rollup.name] += queue_differences(connection, rollup, window, ids)
+            window = piece_before(connection, rollup, window[0])
     while is_queued(connection, before + ids):
         summaries = take_over()
         if summaries is not None and summaries.refresh_queued():
@@ -115,10 +135,10 @@ def reconcile(connection: Connection, take_over: Callable[[], Summaries | None],
     return differing
 
 
-def piece_before(connection: Connection, metric: Metric, edge: datetime | None) -> Window | None:
+def piece_before(connection: Connection, rollup: Rollup, edge: datetime | str | None) -> Window | None:
     """The newest piece that holds readings or summary rows of before ``edge``, as whole intervals; None at the end."""
-    piece = max(PIECE // metric.width, 1) * metric.width
-    row = connection.execute(statement("piece_before", metric), {"edge": edge, "piece": piece}).fetchone()
+    piece = max(PIECE // rollup.width, 1) * rollup.width
+    row = connection.execute(statement("piece_before", rollup), {"edge": edge, "piece": piece}).fetchone()
     return None if row is None else (row[0], row[1])
 
 

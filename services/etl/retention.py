@@ -34,7 +34,7 @@ from services.etl.beside import Beside
 from services.etl.duties import Duty
 from services.etl.instruments import CHUNKS_COMPRESSED, CHUNKS_DROPPED
 from services.etl.lease import Lease
-from services.etl.metrics import BASE
+from services.etl.rollup import BASE
 
 SQL = queries("services.etl")
 RUN_EVERY_S = 600.0
@@ -58,7 +58,7 @@ class Retention:
         expired = self._connection.execute(SQL["expired_edges"], {"keep": self._keep}).fetchall()
         if not expired:
             return
-        edges = {metric: edge for metric, edge, is_open in expired if is_open}
+        edges = {name: edge for name, edge, is_open in expired if is_open}
         close(self._connection, self._lease, edges, self._keep)
         while (waits := self._is_closing()) is not None:
             if waits:
@@ -88,13 +88,13 @@ class Retention:
 
 
 def close(connection: Connection, lease: Lease, edges: Mapping[str, str], keep: timedelta) -> None:
-    """Close the history of each metric up to its edge; no transaction that ends later stores a reading of before."""
+    """Close the history of each measurement up to its edge: no transaction that ends later stores what is older."""
     if not edges:
         return
     with lease.transaction():
         connection.execute(SQL["hold_readings"])
-        for metric, edge in edges.items():
-            connection.execute(SQL["close_history"], {"metric": metric, "edge": edge, "keep": keep})
+        for name, edge in edges.items():
+            connection.execute(SQL["close_history"], {"measurement": name, "edge": edge, "keep": keep})
 
 
 def compression(settings: Settings) -> AbstractContextManager[None]:

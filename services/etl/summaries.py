@@ -34,7 +34,7 @@ from services.etl.instruments import (
     SUMMARY_ROWS_CHANGED,
 )
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, BASE_WIDTH, Metric
+from services.etl.rollup import BASE_WIDTH, Rollup
 
 SQL = queries("services.etl")
 
@@ -43,8 +43,6 @@ STEP = timedelta(days=1)
 MOST_TIME = timedelta(days=7)
 MOST_WINDOWS = 32
 SLOW_S, QUICK_S = 20.0, 2.0
-# While history is loaded, its refresh rests this many times as long as it took: each interval is computed less often.
-REST, MOST_REST_S = 4.0, 2.0
 # A refresh of what lies between two windows that are this near costs less than another call.
 NEAR = timedelta(minutes=5)
 # Where there are more windows than one step takes, sensors report seldom, and there is little between.
@@ -81,7 +79,7 @@ class Step:
 
 
 class Summaries:
-    """Keeps both summary tables equal to the readings."""
+    """Keeps the summary tables equal to the readings."""
 
     def __init__(self, connection: Connection, aggregates: Aggregates, lease: Lease, keep: timedelta) -> None:
         self._connection = connection
@@ -90,7 +88,6 @@ class Summaries:
         self._keep = keep
         self.step = STEP
         self.are_unsettled = False  # whether the last look at the queue left something to settle
-        self._rests_until = 0.0
         connection.execute(SQL["prefer_hashing"])
         row = connection.execute(SQL["refresh_has_options"]).fetchone()
         assert row is not None
@@ -109,13 +106,13 @@ class Summaries:
         if queued is None:
             return False
         step = take_newest(self._whole_minutes(queued.touched), self.step)
-        intervals = {metric: self._widen(metric, step) for metric in self._aggregates.all_refreshed()}
-        if self._aggregates.are_minutes_refreshed():
+        intervals = {rollup: self._widen(rollup, step) for rollup in self._aggregates.all_refreshed()}
+        for base in self._aggregates.bases_refreshed():
             for start, end in step.windows:
-                self.refresh(BASE, start, end, force=True)
-        for metric, windows in intervals.items():
+                self.refresh(base, start, end, force=True)
+        for rollup, windows in intervals.items():
             for start, end in windows:
-                self.refresh(metric.aggregate, start, end, force=True)
+                self.refresh(rollup.aggregate, start, end, force=True)
         refreshed = time.monotonic()
         try:
             changed, done = self._mirror_all(intervals, queued.ids, step.cut)
@@ -123,10 +120,8 @@ class Summaries:
             return True  # the next round sees that it is gone
         mirror_s = time.monotonic() - refreshed
         self.pace(time.monotonic() - started)
-        if self.are_unsettled and step.cut is None:
-            self._rests_until = time.monotonic() + min(REST * (time.monotonic() - started), MOST_REST_S)
         counts = {
-            metric: sum((end - start) // metric.width for start, end in pieces) for metric, pieces in intervals.items()
+            rollup: sum((end - start) // rollup.width for start, end in pieces) for rollup, pieces in intervals.items()
         }
         count(counts, changed, done, mirror_s)
         log.info(
@@ -193,8 +188,7 @@ class Summaries:
             self.step = min(self.step * 2, MOST_TIME)
 
     def _read_queue(self, *, settled: bool) -> Queued | None:
-        options = {"all": not settled, "resting": time.monotonic() < self._rests_until}
-        row = self._connection.execute(SQL["read_queue"], options).fetchone()
+        row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
         assert row is not None
         ids, touched, oldest, now, self.are_unsettled = row
         return None if ids is None else Queued(ids, touched, now - oldest)
@@ -202,9 +196,11 @@ class Summaries:
     def _whole_minutes(self, touched: Multirange[datetime]) -> list[Window]:
         return self._windows("whole_minutes", touched=touched)
 
-    def _widen(self, metric: Metric, step: Step) -> list[Window]:
+    def _widen(self, rollup: Rollup, step: Step) -> list[Window]:
         minutes = Multirange([Range(start, end, bounds="[)") for start, end in step.windows])
-        return self._windows("widen", metric=metric.name, width=metric.width, minutes=minutes, rest_end=step.rest_end)
+        return self._windows(
+            "widen", measurement=rollup.name, width=rollup.width, minutes=minutes, rest_end=step.rest_end
+        )
 
     def _windows(self, name: str, **arguments: object) -> list[Window]:
         row = self._connection.execute(SQL[name], arguments).fetchone()
@@ -212,7 +208,7 @@ class Summaries:
         return [(piece.lower, piece.upper) for piece in row[0]]
 
     def _mirror_all(
-        self, intervals: dict[Metric, list[Window]], ids: list[int], cut: datetime | None
+        self, intervals: dict[Rollup, list[Window]], ids: list[int], cut: datetime | None
     ) -> tuple[dict[str, int], int]:
         """The one transaction that ends a step: the summaries' rows, and what is left of the queue.
 
@@ -224,8 +220,8 @@ class Summaries:
             materialized = self._aggregates.materialized()
             self._connection.execute(SQL["never_compare_all_pairs"])
             changed = {
-                metric.name: self._mirror(metric, materialized[metric.aggregate], intervals[metric])
-                for metric in self._aggregates.current.values()
+                rollup.name: self._mirror(rollup, materialized[rollup.aggregate], intervals[rollup])
+                for rollup in self._aggregates.current.values()
             }
             left = {"ids": ids, "cut": "-infinity" if cut is None else cut}
             done = self._connection.execute(SQL["delete_queued"], left).rowcount
@@ -237,21 +233,21 @@ class Summaries:
         row = self._connection.execute(SQL["is_chunk_missing"]).fetchone()
         return row is not None and bool(row[0])
 
-    def _mirror(self, metric: Metric, materialized: sql.Identifier, windows: Sequence[Window]) -> int:
+    def _mirror(self, rollup: Rollup, materialized: sql.Identifier, windows: Sequence[Window]) -> int:
         """Make the summary's rows in the windows equal to those of the table; returns how many changed."""
         changed = 0
         for start, end in windows:
             for name in ("merge_summary", "delete_vanished"):
                 window = {"start": start, "end": end}
-                mirror = statement(name, metric, materialized=materialized)
+                mirror = statement(name, rollup, materialized=materialized)
                 changed += self._connection.execute(mirror, window).rowcount
         return changed
 
 
-def count(intervals: dict[Metric, int], changed: dict[str, int], queue_rows: int, mirror_s: float) -> None:
+def count(intervals: dict[Rollup, int], changed: dict[str, int], queue_rows: int, mirror_s: float) -> None:
     """Tell the metrics what was committed."""
-    for metric, number in intervals.items():
-        INTERVALS_REFRESHED.labels(metric.aggregate).inc(number)
+    for rollup, number in intervals.items():
+        INTERVALS_REFRESHED.labels(rollup.aggregate).inc(number)
     for name, rows in changed.items():
         SUMMARY_ROWS_CHANGED.labels(name).inc(rows)
     QUEUE_ROWS_DONE.inc(queue_rows)

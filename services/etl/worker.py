@@ -24,9 +24,9 @@ from services.etl.duties import Duty, next_due
 from services.etl.instruments import LEADING, QUEUE
 from services.etl.interval_change import IntervalChange
 from services.etl.lease import Lease, LeaseLostError, renewal
-from services.etl.metrics import configured_metrics
 from services.etl.reconcile import SelfCheck, reconcile
 from services.etl.retention import Retention, compress, compression
+from services.etl.rollup import configured_rollups
 from services.etl.summaries import Summaries
 
 SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
@@ -130,7 +130,7 @@ def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
 
         if take_over() is not None:
             leaders[0].run_once()
-        return reconcile(connection, take_over, shutdown)
+        return reconcile(connection, settings.measurements, take_over, shutdown)
 
 
 def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown) -> bool:
@@ -160,13 +160,15 @@ class Leader:
         lease = Lease(connection)
         if not lease.try_take():
             raise LeaseLostError("another etl instance leads")
-        self._aggregates = Aggregates(connection, lease, configured_metrics(settings))
+        self._aggregates = Aggregates(connection, lease, configured_rollups(settings))
         self._aggregates.prepare()
         self.summaries = Summaries(connection, self._aggregates, lease, keep)
         self._lease = lease
         self.change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
+        self._check = SelfCheck(connection, lease, self._aggregates, self.summaries)
         self._duties = [
             Duty("live_views", self._aggregates.show_live, DUTIES_EVERY_S),
+            Duty("catch_up", self._check.catch_up, DUTIES_EVERY_S),
             Duty("interval_change", self.change.steps, CHANGE_EVERY_S),
             Duty("retention", Retention(connection, lease, keep).steps, DUTIES_EVERY_S),
         ]
@@ -175,8 +177,7 @@ class Leader:
         """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
         duties = list(self._duties)
         if self._settings.etl_check_seconds:
-            check = SelfCheck(self._connection, self._lease, self.summaries)
-            duties.append(Duty("self_check", check.steps, self._settings.etl_check_seconds))
+            duties.append(Duty("self_check", self._check.steps, self._settings.etl_check_seconds))
         while not shutdown.requested:
             has_refreshed = self._work(settled=True)
             self.has_worked = True

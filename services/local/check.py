@@ -6,7 +6,7 @@ It shares no code with the pipeline on purpose: an error there must not hide her
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ ORIGIN = datetime(2000, 1, 3, tzinfo=UTC)  # where time_bucket counts whole minu
 TOLERANCE = 1e-9  # of an average: a sum of floats depends on its order in the last digits
 
 Key = tuple[str, datetime]
-Values = tuple[float | None, float | None]
+Values = tuple[float | None, ...]  # of each measurement, in one order everywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,7 @@ class Columns:
     """The Parquet file's column names."""
 
     time: str
-    temperature: str
-    humidity: str
+    measured: dict[str, str]  # by measurement; empty: there is none
     sensor: str
 
 
@@ -41,31 +40,34 @@ def read_rows(files: Iterable[Path], columns: Columns) -> dict[Key, Values]:
         times = table[columns.time].cast(pa.timestamp("us", "UTC")).to_pylist()
         sensors = table[columns.sensor].to_pylist() if columns.sensor else ["default"] * len(times)
         values = [
-            pc.if_else(pc.is_finite(column), column, None).to_pylist()
-            for column in (
-                table[columns.temperature].cast(pa.float64()),
-                table[columns.humidity].cast(pa.float64()),
-            )
+            finite(table[name].cast(pa.float64())) if name else [None] * len(times)
+            for name in columns.measured.values()
         ]
-        for time, sensor, temperature, humidity in zip(times, sensors, *values, strict=True):
-            if time is None or (temperature is None and humidity is None):
-                continue
-            before = rows.get((sensor, time), (None, None))
-            rows[sensor, time] = (
-                before[0] if temperature is None else temperature,
-                before[1] if humidity is None else humidity,
-            )
+        for time, sensor, *measured in zip(times, sensors, *values, strict=True):
+            if time is not None and any(value is not None for value in measured):
+                rows[sensor, time] = later(rows.get((sensor, time)), measured)
     return rows
 
 
-def differences_in_readings(connection: Connection, rows: dict[Key, Values]) -> list[str]:
+def finite(column: pa.ChunkedArray) -> list[float | None]:
+    """The numbers of a column; None for NaN and infinity."""
+    numbers: list[float | None] = pc.if_else(pc.is_finite(column), column, None).to_pylist()
+    return numbers
+
+
+def later(before: Values | None, values: Sequence[float | None]) -> Values:
+    """What is stored after another reading of the same sensor and time: of each measurement the last that is one."""
+    if before is None:
+        return tuple(values)
+    return tuple(old if new is None else new for old, new in zip(before, values, strict=True))
+
+
+def differences_in_readings(connection: Connection, rows: dict[Key, Values], names: Sequence[str]) -> list[str]:
     """What differs between ``sensor_data`` and ``rows``, one line each."""
-    stored = {
-        (sensor, time): (temperature, humidity)
-        for sensor, time, temperature, humidity in connection.execute(
-            "SELECT sensor_id, time, temperature, humidity FROM sensor_data"
-        )
-    }
+    query = sql.SQL("SELECT sensor_id, time, {} FROM sensor_data").format(
+        sql.SQL(", ").join(map(sql.Identifier, names))
+    )
+    stored: dict[Key, Values] = {(row[0], row[1]): row[2:] for row in connection.execute(query)}
     return [
         f"sensor_data {key}: stored {stored.get(key)}, recomputed {rows.get(key)}"
         for key in sorted(stored.keys() | rows.keys())
@@ -73,10 +75,11 @@ def differences_in_readings(connection: Connection, rows: dict[Key, Values]) -> 
     ]
 
 
-def differences_in_summary(connection: Connection, rows: dict[Key, Values], metric: str, minutes: int) -> list[str]:
-    """What differs between a summary table and a recomputation from ``rows``, one line each."""
+def differences_in_summary(
+    connection: Connection, rows: dict[Key, Values], field: int, name: str, minutes: int
+) -> list[str]:
+    """What differs between a summary table and a recomputation from a field of ``rows``, one line each."""
     width = timedelta(minutes=minutes)
-    field = ("temperature", "humidity").index(metric)
     groups: dict[Key, list[float]] = {}
     for (sensor, time), values in rows.items():
         value = values[field]
@@ -85,8 +88,8 @@ def differences_in_summary(connection: Connection, rows: dict[Key, Values], metr
     query = sql.SQL(
         "SELECT sensor_id, interval_start, interval_end - interval_start, {}, {}, {}, reading_count FROM {}"
     ).format(
-        *(sql.Identifier(f"{function}_{metric}") for function in ("avg", "min", "max")),
-        sql.Identifier(f"{metric}_summary"),
+        *(sql.Identifier(f"{function}_{name}") for function in ("avg", "min", "max")),
+        sql.Identifier(f"{name}_summary"),
     )
     stored = {(row[0], row[1]): row[2:] for row in connection.execute(query)}
     found = []
@@ -98,7 +101,7 @@ def differences_in_summary(connection: Connection, rows: dict[Key, Values], metr
             else None
         )
         if not same(stored.get(key), wanted):
-            found.append(f"{metric}_summary {key}: stored {stored.get(key)}, recomputed {wanted}")
+            found.append(f"{name}_summary {key}: stored {stored.get(key)}, recomputed {wanted}")
     return found
 
 

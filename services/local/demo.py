@@ -26,6 +26,7 @@ from services.core.config import LOGINS, Settings
 from services.core.database import connect
 from services.core.errors import STOPPED, ConfigurationError, PermanentError
 from services.core.logins import settings_as
+from services.core.measurements import DEFAULT, measurement
 from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
@@ -34,7 +35,7 @@ from services.local.security import Security, secure
 from services.local.stack import Stack
 
 # Hourly readings: with wider intervals than the defaults a summary shows something.
-DEMO_INTERVALS = {"temperature_interval": 180, "humidity_interval": 360}
+DEMO_INTERVALS = {measurement(name).interval_setting: 180 * (1 + at) for at, name in enumerate(DEFAULT)}
 CLIENT_SETTINGS = "client.env"  # of a demo that is kept
 FINISH_WITHIN_S = 120
 LOOK_EVERY_S = 0.5
@@ -211,13 +212,14 @@ class Demo:
         """Until the producer has ended, the consumer has no lag, and etl's queue is empty."""
         deadline = time.monotonic() + FINISH_WITHIN_S
         shown = (0, 0)
+        first = measurement(self._settings.measurements[0])
         with self._connect() as connection:
             for _ in self._looks(deadline):
                 self._supervise()
-                counts = fetch(connection, "sensor_data"), fetch(connection, "temperature_summary")
+                counts = fetch(connection, "sensor_data"), fetch(connection, first.summary)
                 queued = fetch(connection, "summary_refresh_queue")
                 if counts != shown:
-                    say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} temperature intervals summarised")
+                    say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} {first.name} intervals summarised")
                     shown = counts
                 sent = self._services["producer"].poll() == 0
                 if (
@@ -240,10 +242,11 @@ class Demo:
     def _report(self, took_s: float) -> bool:
         settings = self._settings
         with self._connect() as connection:
-            for metric in ("temperature", "humidity"):
-                show_summary(connection, metric)
+            summaries = [measurement(name).summary for name in settings.measurements]
+            for summary in summaries:
+                show_summary(connection, summary)
             say("")
-            for table in ("sensor_data", "temperature_summary", "humidity_summary"):
+            for table in ("sensor_data", *summaries):
                 say(f"{table:20} {fetch(connection, table):>7,} rows")
             found = self._differences(connection)
         say("")
@@ -256,18 +259,13 @@ class Demo:
 
     def _differences(self, connection: psycopg.Connection) -> list[str]:
         settings = self._settings
-        columns = Columns(
-            settings.data_feature_date,
-            settings.data_feature_temp,
-            settings.data_feature_humid,
-            settings.data_feature_sensor,
-        )
+        measured = {name: settings.column_of(name) for name in settings.measurements}
+        columns = Columns(settings.data_feature_date, measured, settings.data_feature_sensor)
         rows = read_rows([Path(settings.parquet_url)], columns)
-        return [
-            *differences_in_readings(connection, rows),
-            *differences_in_summary(connection, rows, "temperature", settings.temperature_interval),
-            *differences_in_summary(connection, rows, "humidity", settings.humidity_interval),
-        ]
+        found = differences_in_readings(connection, rows, settings.measurements)
+        for at, name in enumerate(settings.measurements):
+            found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
+        return found
 
     def _keep(self, stack: Stack) -> None:
         settings = self._settings
@@ -354,17 +352,15 @@ def fetch(connection: psycopg.Connection, table: str) -> int:
     return int(row[0])
 
 
-def show_summary(connection: psycopg.Connection, metric: str) -> None:
+def show_summary(connection: psycopg.Connection, summary: str) -> None:
     """Print the first rows of a summary as psql would."""
-    query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(
-        sql.Identifier(f"{metric}_summary")
-    )
+    query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(sql.Identifier(summary))
     cursor = connection.execute(query)
     names = [column.name for column in cursor.description or ()]
     rows = [[show_value(value) for value in row] for row in cursor]
     widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
     say("")
-    say(f"{metric}_summary")
+    say(summary)
     for cells in (names, *rows):
         say("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 

@@ -44,7 +44,7 @@ class Security:
 
     def applied_to(self, settings: Settings) -> Settings:
         """The settings of a client of this stack, checked as any client's are."""
-        return Settings(_env_file=None, **(settings.model_dump() | self.client_settings()))
+        return type(settings)(_env_file=None, **(settings.model_dump() | self.client_settings()))
 
 
 def secure(directory: Path, settings: Settings) -> Security:

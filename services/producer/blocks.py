@@ -9,14 +9,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.block import SCHEMA, encode_block
+from services.core.block import KEY, block_schema, encode_block
 from services.core.murmur2 import partition_of
-from services.core.reading import METRICS
 from services.producer.encoding import Chosen, Columns, choose
 
 BLOCK_ROWS = 1000
 BLOCK_BYTES = 500_000  # half of what a broker takes by default; only very long ids make a thousand rows reach it
-ROW_BYTES = 8 + 4 + 9 * len(METRICS)  # without the id
 
 NAN = pa.scalar(float("nan"), pa.float64())
 
@@ -32,7 +30,8 @@ class Rows:
     skipped: dict[str, int]
     keys: list[bytes]
     sensor: pa.Array  # where in ``keys`` the id of each reading is
-    columns: list[pa.Array]  # those of SCHEMA behind the id
+    measurements: tuple[str, ...]
+    columns: list[pa.Array]  # of times and of measurements
     content: Sequence[pa.Buffer | bytes]
 
     @property
@@ -50,8 +49,10 @@ class Rows:
         places = pa.array([partition_of(key, partitions) for key in self.keys], pa.int32()).take(self.sensor)
         order = pc.sort_indices(places)  # which is stable
         names = pa.array(self.keys, pa.binary()).cast(pa.string(), safe=False).take(self.sensor.take(order))
-        batch = pa.record_batch([names, *(column.take(order) for column in self.columns)], schema=SCHEMA)
-        most = min(BLOCK_ROWS, BLOCK_BYTES // (ROW_BYTES + pc.max(pc.binary_length(names)).as_py()))
+        schema = block_schema(self.measurements)
+        batch = pa.record_batch([names, *(column.take(order) for column in self.columns)], schema=schema)
+        row_bytes = 4 + pc.max(pc.binary_length(names)).as_py() + 8 + 9 * len(self.measurements)
+        most = min(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
         sizes = {count["values"]: count["counts"] for count in pc.value_counts(places).to_pylist()}
         first = 0
         for partition in sorted(sizes):
@@ -68,8 +69,8 @@ class RowsDigest:
 
     PREFIX = "arrow "
 
-    def __init__(self) -> None:
-        self._columns = [hashlib.sha256() for _ in range(len(SCHEMA) + 1)]
+    def __init__(self, columns: int) -> None:
+        self._columns = [hashlib.sha256() for _ in range(columns)]
 
     def update(self, content: Sequence[pa.Buffer | bytes], /) -> None:
         """Take ``content`` in."""
@@ -84,19 +85,16 @@ class RowsDigest:
 def choose_rows(batch: pa.RecordBatch, columns: Columns) -> Rows:
     """The readings of ``batch``, in its order, the same that would be sent as JSON."""
     found = choose(batch, columns)
-    time = found.time.cast(SCHEMA.field("time").type)
-    numbers = [_doubles(found, metric) for metric in METRICS]
+    time = found.time.cast(dict(KEY)["time"])
+    numbers = [_doubles(number) for number in found.numbers.values()]
     sensor, content = found.sensor, _content(found, time, numbers)
     if found.young is not None:
         sensor, time, *numbers = (column.filter(found.young) for column in (sensor, time, *numbers))
-    return Rows(found.rows, found.skipped, found.keys, sensor, [time, *numbers], content)
+    return Rows(found.rows, found.skipped, found.keys, sensor, tuple(found.numbers), [time, *numbers], content)
 
 
-def _doubles(found: Chosen, metric: str) -> pa.Array:
-    """The numbers of a metric as doubles, the nearest to what their JSON text says."""
-    numbers = found.numbers.get(metric)
-    if numbers is None:
-        return pa.nulls(len(found.time), pa.float64())
+def _doubles(numbers: pa.Array) -> pa.Array:
+    """Numbers as doubles, the nearest to what their JSON text says."""
     if pa.types.is_decimal(numbers.type):
         numbers = numbers.cast(pa.string())  # to double at once is not always the nearest
     return numbers.cast(pa.float64(), safe=False)

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.config import METRIC_COLUMNS, Settings
+from services.core.config import Settings
 from services.core.errors import ConfigurationError
+from services.core.measurements import DEFAULT, measurement
 from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID
 
 LONGEST_LIST = 1000  # characters of the names of a file's columns
@@ -38,18 +39,21 @@ class Columns:
     """
 
     time: str
-    metrics: tuple[tuple[str, str], ...]  # name and column of each metric that has one
+    measurements: tuple[tuple[str, str], ...]  # name and column of each that has one
     sensor: str
     max_past: timedelta | None = None
     blocks: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
-        """The mapping that DATA_FEATURE_* says."""
-        named = ((metric, getattr(settings, setting)) for metric, setting in METRIC_COLUMNS.items())
+        """The mapping that DATA_FEATURE_* says. Raises ConfigurationError where no measurement has a column."""
+        measurements = tuple((name, column) for name in settings.measurements if (column := settings.column_of(name)))
+        if not measurements:
+            names = (measurement(name).column_setting.upper() for name in settings.measurements)
+            raise ConfigurationError(f"no measurement has a column of the Parquet files: set {' or '.join(names)}")
         return cls(
             settings.data_feature_date,
-            tuple((metric, column) for metric, column in named if column),
+            measurements,
             settings.data_feature_sensor,
             timedelta(days=settings.max_past_days),
             settings.producer_format == "arrow",
@@ -58,25 +62,24 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Each column to read, once."""
-        return list(dict.fromkeys(filter(None, (self.time, *dict(self.metrics).values(), self.sensor))))
+        return list(dict.fromkeys(filter(None, (self.time, *dict(self.measurements).values(), self.sensor))))
 
     @property
-    def by_metric(self) -> list[str]:
-        """The column of each metric, "" where there is none, up to the last that has one.
-
-        So a metric that is new and has no column makes no difference.
-        """
-        named = dict(self.metrics)
-        columns = [named.get(metric, "") for metric in METRIC_COLUMNS]
-        while columns and not columns[-1]:
-            columns.pop()
-        return columns
+    def identity(self) -> list[str]:
+        """What stands for the mapping in a fingerprint. A measurement that has no column makes no difference."""
+        named = dict(self.measurements)
+        defaults = [named.pop(name, "") for name in DEFAULT]
+        others = [f"{name}={column}" for name, column in sorted(named.items())]
+        return [self.time, *defaults, *others, self.sensor]
 
     def check(self, schema: pa.Schema, url: str) -> None:
         """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
         for setting, name, fits, wanted in (
             ("DATA_FEATURE_DATE", self.time, _is_time, "a timestamp, a date or ISO 8601 text"),
-            *((METRIC_COLUMNS[metric].upper(), column, _is_number, "a number") for metric, column in self.metrics),
+            *(
+                (measurement(name).column_setting.upper(), column, _is_number, "a number")
+                for name, column in self.measurements
+            ),
             ("DATA_FEATURE_SENSOR", self.sensor, _is_identifier, "text or an integer"),
         ):
             if not name:
@@ -136,7 +139,8 @@ class Chosen:
     """The rows of a batch that are readings, in columns.
 
     ``sensor``: where in ``keys`` the id of each is; ``time``: timestamps without a zone; ``numbers``: those of each
-    metric, as they were but for NaN, which is null. ``young``: which are not too old (None: all).
+    measurement that has a column, as they were but for NaN, which is null. ``young``: which are not too old (None:
+    all).
     """
 
     rows: int
@@ -158,7 +162,7 @@ def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
     ``time_out_of_range`` again, for what is too old.
     """
     time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
-    numbers = {metric: _numbers(_decoded(batch.column(column))) for metric, column in columns.metrics}
+    numbers = {name: _numbers(_decoded(batch.column(column))) for name, column in columns.measurements}
     sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
     rows, skipped = _choose(
         ("bad_time", bad_time),
@@ -186,7 +190,7 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
         prefixes.take(found.sensor),
         pc.binary_replace_slice(found.time.cast(pa.string()), 10, 11, "T"),
         'Z"',
-        *(_member(metric, number.cast(pa.string())) for metric, number in found.numbers.items()),
+        *(_member(name, number.cast(pa.string())) for name, number in found.numbers.items()),
         "}",
         "",
     )

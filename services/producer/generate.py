@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, StoppedError
+from services.core.measurements import HUMIDITY, TEMPERATURE
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Columns
 
@@ -119,8 +120,8 @@ def _alone(part: Path, out: Path) -> Iterator[None]:
 def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:
     if not columns.sensor and plan.sensors > 1:
         raise ConfigurationError("DATA_FEATURE_SENSOR is empty, so all readings belong to one sensor: use --sensors 1")
-    if len(columns.names) < 1 + len(columns.metrics) + bool(columns.sensor):
-        raise ConfigurationError("DATA_FEATURE_DATE, _TEMP, _HUMID and _SENSOR name one column twice")
+    if len(columns.names) < 1 + len(columns.measurements) + bool(columns.sensor):
+        raise ConfigurationError("two of the settings DATA_FEATURE_* name one column")
     if plan.steps < 1:
         raise ConfigurationError(f"--days={plan.days:g} is shorter than --interval={plan.interval_s}: no reading")
     if plan.start.year + plan.days / YEAR_DAYS >= LAST_YEAR:
@@ -139,7 +140,7 @@ def _schema(columns: Columns) -> pa.Schema:
     named = [
         (columns.time, pa.timestamp("ms", "UTC")),
         (columns.sensor, pa.string()),
-        *((column, pa.float64()) for _, column in columns.metrics),
+        *((column, pa.float64()) for _, column in columns.measurements),
     ]
     return pa.schema([(name, kind) for name, kind in named if name])
 
@@ -191,7 +192,10 @@ class _Generator:
         columns = {
             self._columns.time: times,
             self._columns.sensor: self._names.take(sensor),
-        } | {column: weather.get(metric, pa.nulls(rows, pa.float64())) for metric, column in self._columns.metrics}
+        } | {
+            column: weather[name] if name in weather else self._other(first, name, rows)
+            for name, column in self._columns.measurements
+        }
         table = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         block = pc.add(pc.multiply(pc.divide(step, BLOCK_STEPS), plan.sensors), sensor)
         blocks = math.ceil(steps / BLOCK_STEPS) * plan.sensors
@@ -202,7 +206,7 @@ class _Generator:
         return table, chosen("gaps", plan.gaps), chosen("late", plan.late)
 
     def _weather(self, first: int, day: pa.Array, sensor: pa.Array) -> dict[str, pa.Array]:
-        """Degrees Celsius and per cent, with two digits, by metric; ``day``: days since the start."""
+        """Degrees Celsius and per cent, with two digits; ``day``: days since the start."""
         of = {name: values.take(sensor) for name, values in self._sensors.items()}
         start = self._plan.start
         year_day = start.timetuple().tm_yday + (start.hour * 60 + start.minute) / 1440
@@ -216,12 +220,16 @@ class _Generator:
         air = pc.add(slow, _cosine(now, 1.0, of["warmest"], of["daily"]))
         dew_point = pc.subtract(slow, of["dryness"])
         rows = len(day)
-        air = pc.add(air, pc.multiply(self._noise(first, "temperature", rows), 0.15))
+        air = pc.add(air, pc.multiply(self._noise(first, TEMPERATURE, rows), 0.15))
         humidity = pc.multiply(pc.divide(_vapour(dew_point), _vapour(air)), 100.0)
-        humidity = pc.add(humidity, pc.multiply(self._noise(first, "humidity", rows), 0.8))
+        humidity = pc.add(humidity, pc.multiply(self._noise(first, HUMIDITY, rows), 0.8))
         humidity = pc.min_element_wise(pc.max_element_wise(humidity, 1.0), 100.0)
         measured = pc.add(air, pc.multiply(of["drift"], day))  # the sensor's fault, not the air's
-        return {"temperature": pc.round(measured, 2), "humidity": pc.round(humidity, 2)}
+        return {TEMPERATURE: pc.round(measured, 2), HUMIDITY: pc.round(humidity, 2)}
+
+    def _other(self, first: int, name: str, rows: int) -> pa.Array:
+        """Of what we know nothing about: numbers around 500."""
+        return pc.round(pc.add(pc.multiply(self._noise(first, name, rows), 50.0), 500.0), 2)
 
     def _noise(self, first: int, purpose: str, rows: int) -> pa.Array:
         """Nearly normal, of mean 0 and deviation 1: three uniform numbers together."""

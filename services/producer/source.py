@@ -124,7 +124,7 @@ class SourceFile:
 
 def new_digest(columns: Columns) -> Digest:
     """The digest of no message."""
-    return RowsDigest() if columns.blocks else hashlib.sha256()
+    return RowsDigest(3 + len(columns.measurements)) if columns.blocks else hashlib.sha256()
 
 
 def add_to_digest(digest: Digest, messages: Encoded) -> None:
@@ -304,7 +304,7 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
         contents = _contents(place, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
-    identity = "\0".join((contents, columns.time, *columns.by_metric, columns.sensor))
+    identity = "\0".join((contents, *columns.identity))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 

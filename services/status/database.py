@@ -11,8 +11,8 @@ import psycopg
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import connect, cut, queries, translated
-from services.core.reading import METRICS
+from services.core.database import connect, cut, missing_measurements, queries, translated
+from services.core.measurements import measurement
 from services.core.schema import newest_revision
 
 SQL = queries("services.status")
@@ -53,9 +53,9 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One metric's summary, and the width of its intervals: None before etl's first run."""
+    """One measurement's summary, and the width of its intervals: None before etl's first run."""
 
-    metric: str
+    measurement: str
     rows: Rows
     aggregate: str | None
     minutes: int | None
@@ -72,6 +72,7 @@ class Tables:
     queue_rows: int
     freshness_seconds: float  # age of the oldest reading that is stored and not yet summarised; 0: none waits
     etl_leads: bool
+    missing: list[str]  # measurements that are configured and not in the database
     positions: dict[str, dict[int, int]]  # by topic id and partition: where the consumers go on
 
 
@@ -93,32 +94,35 @@ def read_database(settings: Settings, where: str) -> Database:
         timer = threading.Timer(ANSWER_WITHIN_S, cut, [connection])
         timer.start()
         try:
-            return _read(connection, where)
+            return _read(connection, settings, where)
         finally:
             timer.cancel()
 
 
-def _read(connection: Connection, where: str) -> Database:
+def _read(connection: Connection, settings: Settings, where: str) -> Database:
     connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
     postgresql, timescaledb, migrated = _row(connection, SQL["versions"])
     revision = _row(connection, SQL["revision"])[0] if migrated else None
     newest = newest_revision()
-    tables = _read_tables(connection) if revision == newest else None
+    tables = _read_tables(connection, settings) if revision == newest else None
     return Database(where, postgresql, timescaledb, revision, newest, tables)
 
 
-def _read_tables(connection: Connection) -> Tables:
+def _read_tables(connection: Connection, settings: Settings) -> Tables:
     chunks, compressed, size = _row(connection, SQL["chunks"])
     oldest, newest = _row(connection, SQL["time_range"])
     readings = Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size)
-    widths = {metric: (aggregate, minutes) for metric, aggregate, minutes in connection.execute(SQL["widths"])}
+    widths = {name: (aggregate, minutes) for name, aggregate, minutes in connection.execute(SQL["widths"])}
     checks = {row[0]: Check(round(row[1], 1), *row[2:]) for row in connection.execute(SQL["checks"])}
     summaries = []
-    for metric in METRICS:
-        table = f"{metric}_summary"
+    missing = missing_measurements(connection, settings)
+    for name in settings.measurements:
+        if name in missing:
+            continue
+        table = measurement(name).summary
         (size,) = _row(connection, SQL["table_size"].format(table=sql.Literal(table)))
         rows = _count(connection, table, size)
-        summaries.append(Summary(metric, rows, *widths.get(metric, (None, None)), checks.get(metric)))
+        summaries.append(Summary(name, rows, *widths.get(name, (None, None)), checks.get(name)))
     queue_rows, age_s = _row(connection, SQL["queue"])
     return Tables(
         readings,
@@ -127,6 +131,7 @@ def _read_tables(connection: Connection) -> Tables:
         queue_rows,
         round(age_s, 3),
         _row(connection, SQL["is_led"])[0],
+        missing,
         _read_positions(connection),
     )
 

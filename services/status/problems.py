@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.core.config import Settings
+from services.core.measurements import measurement
 from services.status.database import Database, Tables
 from services.status.topics import Kafka
 
@@ -90,14 +91,19 @@ def _of_queue(tables: Tables) -> Iterator[Problem]:
 
 
 def _of_intervals(settings: Settings, tables: Tables) -> Iterator[Problem]:
+    if tables.missing:
+        yield Problem(
+            f"the database does not have {', '.join(tables.missing)}, which MEASUREMENTS names",
+            "run alembic upgrade head, or take them off the list",
+        )
     for summary in tables.summaries:
-        name = f"{summary.metric}_interval"
-        wanted = getattr(settings, name)
-        aggregate = f"{summary.metric}_{wanted}min"
+        name, setting = summary.measurement, measurement(summary.measurement).interval_setting
+        wanted = settings.interval_of(name)
+        aggregate = f"{name}_{wanted}min"
         begun = tables.etl_leads and not {aggregate, f"{aggregate}_of_minutes"}.isdisjoint(tables.aggregates)
         if summary.minutes not in (None, wanted) and not begun:
             yield Problem(
-                f"{summary.metric} intervals have {summary.minutes} minutes in the database, {wanted} in the settings",
+                f"{name} intervals have {summary.minutes} minutes in the database, {wanted} in the settings",
                 f"restart etl with these settings (its log says interval_change_refused if that cannot be done yet), "
-                f"or set {name.upper()}={summary.minutes}",
+                f"or set {setting.upper()}={summary.minutes}",
             )

@@ -28,7 +28,7 @@ SELECT count(*) FROM {table}
 SELECT approximate_row_count({table})
 
 -- name: widths
-SELECT metric, aggregate, extract(epoch FROM width)::bigint / 60 FROM summary_state
+SELECT measurement, aggregate, extract(epoch FROM width)::bigint / 60 FROM summary_state
 
 -- name: aggregates
 SELECT view_name FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' ORDER BY view_name
@@ -42,7 +42,7 @@ SELECT EXISTS (SELECT FROM etl_lease WHERE expires_at > clock_timestamp())
 
 -- name: checks
 -- When etl last compared each summary with the readings, and what it has found since the beginning.
-SELECT metric, extract(epoch FROM clock_timestamp() - checked_at)::float8, differences, differed_at FROM summary_check
+SELECT measurement, extract(epoch FROM clock_timestamp() - checked_at)::float8, differences, differed_at FROM summary_check
 
 -- name: positions
 SELECT topic_id, partition, next_offset FROM partition_progress

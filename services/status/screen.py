@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
+from services.core.measurements import measurement
 from services.status.database import Check, Database, Rows, Tables
 from services.status.problems import Problem
 from services.status.topics import Kafka
@@ -77,7 +78,8 @@ def _tables(tables: Tables) -> Iterator[str]:
     )
     for summary in tables.summaries:
         width = f"intervals of {_many(summary.minutes, 'minute')}" if summary.minutes else "etl has not run yet"
-        yield _line(f"  {summary.metric}_summary", f"{_rows(summary.rows)}, {width}{_check(summary.check)}")
+        table = measurement(summary.measurement).summary
+        yield _line(f"  {table}", f"{_rows(summary.rows)}, {width}{_check(summary.check)}")
     yield _line("  aggregates", ", ".join(tables.aggregates) or "none: etl has not run yet")
     leads = "an etl works" if tables.etl_leads else "no etl runs"
     waiting = f"{_many(tables.queue_rows, 'entry', 'entries')}, the oldest {tables.freshness_seconds:,.1f} s old"

@@ -20,12 +20,13 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
-from services.core.reading import METRICS, Reading, encode
+from services.core.reading import encode
 from services.local.runtime import KAFKA_VERSION
 from tests.benchmarks.goals import KEYS
 from tests.benchmarks.history import BATCH, COPY, History, Row
 from tests.fix_services import Service, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
+from tests.measured import MEASUREMENTS, reading_of
 
 PATIENCE_S = 600.0
 
@@ -158,7 +159,7 @@ class Bench:
             | {"linger.ms": 50, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
         )
         for number, (moment, sensor, temperature, humidity) in enumerate(rows):
-            value = encode(Reading(sensor, moment, temperature, humidity))
+            value = encode(reading_of(sensor, moment, temperature, humidity))
             if every_bad and number % every_bad == 0:
                 value = value[:-2]
             while True:
@@ -249,7 +250,7 @@ def is_queued(connection: psycopg.Connection) -> bool:
 
 def disk_mb(connection: psycopg.Connection) -> dict[str, float]:
     """MB of the raw readings, of the aggregates and of the summaries, indexes included."""
-    summaries = " + ".join(f"pg_total_relation_size('{metric}_summary')" for metric in METRICS)
+    summaries = " + ".join(f"pg_total_relation_size('{metric}_summary')" for metric in MEASUREMENTS)
     row = connection.execute(
         "SELECT hypertable_size('sensor_data'), (SELECT coalesce(sum(hypertable_size("
         " format('%I.%I', materialization_hypertable_schema, materialization_hypertable_name)::regclass)), 0)"

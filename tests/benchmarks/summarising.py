@@ -13,11 +13,12 @@ from confluent_kafka import Producer
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings
-from services.core.reading import Reading, encode
+from services.core.reading import encode
 from services.etl.worker import Leader
 from tests.benchmarks.history import SENSORS, START, History
 from tests.benchmarks.servers import PATIENCE_S, Bench, disk_mb, is_queued, source_of
 from tests.fix_services import wait_until
+from tests.measured import reading_of
 
 RATE = 20_000
 END_S = 20  # of the stream at the end of an interval
@@ -105,10 +106,10 @@ def publish_steadily(
         moment = clock + timedelta(seconds=tick / 10)
         for number in range(RATE // 10):
             name = names[sent % sensors]
-            value = encode(Reading(name, moment + timedelta(microseconds=number * 10), 20.0, 50.0))
+            value = encode(reading_of(name, moment + timedelta(microseconds=number * 10), 20.0, 50.0))
             producer.produce(settings.kafka_topic, key=name, value=value)
             sent += 1
-        producer.produce(settings.kafka_topic, key="probe", value=encode(Reading("probe", moment, 20.0, 50.0)))
+        producer.produce(settings.kafka_topic, key="probe", value=encode(reading_of("probe", moment, 20.0, 50.0)))
         published.append(time.monotonic())
         producer.poll(0)
         pause.wait(max(0.0, began + (tick + 1) / 10 - time.monotonic()))

@@ -52,7 +52,7 @@ def write_history(settings: Settings, directory: Path) -> History:
     steps = ROWS // 2 // SLICES // SENSORS
     span = timedelta(seconds=steps * INTERVAL_S)
     days = (steps + 0.5) * INTERVAL_S / 86_400
-    rows, sums = 0, dict.fromkeys((settings.data_feature_temp, settings.data_feature_humid), 0.0)
+    rows, sums = 0, dict.fromkeys((settings.column_of("temperature"), settings.column_of("humidity")), 0.0)
     for number in range(SLICES):
         for seed in (1, 1 + number % 2):
             written = directory / "part"

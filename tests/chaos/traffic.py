@@ -22,11 +22,12 @@ from confluent_kafka import Producer
 
 from services.core.config import Settings
 from services.core.kafka import PARTITIONER, client_settings
+from services.core.measurements import DEFAULT
 from services.local.check import Columns
 from tests.fix_services import PATIENCE_S, message
 from tests.model import CHUNK, chunk_of
 
-COLUMNS = Columns("time", "temperature", "humidity", "sensor")
+COLUMNS = Columns("time", {name: name for name in DEFAULT}, "sensor")
 ROWS_A_FILE = 2_500
 SENSORS = 25
 DEVICES = 8
@@ -42,8 +43,7 @@ SCHEMA = pa.schema(
     [
         (COLUMNS.time, pa.timestamp("us", "UTC")),
         (COLUMNS.sensor, pa.string()),
-        (COLUMNS.temperature, pa.float64()),
-        (COLUMNS.humidity, pa.float64()),
+        *((column, pa.float64()) for column in COLUMNS.measured.values()),
     ]
 )
 

@@ -126,7 +126,7 @@ class Verdict:
             ends[width].append(end)
             starts[width].append(start)
         frozen = connection.execute(
-            "SELECT bool_and(frozen_before >= %s) FROM summary_state WHERE metric = %s",
+            "SELECT bool_and(frozen_before >= %s) FROM summary_state WHERE measurement = %s",
             [max(ends[old], default=self.traffic.kept_from), metric],
         ).fetchone()
         if frozen != (True,) or (ends[old] and starts[new] and max(ends[old]) > min(starts[new])):

@@ -410,7 +410,7 @@ SITUATIONS = [
     ),
     Situation(
         "self-check found a difference",
-        {'sensor_summary_differences_total{job="etl",instance="e1",metric="humidity"}': first_seen(2)},
+        {'sensor_summary_differences_total{job="etl",instance="e1",measurement="humidity"}': first_seen(2)},
         fires={1: {"SensorSummaryDifferences": [{"metric": "humidity"}]}},
         quiet=(70,),
     ),

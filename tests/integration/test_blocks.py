@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Producer
 
-from services.core.block import SCHEMA, encode_block
+from services.core.block import block_schema, encode_block
 from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of
 from tests.fix_services import (
@@ -27,6 +27,9 @@ from tests.fix_services import (
     wait_until,
 )
 from tests.integration.test_producer import FORMATS, MANY, changed, source, write
+from tests.measured import MEASUREMENTS
+
+BLOCK_SCHEMA = block_schema(MEASUREMENTS)
 
 Row = tuple[str | None, datetime | int | None, float | None, float | None]
 Headers = list[tuple[str, str | bytes | None]]
@@ -34,8 +37,8 @@ Headers = list[tuple[str, str | bytes | None]]
 
 def block(*rows: Row) -> bytes:
     """The message value of these readings, good or bad."""
-    columns = [pa.array([row[at] for row in rows], field.type) for at, field in enumerate(SCHEMA)]
-    return encode_block(pa.record_batch(columns, schema=SCHEMA))
+    columns = [pa.array([row[at] for row in rows], field.type) for at, field in enumerate(BLOCK_SCHEMA)]
+    return encode_block(pa.record_batch(columns, schema=BLOCK_SCHEMA))
 
 
 def send(settings: Settings, *values: bytes, headers: Headers | None = None) -> None:
@@ -257,9 +260,9 @@ def test_a_flood_of_blocks_takes_little_memory(
 ) -> None:
     """Blocks as large as a broker takes by default."""
     ids = pa.array([f"s{number}" for number in range(28_000)])
-    times = pa.array([minutes(0)] * len(ids), SCHEMA.field("time").type)
+    times = pa.array([minutes(0)] * len(ids), BLOCK_SCHEMA.field("time").type)
     nulls, ones = pa.nulls(len(ids), pa.float64()), pa.array([1.0] * len(ids))
-    value = encode_block(pa.record_batch([ids, times, ones, nulls], schema=SCHEMA))
+    value = encode_block(pa.record_batch([ids, times, ones, nulls], schema=BLOCK_SCHEMA))
     assert 900_000 < len(value) < 1_000_000
     for _ in range(30):
         send(settings, value)

@@ -37,6 +37,7 @@ from tests.fix_proxy import Proxy
 from tests.fix_services import NOWHERE, Service, StartService, minutes, publish, run_cli
 from tests.fix_services import wait_until as wait_at_most
 from tests.fix_stack import free_port
+from tests.measured import reading_of
 
 PROBLEM = re.compile("does not answer|closed|lost")
 Look = Callable[[Settings], "Looks"]
@@ -62,7 +63,7 @@ def fill(settings: Settings, *readings: Reading) -> None:
 
 def steps(sensor: str, count: int, step: float = 10, humidity: float | None = 50.0) -> list[Reading]:
     """``count`` readings, one each ``step`` minutes; the temperature rises by 1 from 20 to 31 and falls back."""
-    return [Reading(sensor, minutes(at * step), 20.0 + at % 12, humidity) for at in range(count)]
+    return [reading_of(sensor, minutes(at * step), 20.0 + at % 12, humidity) for at in range(count)]
 
 
 def days(sensor: str, phase: float = 0.0) -> list[Reading]:
@@ -70,7 +71,7 @@ def days(sensor: str, phase: float = 0.0) -> list[Reading]:
     found = []
     for at in range(0, 36 * 60, 2):
         temperature = 18 + 6 * math.sin(math.tau * at / 1440 + phase) + math.sin(at * 1.7)
-        found.append(Reading(sensor, minutes(at), round(temperature, 2), round(95 - 2 * temperature, 2)))
+        found.append(reading_of(sensor, minutes(at), round(temperature, 2), round(95 - 2 * temperature, 2)))
     return found
 
 
@@ -374,7 +375,7 @@ def test_the_page_with_one_sensor(settings: Settings, open_page: OpenPage) -> No
     page.wait_for("#chart-text", "18 intervals")
 
     # What comes is shown without a touch.
-    fill(settings, Reading("attic", minutes(2160), 10.0, 99.0))
+    fill(settings, reading_of("attic", minutes(2160), 10.0, 99.0))
     page.wait_for("#chart-text", "greatest 99")
     assert console(page.browser) == []
 
@@ -411,7 +412,7 @@ def test_the_page_while_the_database_is_away(
     drawn = page.drawn()
     proxy.refuse()
     page.wait_for("#banner", "does not answer")
-    fill(settings, Reading("attic", minutes(2160), 10.0, 90.0))
+    fill(settings, reading_of("attic", minutes(2160), 10.0, 90.0))
     assert page.drawn() == drawn
     page.keep("database-away")
     proxy.listen()

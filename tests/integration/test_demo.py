@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 
-from services.core.config import Settings
 from services.core.database import connect
 from services.local.command import stack_options
 from services.local.demo import fetch
@@ -27,6 +26,7 @@ from services.local.stack import Stack
 from services.local.supervisor import ProcessRecord
 from tests.fix_services import wait_until
 from tests.fix_stack import ROOT, free_port
+from tests.measured import ALL_SETTINGS, make_settings
 
 READINGS = "26,114"  # of 26,115 rows, one of which has neither value
 
@@ -45,7 +45,7 @@ def workspace(tmp_path: Path) -> Path:
 @pytest.fixture
 def demo(workspace: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
     """A demo that has just been started, with options if there are; its output goes to ``demo.log``."""
-    environment = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
+    environment = {name: value for name, value in os.environ.items() if name.lower() not in ALL_SETTINGS.model_fields}
     environment |= {"KAFKA_PORT": str(free_port()), "POSTGRE_PORT": str(free_port())}
     environment["KAFKA_SESSION_TIMEOUT_MS"] = "6000"  # a killed consumer is missed so much sooner
     command = [sys.executable, "-m", "services.cli", "demo", *getattr(request, "param", ())]
@@ -142,7 +142,7 @@ class Kept:
             words[2].strip("()"): words[1] for line in lines if (words := line.split()) and words[0] == "metrics"
         }
         values: dict[str, Any] = {name.lower(): value for name, value in self.environment.items()}
-        self.settings = Settings(_env_file=None, **values)
+        self.settings = make_settings(**values)
         security = secure(directory / "tls", self.settings)
         options = stack_options(self.settings, directory, security)
         self.stack = Stack(dataclasses.replace(options, runtime_directory=ROOT / ".local" / "runtime"))

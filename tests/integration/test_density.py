@@ -12,13 +12,13 @@ import pytest
 
 from services.consumer.sink import Sink
 from services.core.config import Settings
-from services.core.reading import Reading
 from services.etl import aggregates as aggregates_module
-from services.etl.metrics import BASE, OF_MINUTES
+from services.etl.rollup import BASE, OF_MINUTES
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, StartService, minutes, run_cli, wait_until
 from tests.integration.test_etl import aggregates, differences, queue_length, readers, summary
+from tests.measured import reading_of
 
 SENSORS = 20
 DENSE, SPARSE = [at / 60 for at in range(150)], [60.0 + 10 * at for at in range(150)]  # each second; each ten minutes
@@ -42,7 +42,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def store(sink: Sink, *times: float) -> None:
-    sink.write([Reading(f"s{sensor}", minutes(at), at, 50.0) for at in times for sensor in range(SENSORS)], NOWHERE)
+    sink.write([reading_of(f"s{sensor}", minutes(at), at, 50.0) for at in times for sensor in range(SENSORS)], NOWHERE)
 
 
 def work_off(leader: Leader) -> None:
@@ -60,7 +60,7 @@ def test_there_are_minutes_as_long_as_the_readings_are_dense(
     wait_until(lambda: aggregates(connection) == OF_DENSE, "minutes")
     wait_until(lambda: not queue_length(connection), "all is summarised")
     with readers(settings, SENSORS * len(DENSE)) as seen:
-        sink.write([Reading("s1", minutes(1), -5.0)], NOWHERE)
+        sink.write([reading_of("s1", minutes(1), -5.0)], NOWHERE)
         query = "SELECT count(*) FROM temperature_summary WHERE min_temperature = -5"
         wait_until(lambda: connection.execute(query).fetchone() == (1,), "a correction")
         assert etl.stop() == 0
@@ -157,7 +157,7 @@ def test_late_readings_and_corrections_in_every_step_of_a_change(
     changing = leader.change.steps()
     while next(changing, changing) is None:
         late = [chooser.choice([0, 1, 2, 3]) * WEEK + chooser.choice([0, 3, 7.25, 60]) for _ in range(5)]
-        sink.write([Reading("s1", minutes(at), chooser.random(), None) for at in late], NOWHERE)
+        sink.write([reading_of("s1", minutes(at), chooser.random(), None) for at in late], NOWHERE)
         if chooser.random() < 0.7:
             work_off(leader)
             found = settings.model_copy(update={"temperature_interval": width_of(connection)})
@@ -175,7 +175,7 @@ def test_late_readings_and_corrections_in_every_step_of_a_change(
 
 
 def width_of(connection: psycopg.Connection) -> int:
-    query = "SELECT extract(epoch FROM width)::int / 60 FROM summary_state WHERE metric = 'temperature'"
+    query = "SELECT extract(epoch FROM width)::int / 60 FROM summary_state WHERE measurement = 'temperature'"
     ((width,),) = connection.execute(query).fetchall()
     return int(width)
 
@@ -232,7 +232,7 @@ def test_frozen_history_stays_while_what_it_was_made_of_changes(
     now = datetime.now(UTC)
     keep = [now - timedelta(days=days) for days in (400, 25, 20, 1)]
     dense.append(first)
-    sink.write([Reading("s1", at, 20.0, 50.0) for at in keep], NOWHERE)
+    sink.write([reading_of("s1", at, 20.0, 50.0) for at in keep], NOWHERE)
     Leader(connection, settings).run_once()
     assert connection.execute("SELECT count(*) FROM sensor_data").fetchone() == (3,)
     before = summary(connection)
@@ -242,24 +242,8 @@ def test_frozen_history_stays_while_what_it_was_made_of_changes(
         Leader(connection, settings).run_once()
         assert aggregates(connection) == (OF_DENSE if then else OF_READINGS)
         assert summary(connection) == summary(connection, suffix="_live") == before
-        sink.write([Reading("s1", keep[2], 21.0 + at, 50.0)], NOWHERE)
+        sink.write([reading_of("s1", keep[2], 21.0 + at, 50.0)], NOWHERE)
         Leader(connection, settings).run_once()
         assert [row[2] for row in summary(connection)] == [20, 20, 21 + at, 20]
         assert summary(connection, suffix="_live") == summary(connection)
         before = summary(connection)
-
-
-@pytest.mark.usefixtures("in_minutes")
-def test_minutes_that_lie_below_aggregates_of_readings_by_name_are_made_again(
-    connection: psycopg.Connection, settings: Settings, sink: Sink
-) -> None:
-    """As they were called before there were both."""
-    store(sink, 0, 3)
-    Leader(connection, settings).run_once()
-    for name in ("temperature_10min", "humidity_20min"):
-        connection.execute(f"ALTER MATERIALIZED VIEW {name}_of_minutes RENAME TO {name}")
-        connection.execute("UPDATE summary_state SET aggregate = replace(aggregate, '_of_minutes', '')")
-    store(sink, 4)
-    Leader(connection, settings).run_once()
-    assert aggregates(connection) == OF_DENSE
-    assert differences(connection, settings) == []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.core.config import Settings
 from tests.fix_stack import ROOT, free_port
+from tests.measured import ALL_SETTINGS
 
 # As in a shell: what is printed stays in a buffer for a while.
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
 
 
 def run(command: list[str] | str, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in BUFFERED.items() if name.lower() not in Settings.model_fields}
+    plain = {name: value for name, value in BUFFERED.items() if name.lower() not in ALL_SETTINGS.model_fields}
     return subprocess.run(
         command,
         shell=isinstance(command, str),

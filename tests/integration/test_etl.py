@@ -19,15 +19,16 @@ from psycopg.types.range import Range
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
+from services.core.measurements import DEFAULT, measurement
 from services.core.reading import Reading
-from services.etl import summaries as summaries_module
 from services.etl.aggregates import Aggregates
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, OF_MINUTES, Metric, configured_metrics
+from services.etl.rollup import BASE, OF_MINUTES, Rollup, configured_rollups
 from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
+from tests.measured import reading_of
 
 Summary = list[tuple[object, ...]]
 
@@ -55,7 +56,7 @@ def store(sink: Sink, *readings: Reading) -> None:
 def at(minute: float, temperature: float | None = None, humidity: float | None = None, sensor: str = "s1") -> Reading:
     if temperature is None and humidity is None:
         temperature = 20.0
-    return Reading(sensor, minutes(minute), temperature, humidity)
+    return reading_of(sensor, minutes(minute), temperature, humidity)
 
 
 def summary(connection: psycopg.Connection, metric: str = "temperature", suffix: str = "") -> Summary:
@@ -82,11 +83,10 @@ def differences(
 ) -> list[str]:
     """What the tables and the live views hold that a recomputation does not give."""
     rows = stored_rows(connection) if rows is None else rows
-    found = differences_in_readings(connection, rows)
-    for metric in ("temperature", "humidity"):
-        width = getattr(settings, f"{metric}_interval")
-        found += differences_in_summary(connection, rows, metric, width)
-        found += differences_in_views(connection, metric)
+    found = differences_in_readings(connection, rows, DEFAULT)
+    for at, name in enumerate(DEFAULT):
+        found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
+        found += differences_in_views(connection, name)
     return found
 
 
@@ -279,7 +279,7 @@ def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
     connection: psycopg.Connection, sink: Sink, leader: Leader
 ) -> None:
     long_ago = minutes(0) - timedelta(days=300)
-    store(sink, Reading("s1", long_ago, 5.0), Reading("s1", datetime.now(UTC), 20.0))
+    store(sink, reading_of("s1", long_ago, 5.0), reading_of("s1", datetime.now(UTC), 20.0))
 
     def age(which: str, seconds: float) -> None:
         connection.execute(
@@ -294,7 +294,7 @@ def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
 
     age("min", 0)
     assert averages() == [20.0]
-    store(sink, Reading("s1", long_ago, 6.0))
+    store(sink, reading_of("s1", long_ago, 6.0))
     age("min", 4)
     age("max", 0)
     assert averages() == [20.0]  # it was touched again
@@ -303,38 +303,6 @@ def test_history_that_is_loaded_waits_until_it_settles_and_the_present_does_not(
     assert queue_length(connection) == 1
     age("max", 2)
     assert averages() == [6.0, 20.0]  # settled
-    assert queue_length(connection) == 0
-
-
-def test_while_history_is_loaded_its_refresh_rests_and_the_present_does_not(
-    connection: psycopg.Connection, sink: Sink, leader: Leader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And it ends with the loading: the summaries do not wait for more."""
-    monkeypatch.setattr(summaries_module, "REST", 1e9)
-    now, past = datetime.now(UTC), [minutes(0) - timedelta(days=days) for days in (300, 200)]
-
-    def store_and_refresh(settled: float, loaded: float | None = None, present: float | None = None) -> list[object]:
-        store(sink, Reading("s1", past[0], settled))
-        connection.execute("UPDATE summary_refresh_queue SET queued_at = now() - interval '2 seconds'")
-        if present is not None:
-            store(sink, Reading("s1", now, present))
-        if loaded is not None:
-            store(sink, Reading("s1", past[1], loaded))
-        leader.summaries.refresh_queued(settled=True)
-        return [row[2] for row in summary(connection)]
-
-    monkeypatch.setattr(summaries_module, "MOST_REST_S", 0.0)
-    assert store_and_refresh(1.0, loaded=2.0) == [1.0]
-    connection.execute("DELETE FROM summary_refresh_queue")
-    assert store_and_refresh(3.0, loaded=4.0) == [3.0]  # no rest
-    connection.execute("DELETE FROM summary_refresh_queue")
-    monkeypatch.setattr(summaries_module, "MOST_REST_S", 3600.0)
-    assert store_and_refresh(5.0, loaded=6.0) == [5.0]
-    connection.execute("DELETE FROM summary_refresh_queue")
-    assert store_and_refresh(7.0, loaded=8.0) == [5.0]
-    assert leader.summaries.are_unsettled
-    assert store_and_refresh(9.0, loaded=10.0, present=20.0) == [5.0, 20.0]
-    assert store_and_refresh(11.0, present=21.0) == [11.0, 10.0, 21.0]
     assert queue_length(connection) == 0
 
 
@@ -422,7 +390,7 @@ def test_a_summary_equals_a_recomputation_for_any_readings(
         batch = []
         for _ in range(source.randint(1, 60)):
             near = source.choice([0, 0, 0, -400_000, 90_000])
-            reading = Reading(
+            reading = reading_of(
                 source.choice(["s1", "s2", "ß"]),
                 minutes(near + source.randrange(400) / 2),
                 source.choice([None, source.uniform(-50, 50)]),
@@ -563,9 +531,9 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
     Leader(connection, settings).run_once()
     lease = Lease(connection)
     assert lease.try_take()
-    begun = Aggregates(connection, lease, configured_metrics(settings))
+    begun = Aggregates(connection, lease, configured_rollups(settings))
     begun.prepare()
-    begun.build(Metric("temperature", 15))  # begun, and no more
+    begun.build(Rollup(measurement("temperature"), 15))  # begun, and no more
     assert "temperature_15min" in aggregates(connection)
     Leader(connection, settings).run_once()
     assert aggregates(connection) == {"temperature_10min", "humidity_20min"}
@@ -576,7 +544,7 @@ def old_aggregates(connection: psycopg.Connection, settings: Settings) -> Aggreg
     """Those of an etl that knew temperature alone."""
     lease = Lease(connection)
     assert lease.try_take()
-    aggregates = Aggregates(connection, lease, configured_metrics(settings)[:1])
+    aggregates = Aggregates(connection, lease, configured_rollups(settings)[:1])
     aggregates.prepare()
     for _ in aggregates.show_live():
         pass
@@ -584,10 +552,10 @@ def old_aggregates(connection: psycopg.Connection, settings: Settings) -> Aggreg
 
 
 @pytest.mark.parametrize("of", ["", OF_MINUTES])
-def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
+def test_a_new_measurement_is_summarised_from_all_the_readings_there_are(
     connection: psycopg.Connection, settings: Settings, sink: Sink, request: pytest.FixtureRequest, of: str
 ) -> None:
-    """Minutes of an etl that knew temperature alone are made again; readers see its summary all the while."""
+    """Minutes of an etl that knew temperature alone stay as they are; what is new has minutes of its own."""
     if of:
         request.getfixturevalue("in_minutes")
     older = old_aggregates(connection, settings)
@@ -601,7 +569,7 @@ def test_a_new_metric_is_summarised_from_all_the_readings_there_are(
     assert summary(connection, "humidity") == []
     leader.run_once()
     assert summary(connection) == before
-    base = {BASE} if of else set()
+    base = {BASE, f"{BASE}_humidity"} if of else set()
     assert aggregates(connection) == {f"temperature_10min{of}", f"humidity_20min{of}"} | base
     assert differences(connection, settings) == []
 

@@ -26,6 +26,7 @@ from services.etl.lease import KEY, Lease, LeaseLostError
 from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
+from tests.measured import reading_of
 
 pytestmark = pytest.mark.usefixtures("native")
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -37,7 +38,7 @@ def ago(days: float) -> datetime:
 
 
 def at(minute: float, value: float = 20.0, sensor: str = "s1") -> Reading:
-    return Reading(sensor, minutes(minute), value, value)
+    return reading_of(sensor, minutes(minute), value, value)
 
 
 def run_once(settings: Settings, **changes: object) -> None:
@@ -174,7 +175,7 @@ def test_history_loaded_twice_by_many_writers_is_summarised_exactly(
             for first in range(writer // 2 * batch, rows, 2 * batch):  # two of the four write the same
                 sink.write(
                     [
-                        Reading(f"s{at % sensors}", minutes(at // sensors / 2), at % 97, writer)
+                        reading_of(f"s{at % sensors}", minutes(at // sensors / 2), at % 97, writer)
                         for at in range(first, first + batch)
                     ],
                     NOWHERE,
@@ -231,7 +232,7 @@ def test_history_is_closed_within_seconds_however_many_consumers_are_busy(
         for number in range(5):
             close(connection, lease, {"temperature": str(minutes(number * 10))}, timedelta(0))
         assert time.monotonic() - started < 5
-    assert value(connection, "SELECT closed_before FROM summary_state WHERE metric = 'temperature'") == minutes(40)
+    assert value(connection, "SELECT closed_before FROM summary_state WHERE measurement = 'temperature'") == minutes(40)
 
 
 def test_closing_gives_up_soon_if_somebody_does_not_end_a_transaction(
@@ -289,14 +290,14 @@ def test_retention_waits_for_a_dump_and_the_summaries_do_not(
     settings: Settings, connection: Connection, start: StartService
 ) -> None:
     keeps = settings.model_copy(update={"raw_retention_days": 30})
-    store(settings, *(Reading("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
+    store(settings, *(reading_of("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
     run_once(settings)
     chunks = "timescaledb_information.chunks WHERE hypertable_name = 'sensor_data'"
     (oldest,) = (str(row[0]) for row in connection.execute("SELECT show_chunks('sensor_data') LIMIT 1"))
     with open_transaction(settings, f"LOCK TABLE {oldest} IN ACCESS SHARE MODE"):
         etl = start("etl", settings=keeps)
         assert etl.wait_for("duty_failed")["duty"] == "retention"
-        store(settings, Reading("s2", ago(1), 2.0, None))
+        store(settings, reading_of("s2", ago(1), 2.0, None))
         wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
         assert count(connection, chunks) == 3
     wait_until(lambda: count(connection, chunks) == 1, "both are dropped", within_s=90)
@@ -307,7 +308,7 @@ def test_retention_waits_for_a_dump_and_the_summaries_do_not(
 def test_a_chunk_that_cannot_be_compressed_costs_a_warning(
     settings: Settings, connection: Connection, start: StartService
 ) -> None:
-    store(settings, *(Reading("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
+    store(settings, *(reading_of("s1", ago(days), 1.0, None) for days in (60, 50, 1)))
     run_once(settings)
     oldest = str(value(connection, "SELECT show_chunks('sensor_data') LIMIT 1"))
     compressed = "timescaledb_information.chunks WHERE hypertable_name = 'sensor_data' AND is_compressed"
@@ -315,7 +316,7 @@ def test_a_chunk_that_cannot_be_compressed_costs_a_warning(
         etl = start("etl", settings=settings.model_copy(update={"compress_after_days": 10}))
         assert etl.wait_for("duty_failed")["duty"] == "compression"
         assert count(connection, compressed) == 1  # the other one
-        store(settings, Reading("s2", ago(1), 2.0, None))
+        store(settings, reading_of("s2", ago(1), 2.0, None))
         wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
     wait_until(lambda: count(connection, compressed) == 2, "both are compressed", within_s=90)
     assert etl.stop() == 0
@@ -423,7 +424,7 @@ def test_whoever_has_lost_the_lead_changes_nothing(settings: Settings, connectio
         with pytest.raises(LeaseLostError):
             close(connection, Lease(connection), {"temperature": str(minutes(10))}, timedelta(0))
     assert count(connection, "temperature_summary") == 0
-    assert value(connection, "SELECT closed_before = '-infinity' FROM summary_state WHERE metric = 'temperature'")
+    assert value(connection, "SELECT closed_before = '-infinity' FROM summary_state WHERE measurement = 'temperature'")
 
 
 def test_once_waits_for_a_lead_that_nobody_renews_and_not_for_one_that_works(
@@ -509,10 +510,10 @@ def test_time_limits_of_the_role_do_not_end_the_work(settings: Settings, connect
 def test_a_chunk_that_is_dropped_in_the_middle_of_a_round_keeps_its_summary(
     settings: Settings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store(settings, *(Reading("s1", ago(days), days, None) for days in (60, 50, 1)))
+    store(settings, *(reading_of("s1", ago(days), days, None) for days in (60, 50, 1)))
     run_once(settings)
     rows = connection.execute("SELECT * FROM temperature_summary ORDER BY interval_start").fetchall()
-    store(settings, Reading("s1", ago(60) + timedelta(seconds=1), 100.0, None))
+    store(settings, reading_of("s1", ago(60) + timedelta(seconds=1), 100.0, None))
     with connect(settings) as own:
         leader = Leader(own, settings)
         refresh = leader.summaries.refresh

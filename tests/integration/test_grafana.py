@@ -11,11 +11,11 @@ import pytest
 
 from services.consumer.sink import Sink
 from services.core.config import Settings
-from services.core.reading import Reading
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, minutes
 from tests.fix_stack import ROOT
 from tests.grafana import MONITORING, dashboard, fill_sql, queries
+from tests.measured import reading_of
 
 SENSORS = ["attic", "o'hare"]
 MACRO = "$x()"
@@ -31,7 +31,7 @@ def ask(connection: psycopg.Connection, text: str, sensors: list[str]) -> list[d
 
 def test_every_query_finds_what_is_there(settings: Settings, connection: psycopg.Connection) -> None:
     sink = Sink(settings)
-    readings = [Reading(sensor, minutes(at), float(at), 50.0) for sensor in SENSORS for at in range(0, 720, 5)]
+    readings = [reading_of(sensor, minutes(at), float(at), 50.0) for sensor in SENSORS for at in range(0, 720, 5)]
     sink.write(readings, NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from services.core import health
-from services.core.config import Settings
 from services.core.health import HealthServer, Page
 from tests.fix_stack import free_port
+from tests.measured import make_settings
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
     monkeypatch.setattr(health, "REQUEST_WITHIN_S", 1.0)
-    settings = Settings(_env_file=None, metrics_port=free_port())
+    settings = make_settings(metrics_port=free_port())
     server = HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")})
     server.start()
     yield server
@@ -53,7 +53,7 @@ def test_on_loopback_only_this_machine_is_asked_for(server: HealthServer, host: 
 
 
 def test_on_a_network_any_name_may_be_used() -> None:
-    settings = Settings(_env_file=None, metrics_host="0.0.0.0", metrics_port=free_port())  # noqa: S104
+    settings = make_settings(metrics_host="0.0.0.0", metrics_port=free_port())  # noqa: S104
     server = HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")})
     server.start()
     try:

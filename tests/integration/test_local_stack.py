@@ -16,12 +16,12 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.local.command import run
 from services.local.servers import HOST, Server
 from services.local.stack import Stack, StackOptions
 from services.local.supervisor import PidFile, ProcessRecord
+from tests.measured import make_settings
 
 ROOT = Path(__file__).parents[2]
 USER, PASSWORD, DBNAME = "postgres", "secret", "sensors"
@@ -182,7 +182,7 @@ def test_taken_port_is_one_line_and_nothing_is_started(tmp_path: Path, taken: st
 
 
 def test_servers_that_run_without_tls_are_not_taken_for_others(ready: Stack, options: StackOptions) -> None:
-    settings = Settings(_env_file=None, kafka_port=options.kafka_port, postgre_port=options.postgre_port)
+    settings = make_settings(kafka_port=options.kafka_port, postgre_port=options.postgre_port)
     with pytest.raises(ConfigurationError, match="are running without TLS: stop them first"):
         run(settings, "up", options.directory, tls=True)
     assert not ready.kafka.speaks_tls

@@ -20,10 +20,10 @@ from psycopg import errors, sql
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
-from services.core.reading import METRICS, Reading
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, wait_until
 from tests.fix_stack import ROOT, answers, as_environment, downgrade, free_port, upgrade
+from tests.measured import MEASUREMENTS, reading_of
 
 TABLES = {
     "sensor_data",
@@ -35,7 +35,7 @@ TABLES = {
     "etl_lease",
 }
 QUEUE_STATE = "refresh_queue_state"
-SUMMARIES = {f"{metric}_summary{suffix}" for metric in METRICS for suffix in ("", "_live")}
+SUMMARIES = {f"{metric}_summary{suffix}" for metric in MEASUREMENTS for suffix in ("", "_live")}
 READABLE = SUMMARIES | {QUEUE_STATE}
 OURS = TABLES | READABLE
 
@@ -64,7 +64,7 @@ def alembic(settings: Settings, *arguments: str, **environment: str) -> subproce
 def store_and_summarise(settings: Settings, connection: psycopg.Connection) -> None:
     """One reading through consumer and etl."""
     sink = Sink(settings)
-    sink.write([Reading("s1", START, *(20.0 for _ in METRICS))], NOWHERE)
+    sink.write([reading_of("s1", START, *(20.0 for _ in MEASUREMENTS))], NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()
     for name in SUMMARIES:

@@ -46,15 +46,17 @@ from services.core.config import Settings
 from services.core.database import connect, connection_arguments
 from services.core.errors import MalformedMessage, TransientError
 from services.core.kafka import headers_of
+from services.core.measurements import DEFAULT
 from services.core.reading import Decoder, Reading
 from services.core.shutdown import Shutdown
 from services.etl import aggregates
 from services.etl.lease import Lease
-from services.etl.metrics import BASE, OF_MINUTES
 from services.etl.reconcile import reconcile
+from services.etl.rollup import BASE, OF_MINUTES
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, publish, read_topic, wait_until
 from tests.fix_stack import empty
+from tests.measured import MEASUREMENTS, reading_of
 from tests.model import (
     CHUNK,
     METRICS,
@@ -116,14 +118,14 @@ times = st.builds(
 )
 measurements = st.one_of(st.tuples(numbers, numbers), st.tuples(numbers, st.none()), st.tuples(st.none(), numbers))
 readings = st.builds(
-    lambda sensor, time, values: Reading(sensor, time, *values),
+    lambda sensor, time, values: reading_of(sensor, time, *values),
     st.sampled_from("aaabbc"),
     times,
     measurements,
 )
 bursts = st.builds(  # one sensor, readings a few minutes apart
     lambda sensor, start, step, values: [
-        Reading(sensor, start + at * step, value, None if at % 3 else value) for at, value in enumerate(values)
+        reading_of(sensor, start + at * step, value, None if at % 3 else value) for at, value in enumerate(values)
     ],
     st.sampled_from("ab"),
     times,
@@ -132,7 +134,7 @@ bursts = st.builds(  # one sensor, readings a few minutes apart
 )
 broken = st.one_of(
     st.sampled_from(sorted(MALFORMED)),
-    st.builds(lambda time: encode(Reading(UNSTORABLE, time, 1.0)), times),
+    st.builds(lambda time: encode(reading_of(UNSTORABLE, time, 1.0)), times),
 )
 batches = st.builds(
     lambda drawn, burst, bad: shuffled([encode(reading) for reading in [*drawn, *burst]], bad),
@@ -248,7 +250,7 @@ class Pipeline(RuleBasedStateMachine):
     @rule(data=st.data(), values=st.lists(measurements, min_size=1, max_size=4))
     def correct(self, data: st.DataObject, values: list[tuple[float | None, float | None]]) -> None:
         keys = data.draw(st.lists(st.sampled_from(sorted(self.model.rows)), min_size=1, max_size=2))
-        self.write([encode(Reading(*key, *value)) for key in keys for value in values])
+        self.write([encode(reading_of(*key, *value)) for key in keys for value in values])
 
     @rule()
     def restart_consumer(self) -> None:
@@ -281,7 +283,7 @@ class Pipeline(RuleBasedStateMachine):
         assert found == totals.dead_letters
         self.restart_consumer()
         assert self.zombie is not None
-        self.refuse(self.zombie, Reading("a", NOW, 1.0))
+        self.refuse(self.zombie, reading_of("a", NOW, 1.0))
 
     def refuse(self, zombie: Sink, reading: Reading) -> None:
         """It believes that the partition is where it was before the last batch."""
@@ -355,14 +357,16 @@ class Pipeline(RuleBasedStateMachine):
             differed[metric] = {key for key in differ if not overlaps(queued, key[1], key[1] + width)}
             wanted[metric] = len(differed[metric])
         self.note_refresh()
-        found = reconcile(self.etl.connection, self.etl.leader.take_over, Shutdown())
+        found = reconcile(self.etl.connection, DEFAULT, self.etl.leader.take_over, Shutdown())
         assert found == wanted
         self.end_refresh()
         for metric, state in self.model.summaries.items():
             # A row that was damaged to be what the readings were changed to does not differ; the live view may.
             assert not differing(self.summary(metric), self.model.expected(metric))
             assert not state.suspect & differed[metric]
-        assert reconcile(self.etl.connection, self.etl.leader.take_over, Shutdown()) == dict.fromkeys(METRICS, 0)
+        assert reconcile(self.etl.connection, DEFAULT, self.etl.leader.take_over, Shutdown()) == dict.fromkeys(
+            METRICS, 0
+        )
 
     # What can happen: by hand ----------------------------------------------------------------------------
 
@@ -526,6 +530,7 @@ class Pipeline(RuleBasedStateMachine):
     def decoder(self) -> Decoder:
         days = self.consumes_with.raw_retention_days
         decoder = Decoder(
+            MEASUREMENTS,
             max_bytes=self.settings.max_message_bytes,
             max_future=timedelta(seconds=self.settings.max_future_seconds),
             max_age=timedelta(days=days) if days else None,
@@ -692,7 +697,7 @@ class Pipeline(RuleBasedStateMachine):
     def stage(self, metric: str) -> Stage:
         row = self.database.execute(
             "SELECT extract(epoch FROM width)::int / 60, CASE WHEN isfinite(closed_before) THEN closed_before END,"
-            " CASE WHEN isfinite(frozen_before) THEN frozen_before END FROM summary_state WHERE metric = %s",
+            " CASE WHEN isfinite(frozen_before) THEN frozen_before END FROM summary_state WHERE measurement = %s",
             (metric,),
         ).fetchone()
         return Stage(None) if row is None else Stage(row[0], row[1] or NEVER, row[2] or NEVER)
@@ -776,18 +781,18 @@ def test_at_any_statement_of_a_change_of_interval_and_retention(
     before = chunk_of(NOW)
     days = next(days for days in AGES if chunk_of(NOW - days * DAY) == before - 2 * CHUNK)
     times = [before - week * CHUNK + at * MINUTE for week in (0, 1, 2, 4, 5) for at in (1, 29, 64)]
-    late = [encode(Reading("a", time, 3.0, 3.0)) for time in (OLD, OLD + 34 * MINUTE, OLD + CHUNK, NEW, NOW)]
+    late = [encode(reading_of("a", time, 3.0, 3.0)) for time in (OLD, OLD + 34 * MINUTE, OLD + CHUNK, NEW, NOW)]
     after, moments = 0, 0
     with connect(settings) as database:
         while True:
             pipeline = Pipeline(settings, database)
             Pipeline.is_dense = density[0]
             pipeline.configure({"temperature_interval": 10, "humidity_interval": 15})
-            pipeline.write([encode(Reading("a", time, 1.0, 2.0)) for time in times])
+            pipeline.write([encode(reading_of("a", time, 1.0, 2.0)) for time in times])
             pipeline.run_etl()
             pipeline.drop_chunks_by_hand(4)
             pipeline.run_etl()
-            pipeline.write([encode(Reading("b", time, 5.0, 6.0)) for time in times[:12]])
+            pipeline.write([encode(reading_of("b", time, 5.0, 6.0)) for time in times[:12]])
             pipeline.configure({"temperature_interval": 7, "raw_retention_days": days})
             Pipeline.is_dense = density[1]
             etl = pipeline.etl = pipeline.start_etl()
@@ -838,9 +843,9 @@ def test_an_interval_changes_before_the_first_reading(settings: Settings, connec
 
 
 def test_the_smallest_numbers_are_mirrored(settings: Settings, connection: psycopg.Connection, sink: Sink) -> None:
-    sink.write([Reading("a", NEW, 5e-324)], NOWHERE)
+    sink.write([reading_of("a", NEW, 5e-324)], NOWHERE)
     run_once(connection, settings)
-    sink.write([Reading("b", NEW, 5e-324)], NOWHERE)
+    sink.write([reading_of("b", NEW, 5e-324)], NOWHERE)
     run_once(connection, settings)
     assert rows_of(connection) == [(NEW, 10, 5e-324)] * 2
 
@@ -848,7 +853,7 @@ def test_the_smallest_numbers_are_mirrored(settings: Settings, connection: psyco
 def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
+    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
     run_once(connection, settings, temperature_interval=15)
@@ -858,10 +863,10 @@ def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped
 def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
+    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
-    sink.write([Reading("a", OLD + MINUTE, 99.0)], NOWHERE)
+    sink.write([reading_of("a", OLD + MINUTE, 99.0)], NOWHERE)
     run_once(connection, settings)
     assert rows_of(connection) == [(OLD, 10, 1.0), (NEW, 10, 2.0)]
 
@@ -869,16 +874,16 @@ def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing
 def test_a_width_that_was_given_up_leaves_no_edge_inside_an_interval(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", OLD, 1.0), Reading("a", NEW, 2.0)], NOWHERE)
+    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (OLD + CHUNK,))
     run_once(connection, settings)
     # Closed for a change to 7 minutes that did not come to its end; now 15 minutes are wanted.
     closed = ceil(OLD + CHUNK + MINUTE, 70)
-    connection.execute("UPDATE summary_state SET closed_before = %s WHERE metric = 'temperature'", (closed,))
+    connection.execute("UPDATE summary_state SET closed_before = %s WHERE measurement = 'temperature'", (closed,))
     run_once(connection, settings, temperature_interval=15)
     state = connection.execute(
-        "SELECT closed_before, frozen_before FROM summary_state WHERE metric = 'temperature'"
+        "SELECT closed_before, frozen_before FROM summary_state WHERE measurement = 'temperature'"
     ).fetchone()
     assert state == (ceil(closed, 30), ceil(closed, 30))
 
@@ -886,24 +891,24 @@ def test_a_width_that_was_given_up_leaves_no_edge_inside_an_interval(
 def test_rows_that_differ_in_both_metrics_are_counted_for_both(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", NEW, 1.0, 1.0)], NOWHERE)
+    sink.write([reading_of("a", NEW, 1.0, 1.0)], NOWHERE)
     leader = run_once(connection, settings)
     connection.execute("UPDATE sensor_data SET temperature = 3, humidity = 3")
-    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 1}
-    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}
+    assert reconcile(connection, DEFAULT, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 1}
+    assert reconcile(connection, DEFAULT, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}
 
 
 def test_a_row_that_begins_inside_an_interval_is_the_only_one_that_differs(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([Reading("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], NOWHERE)
+    sink.write([reading_of("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], NOWHERE)
     leader = run_once(connection, settings)
     connection.execute(
         "INSERT INTO temperature_summary VALUES ('a', %s, %s, 1, 1, 1, 1)", (NEW - 3 * MINUTE, NEW + 7 * MINUTE)
     )
-    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 0}
+    assert reconcile(connection, DEFAULT, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 0}
 
 
 def test_nothing_differs_where_nothing_is(settings: Settings, connection: psycopg.Connection) -> None:
     leader = run_once(connection, settings)
-    assert reconcile(connection, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}
+    assert reconcile(connection, DEFAULT, leader.take_over, Shutdown()) == {"temperature": 0, "humidity": 0}

@@ -24,13 +24,13 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, client_settings, connect_admin, create_topics
 from services.core.offsets import group_lag
-from services.core.reading import Reading
 from services.core.shutdown import Shutdown
 from services.local.stack import Stack
 from tests.expected import Expected, samples
 from tests.fix_proxy import Proxy
 from tests.fix_services import NOWHERE, StartService, message, minutes, publish, read_topic, wait_until
 from tests.fix_stack import free_port
+from tests.measured import reading_of
 
 RUNNER = "tests.crash_runner"
 UP_S = 60.0
@@ -195,7 +195,7 @@ def test_an_etl_that_hangs_is_not_alive_and_what_waits_for_it_ages(
     start(json.dumps(plan), "etl", settings=etl.settings, module=RUNNER)
     wait_until(Path(f"{go_on}.awaited").exists, "etl hangs")
     sink = Sink(settings)
-    sink.write([Reading("s1", minutes(1), 20.0, 50.0)], NOWHERE)
+    sink.write([reading_of("s1", minutes(1), 20.0, 50.0)], NOWHERE)
     sink.close()
     stored = datetime.now(UTC)
     wait_until(lambda: (etl.value("sensor_freshness_seconds") or 0) > 2.5, "freshness grows")

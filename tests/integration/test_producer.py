@@ -43,6 +43,7 @@ from services.producer.progress import progress_topic
 from services.producer.publisher import Publisher
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli, wait_until
 from tests.fix_stack import ROOT, free_port
+from tests.measured import ALL_SETTINGS, MEASUREMENTS
 
 BEGIN = datetime(2024, 1, 1, tzinfo=UTC)
 SENSORS = 20
@@ -75,7 +76,7 @@ def source(settings: Settings, url: Path, **changes: object) -> Settings:
 
 def changed(settings: Settings, **changes: object) -> Settings:
     """Settings made anew: a copy would keep derived values such as the broker's address."""
-    return Settings.model_validate(settings.model_dump() | changes)
+    return ALL_SETTINGS.model_validate(settings.model_dump() | changes)
 
 
 def numbers(settings: Settings) -> Counter[int]:
@@ -142,7 +143,7 @@ def test_every_row_becomes_one_message_and_a_second_run_sends_nothing(settings: 
     assert (said["files"], said["rows_left"]) == ("1/1", 0)
 
     messages = read_topic(settings, settings.kafka_topic)
-    decoder = Decoder(max_bytes=settings.max_message_bytes, max_future=timedelta(0))
+    decoder = Decoder(MEASUREMENTS, max_bytes=settings.max_message_bytes, max_future=timedelta(0))
     readings = [decoder.decode(message.value()) for message in messages]
     assert [message.key() for message in messages] == [reading.sensor_id.encode() for reading in readings]
     for sensor in ("EWR", "JFK", "LGA"):  # one by one in the order of the file, since a sensor has one partition

@@ -19,10 +19,10 @@ from psycopg import sql
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
-from services.core.reading import METRICS, Reading
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, publish
 from tests.fix_stack import ROOT, as_environment, is_native, make_stack, upgrade
+from tests.measured import MEASUREMENTS, reading_of
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -48,7 +48,7 @@ def database(servers: Settings, tmp_path_factory: pytest.TempPathFactory) -> Ite
         )
         upgrade(settings)
         sink = Sink(settings)
-        sink.write([Reading("s1", START, 20.0, 50.0), Reading("s1", START.replace(hour=5), 21.0, None)], NOWHERE)
+        sink.write([reading_of("s1", START, 20.0, 50.0), reading_of("s1", START.replace(hour=5), 21.0, None)], NOWHERE)
         sink.close()
         with connect(settings) as connection:
             Leader(connection, settings).run_once()
@@ -123,7 +123,7 @@ def as_psql(row: tuple[object, ...]) -> list[str]:
 
 def summaries(connection: psycopg.Connection) -> dict[str, list[tuple[object, ...]]]:
     """The rows of the tables and the live views of all metrics that there were before any recipe."""
-    names = [f"{metric}_summary{suffix}" for metric in METRICS for suffix in ("", "_live")]
+    names = [f"{metric}_summary{suffix}" for metric in MEASUREMENTS for suffix in ("", "_live")]
     query = sql.SQL("SELECT * FROM {} WHERE sensor_id = 's1' ORDER BY interval_start")
     return {name: connection.execute(query.format(sql.Identifier(name))).fetchall() for name in names}
 

@@ -11,7 +11,7 @@ import pytest
 
 from services.core.config import Settings
 from services.core.kafka import headers_of
-from services.etl.metrics import BASE
+from services.etl.rollup import BASE
 from services.etl.worker import Leader
 from services.status import command
 from services.status.database import read_database
@@ -169,7 +169,8 @@ def test_reconcile_repairs_what_no_queue_row_announced(
 def closed_before(connection: psycopg.Connection, metric: str = "temperature") -> datetime | None:
     """None: nothing is closed."""
     row = connection.execute(
-        "SELECT CASE WHEN isfinite(closed_before) THEN closed_before END FROM summary_state WHERE metric = %s", [metric]
+        "SELECT CASE WHEN isfinite(closed_before) THEN closed_before END FROM summary_state WHERE measurement = %s",
+        [metric],
     ).fetchone()
     assert row is not None
     closed: datetime | None = row[0]
@@ -214,7 +215,7 @@ def test_a_width_that_would_close_the_present_is_refused(
     connection.execute(
         "UPDATE summary_state SET closed_before = closed, frozen_before = closed"
         " FROM (SELECT time_bucket('210 days', now() - interval '7 days', timestamptz '2000-01-03') + interval '7 days'"
-        " AS closed) AS week WHERE metric = 'temperature'"
+        " AS closed) AS week WHERE measurement = 'temperature'"
     )
     closed = closed_before(connection)
     done = run_cli(settings, "etl", "--once", **new)
@@ -317,19 +318,21 @@ def test_the_leader_finds_and_repairs_what_differs(
     etl.wait_for("leading")
 
     def checked() -> list[tuple[object, ...]]:
-        return connection.execute("SELECT metric, differences, checked_at FROM summary_check ORDER BY 1").fetchall()
+        return connection.execute(
+            "SELECT measurement, differences, checked_at FROM summary_check ORDER BY 1"
+        ).fetchall()
 
     wait_until(lambda: len(checked()) == 2, "a look at both")
     assert [row[:2] for row in checked()] == [("humidity", 0), ("temperature", 0)]
-    assert value_of(port, "sensor_summary_differences_total", metric="temperature") == 0
+    assert value_of(port, "sensor_summary_differences_total", measurement="temperature") == 0
     connection.execute("UPDATE temperature_summary SET max_temperature = 99 WHERE avg_temperature IN (40, 1)")
     wait_until(lambda: summary_of_all(connection) == [(40, 40), (20, 20), (1, 1)], "both are right again")
     wait_until(lambda: [row[1] for row in checked()] == [0, 2], "both are counted")
-    assert value_of(port, "sensor_summary_differences_total", metric="temperature") == 2
+    assert value_of(port, "sensor_summary_differences_total", measurement="temperature") == 2
     assert len(etl.events("summary_differs")) == 2
     tables = read_database(settings, "here").tables
     assert tables is not None
-    (check,) = [each.check for each in tables.summaries if each.metric == "temperature"]
+    (check,) = [each.check for each in tables.summaries if each.measurement == "temperature"]
     assert check is not None
     assert (check.differences, check.age_seconds < 20, check.differed_at is not None) == (2, True, True)
     assert etl.stop() == 0

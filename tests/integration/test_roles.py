@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
+from services.core.measurements import DEFAULT
 from services.core.reading import Reading
 from services.core.shutdown import Shutdown
 from services.etl.reconcile import reconcile
@@ -24,6 +25,7 @@ from services.status.database import read_database
 from tests.fix_services import NOWHERE, StartService, message, publish, wait_until
 from tests.fix_stack import downgrade, upgrade
 from tests.integration.test_migrations import alembic
+from tests.measured import reading_of
 
 PASSWORD = "only for this test"
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -87,7 +89,7 @@ def refused(connection: psycopg.Connection, *statements: str) -> None:
 @pytest.fixture
 def filled(settings: Settings, logins: None) -> None:
     """One reading, summarised."""
-    store(settings, Reading("s1", ago(1), 20.0, 50.0))
+    store(settings, reading_of("s1", ago(1), 20.0, 50.0))
     summarise(settings)
 
 
@@ -108,7 +110,7 @@ def test_the_consumer_sees_no_summary_and_deletes_nothing(settings: Settings) ->
             "UPDATE summary_refresh_queue SET queued_at = now()",
             "UPDATE etl_lease SET holder = 1",
             "UPDATE summary_state SET closed_before = now()",
-            "UPDATE summary_state SET metric = 'other'",
+            "UPDATE summary_state SET measurement = 'other'",
             "DELETE FROM summary_state",
             "DELETE FROM partition_progress",
             "INSERT INTO temperature_summary SELECT 's', now(), now(), 1, 1, 1, 1",
@@ -243,11 +245,11 @@ def test_all_that_etl_does_whoever_began_it(
     """Retention, compression, a late reading into compressed history, an interval change, repair."""
     consumer = under(settings, "app_consumer")
     one, other = (settings if role == "superuser" else under(settings, role) for role in (first, then))
-    store(consumer, *(Reading("s1", ago(days), float(days), None) for days in (400, 60, 20, 1)))
+    store(consumer, *(reading_of("s1", ago(days), float(days), None) for days in (400, 60, 20, 1)))
     policies = {"raw_retention_days": 100, "compress_after_days": 10}
     summarise(one, **policies)
     assert count_chunks(connection) == (3, 2)
-    store(consumer, Reading("s1", ago(20), 21.0, 50.0), Reading("s2", ago(60), 61.0, 51.0))
+    store(consumer, reading_of("s1", ago(20), 21.0, 50.0), reading_of("s2", ago(60), 61.0, 51.0))
     summarise(other, **policies, temperature_interval=15)
     assert owners(connection) == {
         "temperature_15min": "sensor_etl",
@@ -296,14 +298,14 @@ def test_without_a_superuser(settings: Settings, connection: psycopg.Connection)
         with owned_by(connection, settings, "hosted"):
             hosted = under(settings, "hosted")
             upgrade(hosted)
-            store(hosted, *(Reading("s1", ago(days), float(days), 50.0) for days in (400, 20, 1)))
+            store(hosted, *(reading_of("s1", ago(days), float(days), 50.0) for days in (400, 20, 1)))
             summarise(hosted, compress_after_days=10, raw_retention_days=100)
-            store(hosted, Reading("s1", ago(20), 21.0, None))
+            store(hosted, reading_of("s1", ago(20), 21.0, None))
             summarise(hosted, compress_after_days=10, raw_retention_days=100, humidity_interval=40)
             assert summary_rows(connection) == (3, 3)
             assert count_chunks(connection) == (2, 1)
             with connect(hosted) as own:
-                assert reconcile(own, lambda: None, Shutdown()) == {"humidity": 0, "temperature": 0}
+                assert reconcile(own, DEFAULT, lambda: None, Shutdown()) == {"humidity": 0, "temperature": 0}
                 own.execute("DELETE FROM sensor_data")  # as its owner always could
             downgrade(hosted)
     finally:
@@ -327,7 +329,7 @@ def test_what_only_a_superuser_may_do_is_one_line_to_run(settings: Settings, con
             assert done.returncode == 0, done.stderr
             (warning,) = (line for line in done.stderr.splitlines() if "superuser_needed" in line)
             connection.execute(json.loads(warning)["sql"])
-            store(hosted, Reading("s1", ago(1), 1.0, 50.0))
+            store(hosted, reading_of("s1", ago(1), 1.0, 50.0))
             summarise(hosted)
             assert summary_rows(connection) == (1, 1)
             for login in READERS:
@@ -350,7 +352,7 @@ def test_where_a_dba_has_made_the_roles(settings: Settings, connection: psycopg.
             connection.execute(f"GRANT {roles} TO hosted WITH ADMIN OPTION")
             hosted = under(settings, "hosted")
             upgrade(hosted)
-            store(hosted, Reading("s1", ago(1), 1.0, 50.0))
+            store(hosted, reading_of("s1", ago(1), 1.0, 50.0))
             summarise(hosted)
             assert summary_rows(connection) == (1, 1)
             downgrade(hosted)

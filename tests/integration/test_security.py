@@ -25,13 +25,14 @@ from services.local.servers import Kafka
 from services.local.stack import Stack
 from tests.fix_services import message, publish, run_cli
 from tests.fix_stack import make_stack, upgrade
+from tests.measured import make_settings
 
 PASSWORD = "a password that nobody prints"
 
 
 @pytest.fixture(scope="module")
 def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
-    given = Settings(_env_file=None, kafka_sasl_password=SecretStr(PASSWORD))
+    given = make_settings(kafka_sasl_password=SecretStr(PASSWORD))
     return secure(tmp_path_factory.mktemp("tls"), given)
 
 
@@ -45,8 +46,7 @@ def tls_stack(security: Security, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="module")
 def client(tls_stack: Stack, security: Security) -> Settings:
     """The settings of a client that verifies the servers; the tables are there."""
-    plain = Settings(
-        _env_file=None,
+    plain = make_settings(
         kafka_port=tls_stack.kafka.port,
         postgre_port=tls_stack.timescaledb.port,
         startup_timeout_seconds=0,

@@ -11,13 +11,14 @@ import pytest
 
 from services.consumer.batch import Move
 from services.consumer.columns import MOST_TRANSACTIONS, columns_of, encode
-from services.consumer.sink import COPY_READINGS, SESSION_NAME, PartitionsMovedError, Sink
+from services.consumer.sink import SESSION_NAME, PartitionsMovedError, Sink, statement
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import PermanentError, TransientError
 from services.core.reading import Reading
 from tests.fix_proxy import Moment, Proxy
 from tests.fix_services import NOWHERE, minutes, wait_until
+from tests.measured import MEASUREMENTS, reading_of
 
 Row = tuple[str, datetime, float | None, float | None]
 
@@ -59,7 +60,7 @@ def counts(sink: Sink, *readings: Reading) -> tuple[int, int, int]:
 
 
 def test_repeated_readings_change_nothing(sink: Sink, connection: psycopg.Connection) -> None:
-    readings = [Reading("s1", minutes(at), float(at), 50.0) for at in range(100)]
+    readings = [reading_of("s1", minutes(at), float(at), 50.0) for at in range(100)]
     assert counts(sink, *readings) == (100, 0, 0)
     assert len(take_queue(connection)) == 100
     before = versions(connection)
@@ -70,10 +71,10 @@ def test_repeated_readings_change_nothing(sink: Sink, connection: psycopg.Connec
 
 
 def test_corrections_replace_and_only_their_minutes_are_queued(sink: Sink, connection: psycopg.Connection) -> None:
-    readings = [Reading("s1", minutes(at), 20.0, 50.0) for at in range(10)]
+    readings = [reading_of("s1", minutes(at), 20.0, 50.0) for at in range(10)]
     counts(sink, *readings)
     take_queue(connection)
-    readings[7] = Reading("s1", minutes(7), 21.0, 50.0)
+    readings[7] = reading_of("s1", minutes(7), 21.0, 50.0)
     assert counts(sink, *readings) == (0, 1, 9)
     assert stored(connection)[7] == ("s1", minutes(7), 21.0, 50.0)
     assert take_queue(connection) == {minutes(7)}
@@ -83,7 +84,7 @@ def test_corrections_replace_and_only_their_minutes_are_queued(sink: Sink, conne
 def test_temperature_and_humidity_sent_apart_end_in_one_row(
     sink: Sink, connection: psycopg.Connection, together: bool
 ) -> None:
-    temperature, humidity = Reading("s1", minutes(0), 20.0, None), Reading("s1", minutes(0), None, 50.0)
+    temperature, humidity = reading_of("s1", minutes(0), 20.0, None), reading_of("s1", minutes(0), None, 50.0)
     if together:
         assert counts(sink, temperature, humidity) == (1, 0, 1)
     else:
@@ -93,16 +94,16 @@ def test_temperature_and_humidity_sent_apart_end_in_one_row(
 
 
 def test_a_null_keeps_what_is_stored(sink: Sink, connection: psycopg.Connection) -> None:
-    counts(sink, Reading("s1", minutes(0), 20.0, 50.0))
-    assert counts(sink, Reading("s1", minutes(0), None, 50.0)) == (0, 0, 1)
-    assert counts(sink, Reading("s1", minutes(0), 0.0, None)) == (0, 1, 0)
+    counts(sink, reading_of("s1", minutes(0), 20.0, 50.0))
+    assert counts(sink, reading_of("s1", minutes(0), None, 50.0)) == (0, 0, 1)
+    assert counts(sink, reading_of("s1", minutes(0), 0.0, None)) == (0, 1, 0)
     assert stored(connection) == [("s1", minutes(0), 0.0, 50.0)]
 
 
 def test_the_last_of_a_batch_wins(sink: Sink, connection: psycopg.Connection) -> None:
     """A key that is twice in one batch is a conflict that no retry would ever get rid of."""
-    batch = [Reading("s1", minutes(0), float(value), None) for value in (1, 3, 2)]
-    batch.insert(1, Reading("s1", minutes(0), None, 9.0))
+    batch = [reading_of("s1", minutes(0), float(value), None) for value in (1, 3, 2)]
+    batch.insert(1, reading_of("s1", minutes(0), None, 9.0))
     assert counts(sink, *batch) == (1, 0, 3)
     assert stored(connection) == [("s1", minutes(0), 2.0, 9.0)]
 
@@ -110,7 +111,12 @@ def test_the_last_of_a_batch_wins(sink: Sink, connection: psycopg.Connection) ->
 def test_a_batch_that_jumps_in_time_is_several_transactions(sink: Sink, connection: psycopg.Connection) -> None:
     """One transaction would have TimescaleDB recompute all that lies between."""
     near, far = minutes(0), minutes(0) - timedelta(days=300)
-    batch = [Reading("s1", near, 1.0), Reading("s1", far, 2.0), Reading("s2", near, 3.0), Reading("s2", far, 4.0)]
+    batch = [
+        reading_of("s1", near, 1.0),
+        reading_of("s1", far, 2.0),
+        reading_of("s2", near, 3.0),
+        reading_of("s2", far, 4.0),
+    ]
     assert counts(sink, *batch) == (4, 0, 0)
     groups = connection.execute("SELECT array_agg(DISTINCT time) FROM sensor_data GROUP BY xmin::text").fetchall()
     assert sorted(groups) == [([far],), ([near],)]
@@ -119,7 +125,7 @@ def test_a_batch_that_jumps_in_time_is_several_transactions(sink: Sink, connecti
 
 
 def test_many_jumps_are_few_transactions(sink: Sink, connection: psycopg.Connection) -> None:
-    counts(sink, *(Reading("s1", minutes(at * 600), 1.0) for at in range(50)))
+    counts(sink, *(reading_of("s1", minutes(at * 600), 1.0) for at in range(50)))
     assert connection.execute("SELECT count(DISTINCT xmin::text) FROM sensor_data").fetchone() == (MOST_TRANSACTIONS,)
     assert len(take_queue(connection)) == 50
 
@@ -136,10 +142,10 @@ def humidity_check(connection: psycopg.Connection) -> Iterator[None]:
 @pytest.mark.parametrize("path", ["copy", "merge"])
 def test_one_bad_row_does_not_poison_its_batch(sink: Sink, connection: psycopg.Connection, path: str) -> None:
     if path == "merge":
-        counts(sink, Reading("s1", minutes(0), None, 1.0))
+        counts(sink, reading_of("s1", minutes(0), None, 1.0))
     bad = {3: "a\0b", 500: "s1", 501: "s1", 502: "a\0b", 999: "s1"}
     batch = [
-        Reading(bad.get(at, "s1"), minutes(at), None, 101.0 if bad.get(at) == "s1" else 50.0) for at in range(1000)
+        reading_of(bad.get(at, "s1"), minutes(at), None, 101.0 if bad.get(at) == "s1" else 50.0) for at in range(1000)
     ]
     result = sink.write(batch, NOWHERE)
     assert (result.inserted, result.updated) == ((995, 0) if path == "copy" else (994, 1))
@@ -159,11 +165,11 @@ def test_readings_and_their_queue_row_are_stored_together_or_not_at_all(
     connection.execute("ALTER TABLE summary_refresh_queue RENAME TO away")
     try:
         with pytest.raises(PermanentError, match="summary_refresh_queue"):
-            sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
+            sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
     finally:
         connection.execute("ALTER TABLE away RENAME TO summary_refresh_queue")
     assert stored(connection) == []
-    assert counts(sink, Reading("s1", minutes(0), 1.0)) == (1, 0, 0)
+    assert counts(sink, reading_of("s1", minutes(0), 1.0)) == (1, 0, 0)
 
 
 def positions(connection: psycopg.Connection, **places: int) -> None:
@@ -182,7 +188,7 @@ def where(connection: psycopg.Connection) -> dict[int, int]:
 
 def test_the_partitions_advance_in_the_transaction_of_the_readings(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5, p1=7)
-    result = sink.write([Reading("s1", minutes(0), 1.0)], Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}))
+    result = sink.write([reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}))
     assert result.advanced
     assert where(connection) == {0: 9, 1: 8}
     (row,) = connection.execute(
@@ -198,11 +204,11 @@ def test_a_consumer_whose_partition_is_elsewhere_stores_nothing(
 ) -> None:
     positions(connection, p0=6, p1=7)
     if path == "merge":
-        counts(sink, Reading("s1", minutes(0), 0.0))
+        counts(sink, reading_of("s1", minutes(0), 0.0))
     before, queued = stored(connection), take_queue(connection)
-    batch = [Reading("s1", minutes(0), 1.0)]
+    batch = [reading_of("s1", minutes(0), 1.0)]
     if path == "several parts":
-        batch.append(Reading("s1", minutes(1000), 1.0))
+        batch.append(reading_of("s1", minutes(1000), 1.0))
     first_time, repeated = ([], batch) if path == "fill" else (batch, [])
     with pytest.raises(PartitionsMovedError):
         sink.write(first_time, Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}), repeated=repeated)
@@ -222,7 +228,7 @@ def test_a_batch_of_several_transactions_checks_in_each_and_advances_at_the_end(
 ) -> None:
     positions(connection, p0=5)
     move = Move("t", {0: 5}, {0: 9})
-    result = sink.write([Reading("s1", minutes(0), 1.0), Reading("s1", minutes(1000), 1.0)], move)
+    result = sink.write([reading_of("s1", minutes(0), 1.0), reading_of("s1", minutes(1000), 1.0)], move)
     assert (result.inserted, result.advanced) == (2, False)
     assert where(connection) == {0: 5}
     sink.advance(move)
@@ -231,14 +237,14 @@ def test_a_batch_of_several_transactions_checks_in_each_and_advances_at_the_end(
 
 def test_with_dead_letters_to_send_nothing_advances_before(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5)
-    assert not sink.write([Reading("s1", minutes(0), 1.0)], Move("t", {0: 5}, {0: 9}), advance=False).advanced
+    assert not sink.write([reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5}, {0: 9}), advance=False).advanced
     assert where(connection) == {0: 5}
 
 
 @pytest.mark.usefixtures("humidity_check")
 def test_with_a_refused_row_nothing_advances(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5)
-    batch = [Reading("s1", minutes(at), None, 101.0 if at == 3 else 1.0) for at in range(20)]
+    batch = [reading_of("s1", minutes(at), None, 101.0 if at == 3 else 1.0) for at in range(20)]
     result = sink.write(batch, Move("t", {0: 5}, {0: 9}))
     assert (result.inserted, len(result.refused), result.advanced) == (19, 1, False)
     assert where(connection) == {0: 5}
@@ -248,12 +254,12 @@ def test_with_a_refused_row_nothing_advances(sink: Sink, connection: psycopg.Con
 def test_when_every_row_is_refused_for_one_reason_the_rows_are_not_to_blame(
     sink: Sink, connection: psycopg.Connection
 ) -> None:
-    batch = [Reading("s1", minutes(at), None, 101.0) for at in range(50)]
+    batch = [reading_of("s1", minutes(at), None, 101.0) for at in range(50)]
     with pytest.raises(PermanentError, match=r"refuses every one of 50 readings .* \"plausible\""):
         sink.write(batch, NOWHERE)
     assert stored(connection) == []
     assert len(sink.write(batch[:5], NOWHERE).refused) == 5  # too few to tell
-    assert sink.write([*batch, Reading("s1", minutes(99), None, 1.0)], NOWHERE).inserted == 1
+    assert sink.write([*batch, reading_of("s1", minutes(99), None, 1.0)], NOWHERE).inserted == 1
 
 
 def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, connection: psycopg.Connection) -> None:
@@ -265,14 +271,14 @@ def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, conne
         " FROM summary_refresh_queue"
     )
     with pytest.raises(PermanentError, match="summary_refresh_queue_pkey"):
-        sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
+        sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
     assert stored(connection) == []
 
 
 def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connection: psycopg.Connection) -> None:
-    counts(sink, Reading("s1", minutes(0), 7.0, None))
-    again = [Reading("s1", minutes(0), 5.0, 50.0), Reading("s1", minutes(1), 5.0, None)]
-    result = sink.write([Reading("s1", minutes(1), 8.0, None)], NOWHERE, repeated=again)
+    counts(sink, reading_of("s1", minutes(0), 7.0, None))
+    again = [reading_of("s1", minutes(0), 5.0, 50.0), reading_of("s1", minutes(1), 5.0, None)]
+    result = sink.write([reading_of("s1", minutes(1), 8.0, None)], NOWHERE, repeated=again)
     assert (result.inserted, result.updated, result.unchanged) == (1, 1, 1)
     assert stored(connection) == [("s1", minutes(0), 7.0, 50.0), ("s1", minutes(1), 8.0, None)]
     assert sink.write([], NOWHERE, repeated=again).unchanged == 2
@@ -281,9 +287,9 @@ def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connectio
 def test_corrections_for_many_sensors_into_compressed_history(sink: Sink, connection: psycopg.Connection) -> None:
     """Each decompresses a thousand rows; the server's default limit is a hundred thousand in a transaction."""
     sensors = [f"s{number:03d}" for number in range(150)]
-    counts(sink, *(Reading(sensor, minutes(at / 2), 1.0) for at in range(1000) for sensor in sensors))
+    counts(sink, *(reading_of(sensor, minutes(at / 2), 1.0) for at in range(1000) for sensor in sensors))
     connection.execute("SELECT compress_chunk(chunk) FROM show_chunks('sensor_data') AS chunk")
-    assert counts(sink, *(Reading(sensor, minutes(7), 2.0) for sensor in sensors)) == (0, 150, 0)
+    assert counts(sink, *(reading_of(sensor, minutes(7), 2.0) for sensor in sensors)) == (0, 150, 0)
     assert connection.execute("SELECT count(*), sum(temperature) FROM sensor_data").fetchone() == (150_000, 150_150)
 
 
@@ -298,13 +304,13 @@ def test_the_clock_is_the_databases(
             return datetime.now(tz) + timedelta(hours=1)
 
     monkeypatch.setattr("services.consumer.sink.datetime", Fast)
-    counts(sink, Reading("s1", minutes(0), 1.0))
+    counts(sink, reading_of("s1", minutes(0), 1.0))
     assert abs(sink.clock_lead - timedelta(hours=1)) < timedelta(seconds=30)
 
 
 def test_thousands_of_weeks_are_stored_a_hundred_at_a_time(sink: Sink, connection: psycopg.Connection) -> None:
     """Each is a chunk to create, and all locks of a transaction have to fit into the server's table of locks."""
-    weeks = [Reading("s1", minutes(0) - at * timedelta(days=7), 1.0) for at in range(300)]
+    weeks = [reading_of("s1", minutes(0) - at * timedelta(days=7), 1.0) for at in range(300)]
     assert counts(sink, *weeks) == (300, 0, 0)
     largest = "SELECT max(count) FROM (SELECT count(*) FROM sensor_data GROUP BY xmin::text) AS transactions"
     assert connection.execute(largest).fetchone() == (100,)
@@ -315,15 +321,16 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
     settings: Settings, connection: psycopg.Connection
 ) -> None:
     """No time limit of PostgreSQL ends a session that waits for COPY's data."""
-    batch = [Reading(f"s{number}", minutes(0), 1.0) for number in range(5000)]  # more than the server holds back
+    batch = [reading_of(f"s{number}", minutes(0), 1.0) for number in range(5000)]  # more than the server holds back
     heir = Sink(settings)
     frozen, bystander = connect(settings, SESSION_NAME), connect(settings)
     try:
         bystander.execute("BEGIN")
         cursor = frozen.cursor()
-        encoded = encode(columns_of(batch))
+        rows = columns_of(batch, MEASUREMENTS)
+        encoded = encode(rows)
         cursor.execute("BEGIN")
-        copying = cursor.copy(COPY_READINGS)
+        copying = cursor.copy(statement("copy_readings", rows))
         copying.__enter__().write(encoded[:-2])
         wait_until(lambda: is_written(connection, frozen.info.backend_pid), "rows are in the index")
         wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
@@ -355,9 +362,9 @@ def test_a_connection_that_is_cut_as_it_opens_blames_no_row(proxied: Settings, p
     sink = Sink(proxied)
     cut = proxy.cut_at(pattern, Moment.ANSWERED)
     with pytest.raises(TransientError):
-        sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE)
+        sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
     assert cut.done.is_set()
-    assert sink.write([Reading("s1", minutes(0), 1.0)], NOWHERE).inserted == 1
+    assert sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE).inserted == 1
     sink.close()
 
 
@@ -372,7 +379,7 @@ def test_time_limits_of_the_server_do_not_hold_for_us(settings: Settings, connec
         connection.execute(f"ALTER ROLE CURRENT_USER SET {name} = '200ms'")
     try:
         sink = Sink(settings)
-        batch = [Reading(f"s{number}", minutes(at), 1.0) for number in range(200) for at in range(1000)]
+        batch = [reading_of(f"s{number}", minutes(at), 1.0) for number in range(200) for at in range(1000)]
         assert counts(sink, *batch) == (200_000, 0, 0)
         assert counts(sink, *batch) == (0, 0, 200_000)
         sink.close()
@@ -389,7 +396,7 @@ def test_any_sequence_of_batches_is_as_if_stored_one_by_one(
     model: dict[tuple[datetime, str], list[float | None]] = {}
     for _ in range(25):
         batch = [
-            Reading(
+            reading_of(
                 source.choice("ab"),
                 minutes(source.choice([0, 0, 500_000]) + source.randrange(12) / 2),
                 source.choice([None, 0.0, 1.0, 2.0]),

@@ -116,7 +116,7 @@ def test_every_number_agrees_with_psql(filled: Settings, connection: psycopg.Con
     assert tables["readings"]["rows"]["count"] == 50
     assert tables["summaries"] == [
         {
-            "metric": metric,
+            "measurement": metric,
             "rows": {"count": fetch(connection, f"SELECT count(*) FROM {metric}_summary"), "exact": True},
             "aggregate": f"{metric}_{minutes}min",
             "minutes": minutes,

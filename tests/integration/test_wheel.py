@@ -16,6 +16,7 @@ import pytest
 
 from services.core.config import Settings
 from tests.fix_stack import ROOT, as_environment, free_port
+from tests.measured import ALL_SETTINGS
 
 VERSION = "9.8.7"  # another than that of the checkout
 SOURCES = ("services", "migrations", "pyproject.toml", "README.md", "LICENSE")
@@ -23,7 +24,7 @@ SOURCES = ("services", "migrations", "pyproject.toml", "README.md", "LICENSE")
 
 def typed(directory: Path, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a directory, in an environment without anything of ours."""
-    plain = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
+    plain = {name: value for name, value in os.environ.items() if name.lower() not in ALL_SETTINGS.model_fields}
     plain.pop("PYTHONPATH", None)
     return subprocess.run(
         command,

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
-from services.core.config import LOGINS, Settings
+from services.core.config import LOGINS, settings_type
+from services.core.measurements import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -56,12 +57,12 @@ def test_monitoring_starts_only_when_asked_for_and_last() -> None:
 def names_in(package: str) -> set[str]:
     """The settings that a service's code names."""
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "services" / package).glob("*.py"))
-    return {name.upper() for name in Settings.model_fields if re.search(rf"\b{name}\b", source)}
+    return {name.upper() for name in settings_type(DEFAULT).model_fields if re.search(rf"\b{name}\b", source)}
 
 
 def test_every_setting_reaches_a_service_and_each_what_it_needs() -> None:
     given = set().union(*ENVIRONMENT.values())
-    assert given == {name for name in map(str.upper, Settings.model_fields) if not OUTSIDE.search(name)}
+    assert given == {name for name in map(str.upper, settings_type(DEFAULT).model_fields) if not OUTSIDE.search(name)}
     for name in ("producer", "consumer", "etl"):
         needed = {each for each in names_in(name) if not OUTSIDE.search(each)}
         assert needed <= set(ENVIRONMENT[name]), name
@@ -149,7 +150,7 @@ def test_what_is_fixed_follows_nothing_outside() -> None:
 
 
 def test_defaults_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
+    for name in settings_type(DEFAULT).model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     given: dict[str, str] = {}
     for environment in ENVIRONMENT.values():
@@ -163,10 +164,10 @@ def test_defaults_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> 
         match = re.fullmatch(r"\$\{" + name + r"-([^}]*)\}", given[name])
         assert match is not None, f"{name}: {given[name]}"
         monkeypatch.setenv(name, match[1])
-        defaults[name.lower()] = Settings.model_fields[name.lower()].default
-    values = Settings(_env_file=None)
+        defaults[name.lower()] = settings_type(DEFAULT).model_fields[name.lower()].default
+    values = settings_type(DEFAULT)(_env_file=None)
     assert {name: getattr(values, name) for name in defaults} == defaults
-    assert Settings.model_fields["postgre_password"].default == SecretStr("postgres")
+    assert settings_type(DEFAULT).model_fields["postgre_password"].default == SecretStr("postgres")
 
 
 def test_what_a_copy_of_the_example_leaves_empty_has_a_default() -> None:

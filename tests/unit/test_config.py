@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from services.core.config import METRIC_COLUMNS, Settings, default_settings, find_unknown_names, load_settings
+from services.core.config import default_settings, find_unknown_names, load_settings, settings_type
 from services.core.errors import ConfigurationError
-from services.core.reading import METRICS
+from services.core.measurements import DEFAULT
 from tests.fix_stack import ROOT
+from tests.measured import documented_settings
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting in the environment, no .env in the current directory."""
     for name in os.environ:
-        if name.lower() in Settings.model_fields:
+        if name.lower() in settings_type(DEFAULT).model_fields:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -79,7 +80,7 @@ def test_a_wrong_value_is_one_line_with_name_value_and_what_is_allowed(
 def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPERATURE_INTERVAL", "abc")
     monkeypatch.setenv("POSTGRE_PORT", "99999")
-    with pytest.raises(ConfigurationError, match=r"^TEMPERATURE_INTERVAL=abc .*; POSTGRE_PORT=99999 [^\n]*$"):
+    with pytest.raises(ConfigurationError, match=r"^POSTGRE_PORT=99999 .*; TEMPERATURE_INTERVAL=abc [^\n]*$"):
         load_settings()
 
 
@@ -129,15 +130,9 @@ def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.postgre_password.get_secret_value() == "hunter2"
     for shown in (str(settings), repr(settings), settings.model_dump_json()):
         assert "hunter" not in shown
-    secret = {name for name in Settings.model_fields if name.endswith("password")}
-    assert secret == {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}
-
-
-def test_every_metric_has_its_settings() -> None:
-    assert tuple(METRIC_COLUMNS) == METRICS
-    for metric, setting in METRIC_COLUMNS.items():
-        assert Settings.model_fields[setting].annotation is str
-        assert Settings.model_fields[f"{metric}_interval"].annotation is int
+    secret = {name for name in settings_type(DEFAULT).model_fields if name.endswith("password")}
+    fields = settings_type(DEFAULT).model_fields
+    assert secret == {name for name, field in fields.items() if field.annotation is SecretStr}
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -150,7 +145,7 @@ def test_dotenv_is_read_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch
     (tmp_path / ".env").write_text("TEMPERATURE_INTERVAL=5\nHUMIDITY_INTERVAL=7\nOF_ANOTHER_TOOL=x\n", encoding="utf-8")
     monkeypatch.setenv("HUMIDITY_INTERVAL", "9")
     settings = load_settings()
-    assert (settings.temperature_interval, settings.humidity_interval) == (5, 9)
+    assert (settings.interval_of("temperature"), settings.interval_of("humidity")) == (5, 9)
 
 
 def test_a_wrong_value_in_dotenv_is_one_line(tmp_path: Path) -> None:
@@ -189,7 +184,7 @@ def test_a_dotenv_that_is_a_directory_is_one_line(tmp_path: Path) -> None:
 def test_a_dotenv_that_windows_wrote_is_read(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfTEMPERATURE_INTERVAL=5\r\nHUMIDITY_INTERVAL=7\r\n")
     settings = load_settings()
-    assert (settings.temperature_interval, settings.humidity_interval) == (5, 7)
+    assert (settings.interval_of("temperature"), settings.interval_of("humidity")) == (5, 7)
     assert find_unknown_names() == []
 
 
@@ -262,12 +257,12 @@ def test_a_setting_that_is_not_needed_may_be_wrong(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")  # which needs more
     monkeypatch.setenv("KAFKA_PORT", "9999")
     settings = load_settings("kafka_port", "data_feature_date")
-    assert (settings.kafka_port, settings.temperature_interval) == (9999, 10)
+    assert (settings.kafka_port, settings.interval_of("temperature")) == (9999, 10)
     assert settings.postgre_password.get_secret_value() == "postgres"
     monkeypatch.setenv("KAFKA_PORT", "0")
     with pytest.raises(ConfigurationError, match=r"^KAFKA_PORT=0 is not allowed \(port of the Kafka broker"):
         load_settings("kafka_port")
-    assert default_settings() == Settings.model_construct()
+    assert default_settings() == settings_type(DEFAULT).model_construct()
 
 
 @pytest.mark.parametrize("level", ["info", "INFO"])
@@ -277,25 +272,21 @@ def test_a_log_level_may_be_in_lower_case(monkeypatch: pytest.MonkeyPatch, level
 
 
 def documented() -> list[tuple[str, str, str]]:
-    """Name, description and value of each entry in .env.example."""
+    """Name, value and description of each entry in .env.example, by name."""
     found = []
     before = ""
     for line in (ROOT / ".env.example").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, value = line.split("=", 1)
-            found.append((name, before.removeprefix("# "), value))
+            found.append((name, value, before.removeprefix("# ")))
         before = line
-    return found
+    return sorted(found)
 
 
 def test_env_example_equals_the_settings() -> None:
-    expected = []
-    for name, field in Settings.model_fields.items():
-        value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-        expected.append((name.upper(), field.description, str(value)))
-    assert documented() == expected
+    assert documented() == documented_settings()
 
 
 def test_env_example_as_it_is_gives_the_defaults(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes((ROOT / ".env.example").read_bytes())
-    assert load_settings() == Settings(_env_file=None)
+    assert load_settings() == settings_type(DEFAULT)(_env_file=None)

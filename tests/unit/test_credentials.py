@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from services.core.config import Settings, load_settings
+from services.core.config import load_settings, settings_type
 from services.core.database import connection_arguments
 from services.core.errors import ConfigurationError
 from services.core.kafka import client_settings
+from services.core.measurements import DEFAULT
 from services.local.certificates import Authority
 
 PASSWORDS = {"POSTGRE_PASSWORD_FILE": "postgre_password", "KAFKA_SASL_PASSWORD_FILE": "kafka_sasl_password"}
@@ -22,7 +23,7 @@ CERTIFICATES = ["POSTGRE_SSLROOTCERT", "KAFKA_SSL_CA_LOCATION", *(certificate fo
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting in the environment, no .env in the current directory."""
     for name in os.environ:
-        if name.lower() in Settings.model_fields:
+        if name.lower() in settings_type(DEFAULT).model_fields:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 

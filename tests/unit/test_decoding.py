@@ -24,6 +24,9 @@ from services.core.kafka import (
     place_of,
 )
 from services.core.reading import EPOCH, Decoder
+from tests.measured import MEASUREMENTS
+
+BLOCK_SCHEMA = block.block_schema(MEASUREMENTS)
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -126,9 +129,9 @@ def block_chunk(source: random.Random, first: int) -> list[tuple[Message, list[b
         form, sent = source.choice([None, JSON]), texts[0]
         if source.random() < 0.7:
             rows = [row(source) for _ in range(source.randrange(60))]
-            columns = [pa.array([each[at] for each in rows], field.type) for at, field in enumerate(block.SCHEMA)]
+            columns = [pa.array([each[at] for each in rows], field.type) for at, field in enumerate(BLOCK_SCHEMA)]
             texts, form = [as_json(*each) for each in rows], ARROW
-            sent = block.encode_block(pa.record_batch(columns, schema=block.SCHEMA))
+            sent = block.encode_block(pa.record_batch(columns, schema=BLOCK_SCHEMA))
         headers: list[tuple[str, str | bytes | None]] = [*(source.choice(MARKS) or [])]
         headers += [(FORMAT_HEADER, form)] if form else []
         message = Message(topic="t", partition=source.randrange(3), offset=offset, value=sent, headers=headers)
@@ -185,7 +188,7 @@ def chunk(source: random.Random, first: int) -> list[Message]:
 
 
 def decoder() -> Decoder:
-    decoder = Decoder(max_bytes=MAX_BYTES, max_future=timedelta(days=1), max_age=timedelta(days=29))
+    decoder = Decoder(MEASUREMENTS, max_bytes=MAX_BYTES, max_future=timedelta(days=1), max_age=timedelta(days=29))
     decoder.set_clock(NOW)
     return decoder
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from services.cli import parser
-from services.core.config import Settings
+from services.core.config import settings_type
+from services.core.measurements import DEFAULT
 from tests.fix_stack import ROOT
 
 DOCUMENTS = sorted(
@@ -29,7 +30,7 @@ SOURCES = (
     ".env.example",
 )
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-SETTINGS = {name.upper() for name in Settings.model_fields}
+SETTINGS = {name.upper() for name in settings_type(DEFAULT).model_fields}
 OF_COMPOSE_AND_TESTS = set(
     re.findall(r"\b[A-Z]+_[A-Z_]+\b", (ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 ) | {

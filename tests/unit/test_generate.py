@@ -20,9 +20,10 @@ from services.core.errors import ConfigurationError, StoppedError
 from services.core.shutdown import Shutdown
 from services.producer.generate import GROUP_ROWS, Counts, Plan, generate
 from services.producer.source import open_source
+from tests.measured import make_settings
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-SETTINGS = Settings(_env_file=None)
+SETTINGS = make_settings()
 PLAN = Plan(sensors=5, days=100, interval_s=3600, seed=1, start=START)
 
 
@@ -104,8 +105,7 @@ def test_the_weather_could_be(tmp_path: Path) -> None:
 
 
 def test_the_columns_are_those_that_the_producer_reads(tmp_path: Path) -> None:
-    settings = Settings(
-        _env_file=None,
+    settings = make_settings(
         parquet_url=str(tmp_path / "a.parquet"),
         data_feature_date="at",
         data_feature_temp="celsius",

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from services.cli import parser
-from services.core.config import Settings
+from services.core.config import settings_type
+from services.core.measurements import DEFAULT
 from services.local.certificates import Authority
 from tests.fix_stack import ROOT
 from tests.unit.test_compose import SERVICES as COMPOSE
@@ -151,18 +152,18 @@ def test_every_variable_is_a_setting_with_an_allowed_value(
     authority, password = Authority(tmp_path).certificate, tmp_path / "password"
     password.write_text("secret", encoding="utf-8")
     given = environment(name)
-    assert set(given) <= {field.upper() for field in Settings.model_fields}
+    assert set(given) <= {field.upper() for field in settings_type(DEFAULT).model_fields}
     for variable, value in given.items():
         if PurePosixPath(value).is_absolute():
             assert PurePosixPath(value).parent.as_posix() in mounted(name), variable
             shutil.copy(authority if value.endswith(".crt") else password, tmp_path / variable)
             value = str(tmp_path / variable)
         monkeypatch.setenv(variable, value)
-    assert Settings(_env_file=None).kafka_min_insync_replicas in (0, 2)
+    assert settings_type(DEFAULT)(_env_file=None).kafka_min_insync_replicas in (0, 2)
 
 
 def test_overlays_set_nothing_but_settings() -> None:
-    known = {field.upper() for field in Settings.model_fields}
+    known = {field.upper() for field in settings_type(DEFAULT).model_fields}
     for overlay in OVERLAYS:
         (kustomization,) = load(overlay / "kustomization.yaml")
         for source in kustomization["configMapGenerator"]:

@@ -8,10 +8,10 @@ import time
 import pyarrow as pa
 import pytest
 
-from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.producer.encoding import Messages
 from services.producer.pace import AtOnce, FixedRate, Replay, choose_pace, parse_speed
+from tests.measured import make_settings
 
 NOTHING = Messages(0, [], [], {})
 
@@ -76,7 +76,7 @@ def test_no_speed(text: str) -> None:
 
 
 def test_the_pace_is_chosen_by_rate_or_speed() -> None:
-    default, slow = Settings(_env_file=None), Settings(_env_file=None, producer_rate=2.5)
+    default, slow = make_settings(), make_settings(producer_rate=2.5)
     assert isinstance(choose_pace(default, None), AtOnce)
     assert isinstance(choose_pace(default, 60), Replay)
     assert isinstance(choose_pace(slow, None), FixedRate)

@@ -19,11 +19,10 @@ from services.core.reading import (
     LARGEST_VALUE,
     LATEST,
     LONGEST_SENSOR_ID,
-    METRICS,
     Decoder,
-    Reading,
     encode,
 )
+from tests.measured import MEASUREMENTS, reading_of
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MAX_BYTES = 1000
@@ -43,7 +42,7 @@ FUZZED_MESSAGES = 200_000
 
 
 def decoder(max_age: timedelta | None = None) -> Decoder:
-    decoder = Decoder(max_bytes=MAX_BYTES, max_future=MAX_FUTURE, max_age=max_age)
+    decoder = Decoder(MEASUREMENTS, max_bytes=MAX_BYTES, max_future=MAX_FUTURE, max_age=max_age)
     decoder.set_clock(NOW)
     return decoder
 
@@ -63,11 +62,11 @@ def reason(message: bytes | None, max_age: timedelta | None = None) -> str:
 
 def test_a_reading_has_what_the_message_says() -> None:
     message = b'{"sensor_id": "s0042", "time": "2024-01-01T00:00:00.000Z", "temperature": 20.41, "humidity": 50.12}'
-    assert decoder().decode(message) == Reading("s0042", datetime(2024, 1, 1, tzinfo=UTC), 20.41, 50.12)
+    assert decoder().decode(message) == reading_of("s0042", datetime(2024, 1, 1, tzinfo=UTC), 20.41, 50.12)
 
 
 def test_what_we_encode_is_what_we_decode() -> None:
-    reading = Reading("ß", datetime(2024, 1, 1, 0, 0, 0, 1, tzinfo=UTC), -0.1, None)
+    reading = reading_of("ß", datetime(2024, 1, 1, 0, 0, 0, 1, tzinfo=UTC), -0.1, None)
     assert decoder().decode(encode(reading)) == reading
 
 
@@ -96,10 +95,10 @@ def test_one_of_the_two_values_may_be_null_or_absent(absent: object) -> None:
     assert (only_humidity.temperature, only_humidity.humidity) == (None, 0.0)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", MEASUREMENTS)
 def test_each_metric_alone_is_a_reading(metric: str) -> None:
     reading = decoder().decode(value(**{"temperature": ..., metric: 0.5}))
-    assert {name for name in METRICS if getattr(reading, name) is not None} == {metric}
+    assert {name for name in MEASUREMENTS if getattr(reading, name) is not None} == {metric}
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -174,7 +173,7 @@ def test_the_largest_message_and_the_longest_sensor_id_are_readings() -> None:
 
 
 def test_nesting_without_end_is_malformed() -> None:
-    deep = Decoder(max_bytes=1_000_000, max_future=MAX_FUTURE)
+    deep = Decoder(MEASUREMENTS, max_bytes=1_000_000, max_future=MAX_FUTURE)
     message = value(deep=0).replace(b'"deep": 0', b'"deep": ' + b"[" * 200_000 + b"]" * 200_000)
     with pytest.raises(MalformedMessage) as caught:
         deep.decode(message)
@@ -207,7 +206,7 @@ def test_too_late_is_what_the_raw_history_does_not_keep() -> None:
 @pytest.mark.parametrize("max_age", [None, timedelta(days=36_500)])
 @pytest.mark.parametrize("now", [datetime(1, 1, 1, tzinfo=UTC), EPOCH, datetime(9999, 12, 31, tzinfo=UTC)])
 def test_no_clock_is_out_of_range(now: datetime, max_age: timedelta | None) -> None:
-    decoder = Decoder(max_bytes=MAX_BYTES, max_future=timedelta(seconds=10**9), max_age=max_age)
+    decoder = Decoder(MEASUREMENTS, max_bytes=MAX_BYTES, max_future=timedelta(seconds=10**9), max_age=max_age)
     decoder.set_clock(now)
 
 
@@ -220,8 +219,8 @@ def test_no_clock_is_out_of_range(now: datetime, max_age: timedelta | None) -> N
 def test_every_reading_survives_the_way_through_a_message(
     sensor: str, moment: datetime, temperature: float, humidity: float | None
 ) -> None:
-    reading = Reading(sensor, moment, temperature, humidity)
-    roomy = Decoder(max_bytes=10_000, max_future=MAX_FUTURE)
+    reading = reading_of(sensor, moment, temperature, humidity)
+    roomy = Decoder(MEASUREMENTS, max_bytes=10_000, max_future=MAX_FUTURE)
     roomy.set_clock(NOW)
     assert roomy.decode(encode(reading)) == reading
 

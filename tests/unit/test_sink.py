@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from services.consumer import columns
 from services.consumer.columns import JUMP, MOST_TRANSACTIONS, MOST_WEEKS, columns_of
 from services.consumer.sink import WriteResult
-from services.core.reading import EARLIEST, EPOCH, LATEST, METRICS, Reading
+from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
 from tests.fix_services import touched_ranges
+from tests.measured import MEASUREMENTS, reading_of
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -26,18 +27,18 @@ nearby = st.integers(0, 4 * 3600).map(lambda seconds: START + timedelta(seconds=
 
 def batches(times: st.SearchStrategy[datetime] = anywhen | nearby) -> st.SearchStrategy[list[Reading]]:
     """Batches in which sensors and times meet often."""
-    return st.lists(st.builds(Reading, st.sampled_from("abc"), times, values, values), min_size=1, max_size=30)
+    return st.lists(st.builds(reading_of, st.sampled_from("abc"), times, values, values), min_size=1, max_size=30)
 
 
 def last_values(rows: list[Reading]) -> list[Reading]:
-    merged = columns.last_values(columns_of(rows))
+    merged = columns.last_values(columns_of(rows, MEASUREMENTS))
     times = [EPOCH + timedelta(microseconds=time) for time in merged["time"].to_pylist()]
-    values = [merged[metric].to_pylist() for metric in METRICS]
-    return [Reading(*row) for row in zip(merged["sensor_id"].to_pylist(), times, *values, strict=True)]
+    values = [merged[metric].to_pylist() for metric in MEASUREMENTS]
+    return [reading_of(*row) for row in zip(merged["sensor_id"].to_pylist(), times, *values, strict=True)]
 
 
 def split_at_jumps(rows: list[Reading]) -> list[list[int]]:
-    return [part.to_pylist() for part in columns.split_at_jumps(columns_of(rows)["time"])]
+    return [part.to_pylist() for part in columns.split_at_jumps(columns_of(rows, MEASUREMENTS)["time"])]
 
 
 def one_by_one(rows: list[Reading]) -> dict[tuple[str, datetime], list[float | None]]:
@@ -67,12 +68,12 @@ def test_merging_twice_changes_nothing(rows: list[Reading]) -> None:
 
 def test_the_same_instant_in_another_offset_is_the_same_key() -> None:
     elsewhere = START.astimezone(timezone(timedelta(hours=9)))
-    (row,) = last_values([Reading("a", START, 1.0, None), Reading("a", elsewhere, None, 2.0)])
+    (row,) = last_values([reading_of("a", START, 1.0, None), reading_of("a", elsewhere, None, 2.0)])
     assert (row.time, row.temperature, row.humidity) == (START, 1.0, 2.0)
 
 
 def test_a_zero_is_a_value() -> None:
-    (row,) = last_values([Reading("a", START, 1.0, 1.0), Reading("a", START, 0.0, None)])
+    (row,) = last_values([reading_of("a", START, 1.0, 1.0), reading_of("a", START, 0.0, None)])
     assert (row.temperature, row.humidity) == (0.0, 1.0)
 
 
@@ -94,7 +95,7 @@ def test_touched_ranges_are_exactly_the_minutes_with_readings(rows: list[Reading
 def test_the_last_microsecond_of_a_minute_touches_that_minute(year: int) -> None:
     """As a float the number of seconds since 1970 would be rounded to the next minute."""
     minute = datetime(year, 6, 1, 12, 0, tzinfo=UTC)
-    (touched,) = touched_ranges([Reading("a", minute + MINUTE - timedelta(microseconds=1), 1.0)])
+    (touched,) = touched_ranges([reading_of("a", minute + MINUTE - timedelta(microseconds=1), 1.0)])
     assert (touched.lower, touched.upper) == (minute, minute + MINUTE)
 
 
@@ -139,16 +140,16 @@ def test_nothing_is_split_into_nothing() -> None:
 
 
 def test_a_jump_is_more_than_an_hour() -> None:
-    rows = [Reading("a", START, 1.0), Reading("a", START + JUMP, 1.0)]
+    rows = [reading_of("a", START, 1.0), reading_of("a", START + JUMP, 1.0)]
     assert split_at_jumps(rows) == [[0, 1]]
-    rows.append(Reading("a", START + 2 * JUMP + timedelta(microseconds=1), 1.0))
+    rows.append(reading_of("a", START + 2 * JUMP + timedelta(microseconds=1), 1.0))
     assert split_at_jumps(rows) == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("first", [EARLIEST, START])
 def test_a_part_has_at_most_a_hundred_weeks(first: datetime) -> None:
     """Half a week apart, so that each week is there twice; the widest jumps are the first ones."""
-    rows = [Reading("a", first + at * timedelta(days=3.5), 1.0) for at in range(500)]
+    rows = [reading_of("a", first + at * timedelta(days=3.5), 1.0) for at in range(500)]
     parts = split_at_jumps(rows)
     assert [at for part in parts for at in part] == list(range(500))
     weeks = [{(rows[at].time - EPOCH) // timedelta(weeks=1) for at in part} for part in parts]

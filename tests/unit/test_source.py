@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
-from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading
+from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading, reading_type
 from services.producer.blocks import Rows
 from services.producer.encoding import Columns, Messages, encode_batch
 from services.producer.reader import BATCH_ROWS, READER
 from services.producer.source import Place, Source, SourceFile, UnreadableFileError, check_file, open_source
+from tests.measured import MEASUREMENTS, make_settings, reading_of
 
 COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -38,7 +39,7 @@ NAMES = ["time", "temp", "humid", "sensor"]
 
 def settings(url: Path | str, **changes: str) -> Settings:
     names = {f"data_feature_{name}": column for name, column in MAPPING.items()}
-    return Settings(_env_file=None).model_copy(update={"parquet_url": str(url)} | names | changes)
+    return make_settings().model_copy(update={"parquet_url": str(url)} | names | changes)
 
 
 def encode(
@@ -65,7 +66,7 @@ def encode(
 def readings(messages: Messages | Rows) -> list[Reading]:
     """What a consumer makes of the messages."""
     assert isinstance(messages, Messages)
-    decoder = msgspec.json.Decoder(Reading)
+    decoder = msgspec.json.Decoder(reading_type(MEASUREMENTS))
     found = [decoder.decode(value) for value in messages.values]
     assert [reading.sensor_id.encode() for reading in found] == messages.keys
     assert messages.rows == len(found) + sum(messages.skipped.values())
@@ -115,7 +116,7 @@ def test_nanoseconds_are_rounded_as_a_consumer_rounds_a_message(nanoseconds: int
     """The same reading from a file, as a number or as text, and from a device is one row."""
     seconds, rest = divmod(nanoseconds, 10**9)
     text = f"{datetime.fromtimestamp(0, UTC) + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%S}.{rest:09}"
-    from_device = Decoder(max_bytes=1000, max_future=timedelta(days=36_500)).decode(
+    from_device = Decoder(MEASUREMENTS, max_bytes=1000, max_future=timedelta(days=36_500)).decode(
         b'{"sensor_id": "s", "time": "%sZ", "temperature": 1}' % text.encode()
     )
     for column in (pa.array([nanoseconds], pa.timestamp("ns")), pa.array([text]), pa.array([f"{text}Z"])):
@@ -270,7 +271,7 @@ def test_dictionaries_of_integers_and_with_nulls_in_them_are_ids_too() -> None:
 
 
 def test_with_no_sensor_column_all_readings_belong_to_default() -> None:
-    columns = Columns("time", COLUMNS.metrics, "")
+    columns = Columns("time", COLUMNS.measurements, "")
     assert encode(temp=pa.array([1.0, 2.0]), columns=columns).keys == [b"default", b"default"]
 
 
@@ -327,7 +328,7 @@ def expected(rows: Iterable[Row]) -> tuple[list[Reading], dict[str, int]]:
         elif temp is None and humid is None:
             reason = "no_measurement"
         else:
-            found.append(Reading(sensor, time, temp, humid))
+            found.append(reading_of(sensor, time, temp, humid))
             continue
         skipped[reason] = skipped.get(reason, 0) + 1
     return found, skipped
@@ -798,14 +799,15 @@ def test_offsets_of_a_time_do_not_change_the_instant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "columns"),
+    ("measurements", "identity"),
     [
-        ((("temperature", "a"), ("humidity", "b")), ["a", "b"]),
-        ((("humidity", "b"),), ["", "b"]),
-        ((("temperature", "a"),), ["a"]),
+        ((("temperature", "a"), ("humidity", "b")), ["time", "a", "b", "sensor"]),
+        ((("humidity", "b"),), ["time", "", "b", "sensor"]),
+        ((("temperature", "a"),), ["time", "a", "", "sensor"]),
+        ((("pressure", "p"), ("humidity", "b"), ("co2", "c")), ["time", "", "b", "co2=c", "pressure=p", "sensor"]),
     ],
 )
-def test_a_metric_without_a_column_after_the_others_leaves_fingerprints_as_they_are(
-    metrics: tuple[tuple[str, str], ...], columns: list[str]
+def test_a_measurement_without_a_column_and_the_order_of_the_list_leave_fingerprints_as_they_are(
+    measurements: tuple[tuple[str, str], ...], identity: list[str]
 ) -> None:
-    assert Columns("time", metrics, "sensor").by_metric == columns
+    assert Columns("time", measurements, "sensor").identity == identity

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.etl.metrics import minutes_pay
+from services.etl.rollup import minutes_pay
 from services.etl.summaries import MOST_WINDOWS, NEAR, Window, join_near, take_newest
 
 START = datetime(2024, 3, 1, tzinfo=UTC)

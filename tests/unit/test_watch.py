@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.core.shutdown import Shutdown
 from services.producer.progress import Stopped
 from services.producer.source import UnreadableFileError
 from services.producer.watch import Watch
+from tests.measured import make_settings
 
 
 def write(path: Path, rows: int = 3) -> Path:
@@ -27,7 +27,7 @@ def write(path: Path, rows: int = 3) -> Path:
 
 
 def watch(url: Path | str) -> Watch:
-    return Watch(Settings(_env_file=None, parquet_url=str(url)), Shutdown())
+    return Watch(make_settings(parquet_url=str(url)), Shutdown())
 
 
 def names(watch: Watch) -> list[str]:
@@ -136,7 +136,7 @@ def test_the_contents_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_end_of_the_service_ends_the_hashing(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     shutdown = Shutdown()
-    watching = Watch(Settings(_env_file=None, parquet_url=str(tmp_path)), shutdown)
+    watching = Watch(make_settings(parquet_url=str(tmp_path)), shutdown)
     watching.look()
     shutdown.request()
     with pytest.raises(Stopped):

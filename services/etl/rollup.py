@@ -1,4 +1,4 @@
-"""What is summarised: one metric, one interval width, and the names that follow from both."""
+"""A rollup: one measurement, one interval width, and what its aggregate is made of."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from datetime import timedelta
 from psycopg import sql
 
 from services.core.config import Settings
-from services.core.reading import METRICS
+from services.core.measurements import Measurement, measurement
 
 # Between dense readings and all intervals: sums, least, greatest and counts of each minute, since an interval is made
 # of whole minutes. A reading that comes into an open interval of a day makes us read again its minute, not the day.
+# Measurements that were added later have minutes of their own beside it (sensor_data_minute_co2): what there is of the
+# others stays as it is.
 BASE = "sensor_data_minute"
 BASE_WIDTH = timedelta(minutes=1)
-BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each metric
+BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each measurement
 OF_MINUTES = "_of_minutes"  # how the aggregates end that are made of it and not of the readings
 # Readings per minute of each sensor: from the first number on minutes pay, below the second they no longer do.
 DENSE, SPARSE = 8.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """A metric at one interval width; two widths, or sources, of one metric can exist side by side."""
+class Rollup:
+    """A measurement at one interval width; two widths, or sources, of one can exist side by side."""
 
-    name: str  # the column of sensor_data
+    measurement: Measurement
     minutes: int
-    of_minutes: bool = False  # made of BASE; else of the readings
+    of_minutes: bool = False  # made of the aggregate of minutes; else of the readings
+
+    @property
+    def name(self) -> str:
+        """The name of the measurement."""
+        return self.measurement.name
 
     @property
     def width(self) -> timedelta:
@@ -35,31 +42,23 @@ class Metric:
 
     @property
     def aggregate(self) -> str:
-        """Name of the continuous aggregate: temperature_10min, temperature_10min_of_minutes."""
+        """Name of the continuous aggregate: co2_10min, co2_10min_of_minutes."""
         return f"{self.name}_{self.minutes}min" + (OF_MINUTES if self.of_minutes else "")
 
     def identifiers(self) -> dict[str, sql.Composable]:
         """What the statements of queries.sql have in braces."""
         return {
-            "metric": sql.Identifier(self.name),
-            "metric_name": sql.Literal(self.name),
+            **self.measurement.identifiers(),
             "aggregate": sql.Identifier(self.aggregate),
             "aggregate_name": sql.Literal(rf"\m{self.aggregate}\M"),
-            "summary": sql.Identifier(f"{self.name}_summary"),
-            "live": sql.Identifier(f"{self.name}_summary_live"),
-            "live_name": sql.Literal(f"{self.name}_summary_live"),
-            "avg": sql.Identifier(f"avg_{self.name}"),
-            "min": sql.Identifier(f"min_{self.name}"),
-            "max": sql.Identifier(f"max_{self.name}"),
-            "base": sql.Identifier(BASE),
             **{f"base_{part}": sql.Identifier(f"{self.name}_{part}") for part in BASE_PARTS},
             "width": sql.SQL("interval {}").format(sql.Literal(f"{self.minutes} minutes")),
         }
 
 
-def configured_metrics(settings: Settings) -> tuple[Metric, ...]:
-    """The metrics and the widths that the settings ask for."""
-    return tuple(Metric(name, getattr(settings, f"{name}_interval")) for name in METRICS)
+def configured_rollups(settings: Settings) -> tuple[Rollup, ...]:
+    """The measurements and the widths that the settings ask for."""
+    return tuple(Rollup(measurement(name), settings.interval_of(name)) for name in settings.measurements)
 
 
 def minutes_pay(rate: float | None, *, have_paid: bool) -> bool:

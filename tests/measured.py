@@ -1,0 +1,40 @@
+"""What the tests measure: MEASUREMENTS of the environment, which may list more than temperature and humidity."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from typing import Any, cast
+
+from pydantic import SecretStr
+
+from services.core.config import Settings, settings_type
+from services.core.measurements import DEFAULT, names_of
+from services.core.reading import Reading, reading_type
+
+MEASUREMENTS = names_of(os.environ.get("MEASUREMENTS", ",".join(DEFAULT)))
+ALL_SETTINGS = settings_type(MEASUREMENTS)
+
+
+def make_settings(**given: Any) -> Settings:
+    """Settings with these values; the others are those of the environment, without any ``.env``."""
+    return ALL_SETTINGS(_env_file=None, **given)
+
+
+def reading_of(
+    sensor_id: str, time: datetime, temperature: float | None = None, humidity: float | None = None, **others: float
+) -> Reading:
+    """A reading."""
+    values = {"temperature": temperature, "humidity": humidity} | others
+    made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, **values)
+    return made
+
+
+def documented_settings() -> list[tuple[str, str, str | None]]:
+    """Name, default and description of each setting there is by default, as the documents have them, by name."""
+    found = []
+    for name, field in settings_type(DEFAULT).model_fields.items():
+        value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        found.append((name.upper(), text, field.description))
+    return sorted(found)
