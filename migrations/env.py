@@ -79,8 +79,9 @@ def add_measurements(connection: sa.Connection, names: tuple[str, ...]) -> None:
             added = connection.exec_driver_sql("SELECT add_measurement(%s)", (name,)).scalar()
         except sa.exc.DBAPIError as error:
             if isinstance(error.orig, DuplicateColumn | DuplicateTable):
-                text = " ".join(str(error.orig).split())
-                raise ConfigurationError(f"MEASUREMENTS: {name} cannot be added: {text}") from error
+                raise ConfigurationError(
+                    f"MEASUREMENTS: {name} cannot be added: {error.orig.diag.message_primary}"
+                ) from error
             raise
         if added:
             log.info("measurement_added", extra=fields(name=name))
