@@ -7,12 +7,14 @@ Every field's description is what a user is told when the value is wrong, and wh
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zoneinfo import available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -83,10 +85,26 @@ def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
     return names_of(given) if isinstance(given, str) else given
 
 
+def _zone(name: str) -> str:
+    if name == "UTC":
+        return name
+    known = available_timezones() - {"localtime"}  # which is another one on each machine
+    if name in known:
+        return name
+    if not known:
+        raise ValueError(
+            "there is no database of time zones here: install the package tzdata, the system's or Python's"
+        )
+    nearest = difflib.get_close_matches(name, known, 1)
+    meant = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise ValueError(f"there is no such time zone (an IANA name such as Europe/Berlin{meant})")
+
+
 def _level(text: str) -> str:
     return text.upper() if text.islower() and text.upper() in logging.getLevelNamesMapping() else text
 
 
+Zone = Annotated[str, AfterValidator(_zone)]
 Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), PlainSerializer(",".join)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -207,6 +225,12 @@ class Settings(Environment):
         description="file, directory or glob of Parquet files: a local path, or s3:// or gs://",
     )
     data_feature_date: Name = Field("time_hour", description="column of the Parquet file with the time")
+    data_feature_timezone: Zone = Field(
+        "UTC", description="zone of times that have none: an IANA name such as Europe/Berlin"
+    )
+    data_feature_date_unit: Literal["", "s", "ms", "us", "ns"] = Field(
+        "", description="unit of times that are numbers since 1970: s, ms, us or ns; empty: they are no numbers"
+    )
     data_feature_sensor: str = Field(
         "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
     )

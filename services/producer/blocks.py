@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from services.core.block import KEY, block_schema, encode_block
 from services.core.murmur2 import partition_of
-from services.producer.encoding import Chosen, Columns, choose
+from services.producer.encoding import Chosen, Columns, Example, choose
 
 BLOCK_ROWS = 1000
 BLOCK_BYTES = 500_000  # half of what a broker takes by default; only very long ids make a thousand rows reach it
@@ -33,6 +33,8 @@ class Rows:
     measurements: tuple[str, ...]
     columns: list[pa.Array]  # of times and of measurements
     content: Sequence[pa.Buffer | bytes]
+    doubtful: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, Example] = field(default_factory=dict)
 
     @property
     def sent(self) -> int:
@@ -90,7 +92,9 @@ def choose_rows(batch: pa.RecordBatch, columns: Columns) -> Rows:
     sensor, content = found.sensor, _content(found, time, numbers)
     if found.young is not None:
         sensor, time, *numbers = (column.filter(found.young) for column in (sensor, time, *numbers))
-    return Rows(found.rows, found.skipped, found.keys, sensor, tuple(found.numbers), [time, *numbers], content)
+    sent = [time, *numbers]
+    names = tuple(found.numbers)
+    return Rows(found.rows, found.skipped, found.keys, sensor, names, sent, content, found.doubtful, found.examples)
 
 
 def _doubles(numbers: pa.Array) -> pa.Array:

@@ -8,9 +8,8 @@ a double as the shortest text that reads back as the same double, and that text 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import reduce
 from textwrap import shorten
@@ -22,12 +21,14 @@ import pyarrow.compute as pc
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT, measurement
-from services.core.reading import EARLIEST, EPOCH, LARGEST_VALUE, LATEST, LONGEST_SENSOR_ID
+from services.core.reading import LARGEST_VALUE, LONGEST_SENSOR_ID
+from services.producer.times import DEFAULT_TIMES, TimeFormat, Times, is_number, is_text, nowhere
 
 LONGEST_LIST = 1000  # characters of the names of a file's columns
+LONGEST_VALUE = 100  # characters of an example
 DEFAULT_SENSOR = "default"
-FINER = re.compile(r"[.,]\d{6}[5-9]", re.ASCII)  # what fromisoformat() cuts off is half a microsecond or more
-UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+Example = tuple[int, str]  # the number of a row in its batch, from 0, and what is in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Columns:
     sensor: str
     max_past: timedelta | None = None
     blocks: bool = False
+    times: TimeFormat = DEFAULT_TIMES
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
@@ -57,6 +59,7 @@ class Columns:
             settings.data_feature_sensor,
             timedelta(days=settings.max_past_days),
             settings.producer_format == "arrow",
+            TimeFormat(settings.data_feature_timezone, settings.data_feature_date_unit),
         )
 
     @property
@@ -72,12 +75,16 @@ class Columns:
         others = [f"{name}={column}" for name, column in sorted(named.items())]
         return [self.time, *defaults, *others, self.sensor]
 
+    def identity_of_times(self, schema: pa.Schema) -> list[str]:
+        """What of ``times`` makes a difference to a file, beyond the defaults."""
+        return self.times.identity(_plain(schema.field(self.time).type))
+
     def check(self, schema: pa.Schema, url: str) -> None:
         """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
         for setting, name, fits, wanted in (
-            ("DATA_FEATURE_DATE", self.time, _is_time, "a timestamp, a date or ISO 8601 text"),
+            ("DATA_FEATURE_DATE", self.time, self.times.fits, "a timestamp, a date or ISO 8601 text"),
             *(
-                (measurement(name).column_setting.upper(), column, _is_number, "a number")
+                (measurement(name).column_setting.upper(), column, is_number, "a number")
                 for name, column in self.measurements
             ),
             ("DATA_FEATURE_SENSOR", self.sensor, _is_identifier, "text or an integer"),
@@ -93,8 +100,8 @@ class Columns:
                 )
             kind = schema.field(name).type
             if not (fits(_plain(kind)) or pa.types.is_null(kind)):  # null: a file with no value here
-                seconds = fits is _is_time and pa.types.is_integer(_plain(kind))
-                hint = " (seconds since 1970 have to become timestamps first)" if seconds else ""
+                is_count = setting == "DATA_FEATURE_DATE" and is_number(_plain(kind))
+                hint = " (numbers since 1970: set DATA_FEATURE_DATE_UNIT to s, ms, us or ns)" if is_count else ""
                 raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}{hint}")
 
 
@@ -108,6 +115,14 @@ class Encoded(Protocol):
     @property
     def skipped(self) -> dict[str, int]:
         """How many were no readings, by reason."""
+
+    @property
+    def doubtful(self) -> dict[str, int]:
+        """How many of the readings have a local time that came twice or never, by kind."""
+
+    @property
+    def examples(self) -> dict[str, Example]:
+        """The first row that was skipped for each reason."""
 
     @property
     def sent(self) -> int:
@@ -127,6 +142,8 @@ class Messages:
     values: list[bytes]
     skipped: dict[str, int]
     content: bytes = b""
+    doubtful: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, Example] = field(default_factory=dict)
 
     @property
     def sent(self) -> int:
@@ -140,7 +157,7 @@ class Chosen:
 
     ``sensor``: where in ``keys`` the id of each is; ``time``: timestamps without a zone; ``numbers``: those of each
     measurement that has a column, as they were but for NaN, which is null. ``young``: which are not too old (None:
-    all).
+    all). ``doubtful`` and ``examples`` as in Encoded.
     """
 
     rows: int
@@ -150,6 +167,8 @@ class Chosen:
     time: pa.Array
     numbers: dict[str, pa.Array]
     young: pa.Array | None
+    doubtful: dict[str, int]
+    examples: dict[str, Example]
 
 
 def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
@@ -161,25 +180,30 @@ def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
     printed), ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all); and
     ``time_out_of_range`` again, for what is too old.
     """
-    time, bad_time, far_time = _times(_decoded(batch.column(columns.time)))
+    times = columns.times.read(_decoded(batch.column(columns.time)))
     numbers = {name: _numbers(_decoded(batch.column(column))) for name, column in columns.measurements}
     sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
-    rows, skipped = _choose(
-        ("bad_time", bad_time),
-        ("time_out_of_range", far_time),
-        ("no_time", time.is_null()),
+    rows, skipped, first = _choose(
+        ("bad_time", times.bad),
+        ("time_out_of_range", times.far),
+        ("no_time", times.instants.is_null()),
         ("no_sensor", sensor.missing),
         ("bad_sensor", sensor.bad),
         ("value_out_of_range", reduce(pc.or_, (far for _, far in numbers.values()))),
         ("no_measurement", reduce(pc.and_, (number.is_null() for number, _ in numbers.values()))),
     )
-    index, found = sensor.index, [number for number, _ in numbers.values()]
+    index, time, found = sensor.index, times.instants, [number for number, _ in numbers.values()]
     if rows is not None:
         index, time, *found = (column.filter(rows) for column in (index, time, *found))
     young = _young(time, columns.max_past)
     if young is not None:
         skipped["time_out_of_range"] = skipped.get("time_out_of_range", 0) + len(young) - young.true_count
-    return Chosen(batch.num_rows, skipped, sensor.keys, index, time, dict(zip(numbers, found, strict=True)), young)
+        old = young.index(False).as_py()
+        first.setdefault("time_out_of_range", old if rows is None else pc.indices_nonzero(rows)[old].as_py())
+    examples = {reason: _example(batch, columns, reason, row, times) for reason, row in first.items()}
+    doubtful = _count_sent(times.doubtful, rows, young)
+    chosen = dict(zip(numbers, found, strict=True))
+    return Chosen(batch.num_rows, skipped, sensor.keys, index, time, chosen, young, doubtful, examples)
 
 
 def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
@@ -200,7 +224,7 @@ def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
     if found.young is not None:
         sensor, texts = sensor.filter(found.young), values.filter(found.young).cast(pa.binary()).to_pylist()
     keys = [found.keys[i] for i in sensor.to_pylist()]
-    return Messages(found.rows, keys, texts, found.skipped, content)
+    return Messages(found.rows, keys, texts, found.skipped, content, found.doubtful, found.examples)
 
 
 def _young(time: pa.Array, max_past: timedelta | None) -> pa.Array | None:
@@ -217,23 +241,55 @@ def _member(name: str, text: pa.Array) -> pa.Array:
     return pc.fill_null(pc.binary_join_element_wise(f',"{name}":', text, ""), "")
 
 
-def _choose(*reasons: tuple[str, pa.Array]) -> tuple[pa.Array | None, dict[str, int]]:
-    """Which rows no reason excludes (None: all), and how many each excludes: the first to apply counts."""
+def _choose(*reasons: tuple[str, pa.Array]) -> tuple[pa.Array | None, dict[str, int], dict[str, int]]:
+    """Which rows no reason excludes (None: all), how many each excludes, and which first: the first to apply counts."""
     out: pa.Array | None = None
     skipped: dict[str, int] = {}
+    first: dict[str, int] = {}
     for reason, mask in reasons:
         if not mask.true_count:
             continue
         fresh = mask if out is None else pc.and_not(mask, out)
         if fresh.true_count:
             skipped[reason] = fresh.true_count
+            first[reason] = fresh.index(True).as_py()
         out = mask if out is None else pc.or_(out, mask)
-    return (None if out is None else pc.invert(out)), skipped
+    return (None if out is None else pc.invert(out)), skipped, first
 
 
-def event_times(column: pa.Array) -> pa.Array:
+def _count_sent(masks: dict[str, pa.Array], rows: pa.Array | None, young: pa.Array | None) -> dict[str, int]:
+    """How many of the rows in each mask are among ``rows``, and ``young`` among those; 0 is left out."""
+    counts = {}
+    for name, mask in masks.items():
+        for chosen in (rows, young):
+            mask = mask if chosen is None else mask.filter(chosen)
+        counts[name] = mask.true_count
+    return {name: count for name, count in counts.items() if count}
+
+
+def _example(batch: pa.RecordBatch, columns: Columns, reason: str, row: int, times: Times) -> Example:
+    """The row's number, and what it has in the columns that ``reason`` is about."""
+    others = [columns.sensor] if "sensor" in reason else [column for _, column in columns.measurements]
+    names = [columns.time] if "time" in reason else dict.fromkeys(others)
+    text = " ".join(f"{name}={_shown(batch.column(name), row)}" for name in names)
+    if reason == "time_out_of_range" and times.instants[row].is_valid:  # it is too old
+        text += f" (read as {_shown(times.instants, row)} UTC)"
+    return row, text
+
+
+def _shown(column: pa.Array, row: int) -> str:
+    """A value as text."""
+    cell = _decoded(column.slice(row, 1))
+    if pa.types.is_timestamp(cell.type):
+        cell = cell.cast(pa.timestamp(cell.type.unit))  # a zone is no part of the instant
+    text = cell.cast(pa.string()).cast(pa.binary())[0].as_py()
+    shown = "null" if text is None else text.decode(errors="replace")
+    return shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]} ..."
+
+
+def event_times(batch: pa.RecordBatch, columns: Columns) -> pa.Array:
     """The time of each row in microseconds since 1970, UTC; null where it has none that can be sent."""
-    return _times(_decoded(column))[0].cast(pa.int64())
+    return columns.times.read(_decoded(batch.column(columns.time))).instants.cast(pa.int64())
 
 
 # --- types -------------------------------------------------------------------------------------------------
@@ -248,24 +304,8 @@ def _decoded(column: pa.Array) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_time(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind) or _is_text(kind))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
-
-
 def _is_identifier(kind: pa.DataType) -> bool:
-    return bool(_is_text(kind) or pa.types.is_integer(kind))
-
-
-def _mask(rows: int) -> pa.Array:
-    return pa.repeat(pa.scalar(False), rows)
+    return bool(is_text(kind) or pa.types.is_integer(kind))
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
@@ -279,85 +319,13 @@ def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
     would read back.
     """
     if not pa.types.is_floating(column.type):
-        return column, _mask(len(column))
+        return column, nowhere(len(column))
     doubles = column.cast(pa.float64())
     far = pc.fill_null(pc.greater(pc.abs(doubles), LARGEST_VALUE), False)
     nan = pc.fill_null(pc.is_nan(doubles), False)
     if nan.true_count:
         doubles = pc.if_else(nan, pa.scalar(None, pa.float64()), doubles)
     return doubles, far
-
-
-# --- times -------------------------------------------------------------------------------------------------
-
-
-def _times(column: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """A timestamp("us") in UTC for each time, null where there is none; bad and far ones."""
-    bad = _mask(len(column))
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.timestamp("us"))
-    if _is_text(column.type):
-        column, bad = _parse(column.cast(pa.string()))
-    if pa.types.is_date64(column.type):
-        column = column.cast(pa.timestamp("ms"))
-    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
-        column = _rounded(column.cast(pa.int64()))
-    if pa.types.is_date32(column.type):
-        per_second, unit = 0, "s"
-        numbers = column.cast(pa.int32())
-        low, high = (EARLIEST - EPOCH).days, (LATEST - EPOCH).days
-    else:
-        unit = column.type.unit
-        per_second = UNITS_PER_SECOND[unit]
-        numbers = column.cast(pa.int64())
-        low, high = (_seconds(moment) * per_second for moment in (EARLIEST, LATEST))
-    far = pc.fill_null(pc.or_(pc.less(numbers, low), pc.greater(numbers, high)), False)
-    if far.true_count:
-        column = pc.if_else(far, pa.scalar(None, column.type), column)
-    # The zone goes first: an instant with a zone is printed 30 times slower, and is the same in UTC.
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp(unit))
-    return column.cast(pa.timestamp("us")), bad, far
-
-
-def _rounded(nanoseconds: pa.Array) -> pa.Array:
-    """The nearest microsecond, the later one of two, which is what a consumer makes of a message's time."""
-    whole = pc.divide(nanoseconds, 1000)  # towards 1970
-    rest = pc.subtract(nanoseconds, pc.multiply(whole, 1000))
-    up, down = (pc.cast(found, pa.int64()) for found in (pc.greater_equal(rest, 500), pc.less(rest, -500)))
-    return pc.subtract(pc.add(whole, up), down).cast(pa.timestamp("us"))
-
-
-def _seconds(moment: datetime) -> int:
-    elapsed = moment - EPOCH
-    return elapsed.days * 86_400 + elapsed.seconds
-
-
-def _parse(text: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """UTC microseconds for each ISO 8601 text, null for what is none; and where it is none.
-
-    A text with no offset is UTC. A fraction is rounded to microseconds, as a consumer does.
-    """
-    for zone in ("UTC", None):  # all with an offset, or all without: Arrow reads them at once
-        try:
-            return text.cast(pa.timestamp("us", zone)).cast(pa.timestamp("us")), _mask(len(text))
-        except pa.ArrowInvalid:
-            continue
-    distinct = text.dictionary_encode()
-    parsed = [_microseconds(value) for value in distinct.dictionary.cast(pa.binary()).to_pylist()]
-    instants = pa.array(parsed, pa.int64()).cast(pa.timestamp("us")).take(distinct.indices)
-    return instants, pc.and_(instants.is_null(), text.is_valid())
-
-
-def _microseconds(text: bytes) -> int | None:
-    try:
-        iso = text.decode().strip()
-        moment = datetime.fromisoformat(iso)
-        elapsed = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - EPOCH
-    except ValueError:
-        return None
-    up = FINER.search(iso) is not None
-    return (elapsed.days * 86_400 + elapsed.seconds) * 1_000_000 + elapsed.microseconds + up
 
 
 # --- sensors -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.producer.times import DOUBTS
+
 REASONS = (
     "bad_time",
     "time_out_of_range",
@@ -18,6 +20,11 @@ WATCHING = Gauge("sensor_producer_watching", "1 in a producer that stays and wat
 ROWS_READ = Counter("sensor_rows_read_total", "Rows read from the files; each was sent or skipped.")
 READINGS_SENT = Counter("sensor_readings_sent_total", "Readings sent to the topic.")
 ROWS_SKIPPED = Counter("sensor_rows_skipped_total", "Rows that are no reading, by reason.", ["reason"])
+TIMES_DOUBTFUL = Counter(
+    "sensor_times_doubtful_total",
+    "Readings sent whose local time came twice (ambiguous) or never (nonexistent).",
+    ["kind"],
+)
 FILES_SENT = Counter("sensor_files_sent_total", "Files of which every row was sent or skipped.")
 FILES_UNREADABLE = Counter(
     "sensor_files_unreadable_total", "Files found that could not be read; each counts until it changes."
@@ -39,3 +46,5 @@ TRANSACTION_SECONDS = Histogram(
 # A series that begins with its first event would hide that one from rate() and increase().
 for _reason in REASONS:
     ROWS_SKIPPED.labels(_reason)
+for _kind in DOUBTS:
+    TIMES_DOUBTFUL.labels(_kind)

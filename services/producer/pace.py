@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
-from services.producer.encoding import Encoded, event_times
+from services.producer.encoding import Columns, Encoded, event_times
 
 TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
 MOST_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
@@ -94,9 +94,9 @@ class Replay:
 
     transaction_s = 0.5
 
-    def __init__(self, speed: float, time_column: str) -> None:
+    def __init__(self, speed: float, columns: Columns) -> None:
         self._speed = speed
-        self._time_column = time_column
+        self._columns = columns
         self._tick_us = TICK_S * speed * 1e6
         self._began: tuple[float, int] | None = None  # time.monotonic() and the first reading's microseconds
         self._newest = LONG_AGO
@@ -107,7 +107,7 @@ class Replay:
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """Readings whose moments lie within a hundredth of a second."""
-        times = event_times(batch.column(self._time_column)).fill_null(LONG_AGO).to_pylist()
+        times = event_times(batch, self._columns).fill_null(LONG_AGO).to_pylist()
         newest = list(accumulate(times, max, initial=self._newest))[1:]
         start = 0
         while start < len(newest):
@@ -151,4 +151,4 @@ def choose_pace(settings: Settings, speed: float | None) -> Pace:
             f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot both hold: "
             "leave one out (PRODUCER_RATE=0 is none)"
         )
-    return Replay(speed, settings.data_feature_date)
+    return Replay(speed, Columns.of(settings))

@@ -46,8 +46,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How far one file was sent.
 
     The next row to read is row number ``rows``; of those before it ``sent`` became messages, the others were
-    skipped, counted by reason. ``run`` names the run of the producer that wrote this. ``digest`` (hex) stands for the
-    messages of the first ``rows`` rows, ``repeat`` is the value of their REPEAT_HEADER ("": none).
+    skipped, counted by reason. ``doubtful`` counts local times that came twice or never. ``run`` names the run
+    of the producer that wrote this. ``digest`` (hex) stands for the messages of the first ``rows`` rows, ``repeat``
+    is the value of their REPEAT_HEADER ("": none).
 
     The record of a topic has only ``began``: when the first run was about to fill it, in seconds since 1970.
     """
@@ -59,6 +60,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rows: int = 0
     sent: int = 0
     skipped: dict[str, int] = {}
+    doubtful: dict[str, int] = {}
     done: bool = False
     run: str = ""
 

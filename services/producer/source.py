@@ -304,7 +304,7 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
         contents = _contents(place, path, state, shutdown)
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"PARQUET_URL={place.given}: {_damage(place, path, error)}") from error
-    identity = "\0".join((contents, *columns.identity))
+    identity = "\0".join((contents, *columns.identity, *columns.identity_of_times(schema)))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 
 import msgspec
 
@@ -19,7 +20,7 @@ from services.core.logs import fields
 from services.core.monitoring import KAFKA, Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
-from services.producer.encoding import Encoded
+from services.producer.encoding import Encoded, Example
 from services.producer.history import Earlier, History
 from services.producer.instruments import (
     FILES_SENT,
@@ -27,6 +28,7 @@ from services.producer.instruments import (
     READINGS_SENT,
     ROWS_READ,
     ROWS_SKIPPED,
+    TIMES_DOUBTFUL,
     TRANSACTION_READINGS,
     TRANSACTION_SECONDS,
     TRANSACTIONS_ABORTED,
@@ -47,6 +49,7 @@ from services.producer.watch import Watch
 
 log = logging.getLogger("producer")
 
+FEW = 0.01  # of the rows of a file: if no more could be sent, something is wrong with it, or with a setting
 LONG_WAIT_S = 60.0  # for the next reading: said in the log
 HUNG_AFTER_S = 300.0  # an object store that does not answer is waited for
 
@@ -173,6 +176,7 @@ class _Job:
     committed: dict[str, Progress] = field(default_factory=dict)
     before: dict[str, Progress] = field(default_factory=dict)
     new: dict[str, Earlier] = field(default_factory=dict)  # by URL: files whose contents the topic has not seen
+    examples: dict[str, dict[str, Example]] = field(default_factory=dict)  # by key and reason: rows that were skipped
     began: float = field(default_factory=time.monotonic)
     rows: int = 0  # read until now, in this run and in those before it, committed or not
     retries: Iterator[float] = field(default_factory=pauses)
@@ -279,6 +283,8 @@ class _Job:
             self._wait_until(self.pace.due(messages), waiting)
             if self.shutdown.requested:
                 return False
+            for reason, (row, text) in messages.examples.items():
+                self.examples.setdefault(key, {}).setdefault(reason, (progress.rows + row, text))
             self.publisher.send(messages, progress.repeat)
             add_to_digest(digest, messages)
             progress = waiting[key] = _advance(progress, messages, digest, self.publisher.run)
@@ -328,6 +334,9 @@ class _Job:
         self.publisher.commit(waiting)
         KAFKA.note_success()
         _count([self.committed[key] for key in waiting], list(waiting.values()), age_s)
+        for key, progress in waiting.items():
+            if progress.done and not self.committed[key].done:
+                _note_skipped(progress, self.examples.get(key, {}))
         self.committed.update(waiting)
         self.retries = pauses()
         log.debug("transaction_committed", extra=fields(rows=self.rows, files=len(waiting)))
@@ -353,7 +362,8 @@ class _Job:
         now, before = list(self.committed.values()), list(self.before.values())
         rows = sum(p.rows for p in now) - sum(p.rows for p in before)
         sent = sum(p.sent for p in now) - sum(p.sent for p in before)
-        skipped = _skipped(now) - _skipped(before)
+        skipped = _total(now, "skipped") - _total(before, "skipped")
+        doubtful = _total(now, "doubtful") - _total(before, "doubtful")
         done, whole = len(self.sent_files()), self.is_whole
         if whole and all(p.done for p in before):
             log.info("nothing_to_send", extra=fields(url=self.source.url, files=done, rows=self.source.rows))
@@ -363,7 +373,7 @@ class _Job:
         nothing = whole and not any(p.sent for p in now)
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.most_common()) if nothing else ""
         log.log(
-            logging.WARNING if reasons else logging.INFO,
+            logging.WARNING if reasons or doubtful else logging.INFO,
             "all_sent" if whole else "stopped_early" if self.shutdown.requested else "sent_in_part",
             extra=fields(
                 url=self.source.files[0].url if len(self.source.files) == 1 else self.source.url,
@@ -371,6 +381,7 @@ class _Job:
                 sent=sent,
                 skipped=sum(skipped.values()),
                 **{f"skipped_{reason}": count for reason, count in sorted(skipped.items())},
+                **{f"{kind}_times": count for kind, count in sorted(doubtful.items())},
                 files=f"{done}/{len(self.source.files)}",
                 rows_left=self.source.rows - sum(p.rows for p in now),
                 seconds=round(seconds, 1),
@@ -386,6 +397,7 @@ def _advance(progress: Progress, messages: Encoded, digest: Digest, run: str) ->
         rows=progress.rows + messages.rows,
         sent=progress.sent + messages.sent,
         skipped=dict(Counter(progress.skipped) + Counter(messages.skipped)),
+        doubtful=dict(Counter(progress.doubtful) + Counter(messages.doubtful)),
         digest=digest.hexdigest(),
         run=run,
     )
@@ -396,12 +408,26 @@ def _count(before: list[Progress], now: list[Progress], age_s: float) -> None:
     sent = sum(p.sent for p in now) - sum(p.sent for p in before)
     ROWS_READ.inc(sum(p.rows for p in now) - sum(p.rows for p in before))
     READINGS_SENT.inc(sent)
-    for reason, rows in (_skipped(now) - _skipped(before)).items():
-        ROWS_SKIPPED.labels(reason).inc(rows)
+    for name, counter in (("skipped", ROWS_SKIPPED), ("doubtful", TIMES_DOUBTFUL)):
+        for label, rows in (_total(now, name) - _total(before, name)).items():
+            counter.labels(label).inc(rows)
     FILES_SENT.inc(sum(p.done for p in now) - sum(p.done for p in before))
     TRANSACTION_READINGS.observe(sent)
     TRANSACTION_SECONDS.observe(age_s)
 
 
-def _skipped(progress: list[Progress]) -> Counter[str]:
-    return sum((Counter(p.skipped) for p in progress), Counter())
+def _total(progress: list[Progress], name: str) -> Counter[str]:
+    """The sum of the counts in a field."""
+    return sum((Counter(getattr(p, name)) for p in progress), Counter())
+
+
+def _note_skipped(progress: Progress, examples: dict[str, Example]) -> None:
+    """Say why nothing, or nearly nothing, of a file that is done could be sent."""
+    skipped = sum(progress.skipped.values())
+    if skipped and progress.sent < FEW * (progress.sent + skipped):
+        reason, rows = max(progress.skipped.items(), key=itemgetter(1))
+        example = dict(zip(("row", "example"), examples.get(reason, ()), strict=False))
+        log.warning(
+            "hardly_any_row_sent",
+            extra=fields(file=progress.url, sent=progress.sent, skipped=skipped, reason=reason, rows=rows, **example),
+        )

@@ -9,6 +9,7 @@ import pytest
 
 from services.consumer import instruments as consumer
 from services.producer import instruments as producer
+from services.producer.times import DOUBTS
 from tests.fix_stack import ROOT
 from tests.metric_names import MODULES, registered
 
@@ -61,11 +62,15 @@ def test_every_reason_of_a_dead_letter_has_its_series_from_the_start() -> None:
 
 def test_every_reason_of_a_skipped_row_has_its_series_from_the_start() -> None:
     source = (ROOT / "services" / "producer" / "encoding.py").read_text(encoding="utf-8")
-    (call,) = re.findall(r"rows, skipped = _choose\((.*?)^    \)", source, re.MULTILINE | re.DOTALL)
+    (call,) = re.findall(r"rows, skipped, first = _choose\((.*?)^    \)", source, re.MULTILINE | re.DOTALL)
     reasons = re.findall(r'\("(\w+)", ', call)
     assert len(reasons) > 5
     assert reasons == list(producer.REASONS)
     assert documented("sensor_rows_skipped_total") >= set(reasons)
+
+
+def test_every_kind_of_a_doubtful_time_is_documented() -> None:
+    assert documented("sensor_times_doubtful_total") >= set(DOUBTS)
 
 
 def documented(metric: str) -> set[str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from services.core.errors import ConfigurationError
-from services.producer.encoding import Messages
+from services.producer.encoding import Columns, Messages
 from services.producer.pace import AtOnce, FixedRate, Replay, choose_pace, parse_speed
 from tests.measured import make_settings
 
@@ -52,7 +52,7 @@ def test_after_a_long_hold_up_a_fixed_rate_makes_up_for_a_second_at_most() -> No
 
 
 def test_the_clock_of_a_replay_never_goes_back() -> None:
-    pace = Replay(60, "time")
+    pace = Replay(60, Columns("time", (), ""))
     due = []
     for rows in (batch(None, 100, 100.5, 160, 130, None), batch(150, 220, 100)):
         for part in pace.parts(rows):

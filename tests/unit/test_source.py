@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -514,6 +515,43 @@ def test_a_copy_under_another_name_is_the_same_file_and_another_mapping_is_not(t
     assert source.rows == 3
 
 
+def test_the_fingerprint_at_the_defaults_stays_what_it_was(tmp_path: Path) -> None:
+    """Or all that was sent before an upgrade would be sent again."""
+    path = write(tmp_path / "a.parquet")
+    contents = hashlib.sha256(path.read_bytes()).hexdigest()
+    (found,) = fingerprints(open_source(settings(path)))
+    assert found == hashlib.sha256("\0".join((contents, "time", "temp", "humid", "sensor")).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("column", "zone_counts", "unit_counts"),
+    [
+        (pa.array([0], pa.timestamp("us")), True, False),
+        (pa.array([0], pa.timestamp("us", "UTC")), False, False),
+        (pa.array([0], pa.date32()), True, False),
+        (pa.array(["2024-01-01"]), True, False),
+        (pa.array(["2024-01-01"]).dictionary_encode(), True, False),
+        (pa.array([0]), False, True),
+        (pa.array([0.5]), False, True),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_a_zone_or_unit_that_makes_a_difference_makes_another_file(
+    tmp_path: Path, column: pa.Array, zone_counts: bool, unit_counts: bool
+) -> None:
+    """So it is sent again when the setting is corrected, and not when that changes nothing."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(1).set_column(1, "time", column), path)
+
+    def fingerprint(zone: str = "UTC", unit: str = "s") -> str:
+        changes = {"data_feature_timezone": zone, "data_feature_date_unit": unit}
+        return fingerprints(open_source(settings(path, **changes)))[0]
+
+    assert (fingerprint(zone="Europe/Berlin") != fingerprint()) == zone_counts
+    assert (fingerprint(zone="Europe/Berlin") != fingerprint(zone="Asia/Kathmandu")) == zone_counts
+    assert (fingerprint(unit="ms") != fingerprint()) == unit_counts
+
+
 def test_an_object_is_its_name_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its contents would have to be transferred to be known. (A directory stands in for a store here.)"""
 
@@ -621,7 +659,12 @@ def test_a_column_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "column", "kind"),
     [
-        ("data_feature_date", "humid", "double, not a timestamp, a date or ISO 8601 text"),
+        (
+            "data_feature_date",
+            "humid",
+            "double, not a timestamp, a date or ISO 8601 text "
+            "(numbers since 1970: set DATA_FEATURE_DATE_UNIT to s, ms, us or ns)",
+        ),
         ("data_feature_temp", "sensor", "string, not a number"),
         ("data_feature_humid", "time", "timestamp[us], not a number"),
         ("data_feature_sensor", "humid", "double, not text or an integer"),
@@ -641,7 +684,7 @@ def test_a_file_that_cannot_be_read_keeps_the_others_from_nothing(tmp_path: Path
     first, last = (str(error) for error in source.unreadable)
     assert "a.parquet is not a Parquet file" in first
     assert "z.parquet is int64, not a timestamp" in last
-    assert last.endswith(" (seconds since 1970 have to become timestamps first)")
+    assert last.endswith(" (numbers since 1970: set DATA_FEATURE_DATE_UNIT to s, ms, us or ns)")
     (tmp_path / "b.parquet").unlink()
     assert problem(tmp_path) == first
 
