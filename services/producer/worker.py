@@ -370,7 +370,7 @@ class _Job:
             return ""
         if not rows and not whole and not self.shutdown.requested:  # a file that stays unreadable was reported
             return ""
-        nothing = whole and not any(p.sent for p in now)
+        nothing = whole and all(sum(p.skipped.values()) == p.rows for p in now)
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.most_common()) if nothing else ""
         log.log(
             logging.WARNING if reasons or doubtful else logging.INFO,
@@ -424,10 +424,11 @@ def _total(progress: list[Progress], name: str) -> Counter[str]:
 def _note_skipped(progress: Progress, examples: dict[str, Example]) -> None:
     """Say why nothing, or nearly nothing, of a file that is done could be sent."""
     skipped = sum(progress.skipped.values())
-    if skipped and progress.sent < FEW * (progress.sent + skipped):
+    sent = progress.rows - skipped  # by this run or by others, if it has grown
+    if sent < FEW * progress.rows:
         reason, rows = max(progress.skipped.items(), key=itemgetter(1))
         example = dict(zip(("row", "example"), examples.get(reason, ()), strict=False))
         log.warning(
             "hardly_any_row_sent",
-            extra=fields(file=progress.url, sent=progress.sent, skipped=skipped, reason=reason, rows=rows, **example),
+            extra=fields(file=progress.url, sent=sent, skipped=skipped, reason=reason, rows=rows, **example),
         )
