@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +32,8 @@ class Columns:
     time: str
     measured: dict[str, str]  # by measurement; empty: there is none
     sensor: str
+    timezone: str = "UTC"
+    unit: str = ""
 
 
 def read_rows(files: Iterable[Path], columns: Columns) -> dict[Key, Values]:
@@ -37,7 +41,7 @@ def read_rows(files: Iterable[Path], columns: Columns) -> dict[Key, Values]:
     rows: dict[Key, Values] = {}
     for file in files:
         table = pq.read_table(file)
-        times = table[columns.time].cast(pa.timestamp("us", "UTC")).to_pylist()
+        times = instants(table[columns.time], columns.timezone, columns.unit)
         sensors = table[columns.sensor].to_pylist() if columns.sensor else ["default"] * len(times)
         values = [
             finite(table[name].cast(pa.float64())) if name else [None] * len(times)
@@ -47,6 +51,32 @@ def read_rows(files: Iterable[Path], columns: Columns) -> dict[Key, Values]:
             if time is not None and any(value is not None for value in measured):
                 rows[sensor, time] = later(rows.get((sensor, time)), measured)
     return rows
+
+
+def instants(column: pa.ChunkedArray, timezone: str, unit: str) -> list[datetime | None]:
+    """The times of a column; None for what is none."""
+    zone = ZoneInfo(timezone)
+    if pa.types.is_timestamp(column.type):
+        zone = ZoneInfo("UTC") if column.type.tz else zone
+        unit, column = column.type.unit, column.cast(pa.int64())
+    elif unit and not (pa.types.is_date(column.type) or pa.types.is_string(column.type)):
+        zone = ZoneInfo("UTC")
+    return [None if value is None else instant(value, zone, unit) for value in column.to_pylist()]
+
+
+def instant(value: object, zone: ZoneInfo, unit: str) -> datetime | None:
+    """A text, a date, or a number of units since 1970, as a time; None where it is none."""
+    try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(value.strip())
+        elif isinstance(value, date):
+            moment = datetime(value.year, value.month, value.day)  # noqa: DTZ001
+        else:
+            microseconds = Fraction(str(value)) * 10**6 / {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+            moment = datetime(1970, 1, 1) + timedelta(microseconds=(microseconds + Fraction(1, 2)) // 1)  # noqa: DTZ001
+        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def finite(column: pa.ChunkedArray) -> list[float | None]:

@@ -260,7 +260,13 @@ class Demo:
     def _differences(self, connection: psycopg.Connection) -> list[str]:
         settings = self._settings
         measured = {name: settings.column_of(name) for name in settings.measurements}
-        columns = Columns(settings.data_feature_date, measured, settings.data_feature_sensor)
+        columns = Columns(
+            settings.data_feature_date,
+            measured,
+            settings.data_feature_sensor,
+            settings.data_feature_timezone,
+            settings.data_feature_date_unit,
+        )
         rows = read_rows([Path(settings.parquet_url)], columns)
         found = differences_in_readings(connection, rows, settings.measurements)
         for at, name in enumerate(settings.measurements):

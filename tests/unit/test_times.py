@@ -10,16 +10,19 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.config import Settings, load_settings
+from services.core.config import load_settings
 from services.core.errors import ConfigurationError
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
+from services.local.check import instants
 from services.producer.blocks import Rows, choose_rows
 from services.producer.encoding import Columns, Encoded, Messages, encode_batch, event_times
 from services.producer.times import TimeFormat
+from tests.measured import make_settings
 
 ZONES = (
     "Europe/Berlin",
@@ -214,6 +217,26 @@ def test_local_times_at_the_ends_of_the_calendar() -> None:
             assert messages.skipped == {"time_out_of_range": 1}
     far = pa.array([-(2**63) + 1, 2**63 - 1, None]).cast(pa.timestamp("s"))
     assert read(far, "Europe/Berlin")[1].skipped == {"time_out_of_range": 2, "no_time": 1}
+
+
+@given(st.lists(near_a_change("Europe/Berlin"), min_size=1), st.sampled_from(sorted(UNITS)))
+def test_the_demo_s_check_reads_times_alike(shown: list[datetime], unit: str) -> None:
+    """It has code of its own."""
+    local = pa.array(shown, pa.timestamp("us"))
+    seconds = [(each - EPOCH.replace(tzinfo=None)) / timedelta(seconds=1) for each in shown]
+    for column in (
+        local,
+        local.cast(pa.timestamp("ns")),
+        local.cast(pa.timestamp("us", "America/New_York")),
+        local.cast(pa.string()),
+        pc.binary_join_element_wise(local.cast(pa.string()), pa.array(["+02:00"] * len(shown)), ""),
+        local.cast(pa.date32(), safe=False),
+        local.cast(pa.int64()),
+        pa.array([float("nan"), *(second * UNITS[unit] for second in seconds)]),
+    ):
+        each = unit if pa.types.is_floating(column.type) else "us"
+        checked = instants(pa.chunked_array([column]), "Europe/Berlin", each)
+        assert [time for time in checked if time is not None] == read(column, "Europe/Berlin", each)[0]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
@@ -427,4 +450,4 @@ def test_a_unit_is_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
     monkeypatch.setenv("DATA_FEATURE_DATE_UNIT", "ms")
     assert Columns.of(load_settings()).times == TimeFormat(unit="ms")
-    assert Columns.of(Settings(_env_file=None, data_feature_date_unit="")).times == TimeFormat()
+    assert Columns.of(make_settings(data_feature_date_unit="")).times == TimeFormat()
