@@ -95,9 +95,9 @@ def _zone(name: str) -> str:
         raise ValueError(
             "there is no database of time zones here: install the package tzdata, the system's or Python's"
         )
-    nearest = difflib.get_close_matches(name, known, 1)
-    meant = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise ValueError(f"there is no such time zone (an IANA name such as Europe/Berlin{meant})")
+    (nearest,) = difflib.get_close_matches(name, known, 1) or [""]
+    meant = f"did you mean {nearest}?" if nearest else "it takes an IANA name such as Europe/Berlin"
+    raise ValueError(f"there is no such time zone ({meant})")
 
 
 def _level(text: str) -> str:

@@ -19,6 +19,7 @@ import pytest
 from services.core.config import Settings
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli
 from tests.fix_stack import ROOT, as_environment
+from tests.integration.test_monitoring import Pages
 from tests.integration.test_producer import FORMATS, changed, source
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -179,17 +180,27 @@ def test_files_that_arrive_are_read_alike(settings: Settings, start: StartServic
         data_feature_timezone="Europe/Berlin",
         data_feature_date_unit="s",
     )
-    producer = start("produce", settings=settings)
+    pages = Pages(settings)
+    producer = start("produce", settings=pages.settings)
     producer.wait_for("watching")
-    write(data / "a.parquet", pa.array([NOON.replace(tzinfo=None)], pa.timestamp("us")), "local")
+    assert pages.values("sensor_times_doubtful_total") == {"ambiguous": 0, "nonexistent": 0}
+    twice, never = datetime(2024, 10, 27, 2, 30), datetime(2024, 3, 31, 2, 30)  # noqa: DTZ001 - local
+    clock = [NOON.replace(tzinfo=None), twice, twice, never]
+    write(data / "a.parquet", pa.array(clock, pa.timestamp("us")), "local")
     write(data / "b.parquet", pa.array([int(NOON.timestamp())]), "number")
     write(data / "c.parquet", pa.array([int(NOON.timestamp()) * 1000]), "wrong")
     event = producer.wait_for("hardly_any_row_sent")
     assert (Path(event["file"]).name, event["reason"]) == ("c.parquet", "time_out_of_range")
     assert event["example"] == f"time_hour={int(NOON.timestamp()) * 1000}"
+    assert pages.values("sensor_times_doubtful_total") == {"ambiguous": 2, "nonexistent": 1}
     assert producer.stop() == 0
     rows = [row for message in read_topic(settings, settings.kafka_topic) for row in rows_of(message)]
-    assert {row["sensor_id"]: row["time"][11:13] for row in rows} == {"local": "11", "number": "12"}
+    assert sorted((row["sensor_id"], row["time"][:16]) for row in rows) == [
+        ("local", "2024-03-01T11:00"),
+        ("local", "2024-03-31T01:30"),
+        *[("local", "2024-10-27T00:30")] * 2,
+        ("number", "2024-03-01T12:00"),
+    ]
 
 
 def test_on_a_terminal_the_warning_stands_above_the_bar(settings: Settings, tmp_path: Path) -> None:
@@ -225,4 +236,6 @@ def test_no_zone_of_that_name_is_one_line(settings: Settings) -> None:
     done = run_cli(settings, "produce", DATA_FEATURE_TIMEZONE="Europe/Berln")
     assert done.returncode == 2
     assert json.dumps(done.stderr).count("\\n") == 1
-    assert done.stderr.startswith("error: DATA_FEATURE_TIMEZONE=Europe/Berln: there is no such time zone (an IANA name")
+    assert done.stderr.startswith(
+        "error: DATA_FEATURE_TIMEZONE=Europe/Berln: there is no such time zone (did you mean "
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import datetime
 
 import pyarrow as pa
 import pytest
@@ -82,3 +83,16 @@ def test_the_pace_is_chosen_by_rate_or_speed() -> None:
     assert isinstance(choose_pace(slow, None), FixedRate)
     with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot both hold"):
         choose_pace(slow, 60)
+
+
+def test_a_replay_reads_times_as_the_settings_say() -> None:
+    """Ten seconds in the unit that is set; an hour that is skipped takes no time."""
+    local = [datetime(2024, 3, 31, 1, 59, 59), datetime(2024, 3, 31, 3, 0, 1)]  # noqa: DTZ001 - of Berlin
+    for column, seconds, changes in (
+        (pa.array([1_709_294_400, 1_709_294_410]), 10, {"data_feature_date_unit": "s"}),
+        (pa.array([1_709_294_400_000, 1_709_294_410_000]), 10, {"data_feature_date_unit": "ms"}),
+        (pa.array(local, pa.timestamp("us")), 2, {"data_feature_timezone": "Europe/Berlin"}),
+    ):
+        pace = choose_pace(make_settings(data_feature_date="time", **changes), 1.0)
+        first, last = [pace.due(NOTHING) for _ in pace.parts(pa.record_batch({"time": column}))]
+        assert last - first == pytest.approx(seconds)

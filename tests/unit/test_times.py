@@ -426,13 +426,13 @@ def test_no_zone(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
     text = str(caught.value)
-    assert text.startswith(f"DATA_FEATURE_TIMEZONE={zone}: there is no such time zone (an IANA name such as ")
+    assert text.startswith(f"DATA_FEATURE_TIMEZONE={zone}: there is no such time zone (")
     assert "\n" not in text
 
 
 def test_a_zone_that_is_misspelt_says_which_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_FEATURE_TIMEZONE", "Europe/Berln")
-    with pytest.raises(ConfigurationError, match="did you mean Europe/Berlin"):
+    with pytest.raises(ConfigurationError, match=r"no such time zone \(did you mean Europe/Berlin\?\)$"):
         load_settings()
 
 
