@@ -47,7 +47,7 @@ def _queries(path: Path) -> Iterator[Query]:
             continue  # Grafana's own, and no PromQL
         yield Query(path.stem, f"${variable['name']}", variable["datasource"]["type"], variable["query"], "table")
     for panel in content["panels"]:
-        for target in panel["targets"]:
+        for target in panel.get("targets", []):  # a row has none
             text = target["rawSql"] if "rawSql" in target else target["expr"]
             yield Query(
                 path.stem,
@@ -59,12 +59,11 @@ def _queries(path: Path) -> Iterator[Query]:
             )
 
 
-def fill_sql(text: str, start: datetime, end: datetime, **variables: list[str]) -> str:
-    """The SQL that Grafana sends for this time range of about a day, with ``timescaledb: true``."""
-    for name, values in variables.items():
-        listed = ",".join("'" + value.replace("'", "''") + "'" for value in values)
-        text = text.replace(f"${{{name}:sqlstring}}", listed)
-    text = text.replace("$__searchFilter", "%")  # nothing is typed
+def fill_sql(text: str, start: datetime, end: datetime, measurement: str, sensors: list[str], typed: str = "") -> str:
+    """The SQL that Grafana sends in this row for about a day, with ``timescaledb: true``, and this typed in a list."""
+    text = text.replace("${measurement:raw}", measurement)
+    text = text.replace("${sensor:sqlstring}", ",".join("'" + each.replace("'", "''") + "'" for each in sensors))
+    text = text.replace("$__searchFilter", f"{typed}%")
     text = text.replace("$__interval", "60s")  # a day over 1,000 pixels or so, rounded
     text = re.sub(r"\$__timeGroup(Alias)?\(([^,()]+), *'?(\d+)s'?\)", _time_bucket, text)
     text = re.sub(r"\$__timeFilter\(([^()]+)\)", r"\1 BETWEEN $__timeFrom() AND $__timeTo()", text)

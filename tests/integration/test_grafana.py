@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -20,13 +21,55 @@ from tests.measured import reading_of
 SENSORS = ["attic", "o'hare"]
 MACRO = "$x()"
 DAY = timedelta(days=1)
+CONTENT = dashboard(MONITORING / "grafana/dashboards/sensors.json")
+QUERIES = [query for query in queries("postgres") if query.dashboard == "sensors"]
 
 
-def ask(connection: psycopg.Connection, text: str, sensors: list[str]) -> list[dict[str, object]]:
-    """The rows, by column."""
-    cursor = connection.execute(fill_sql(text, START, START + DAY, sensor=sensors))
-    names = [column.name for column in cursor.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in cursor]
+Found = dict[str, list[dict[str, object]]]
+
+
+def look(connection: psycopg.Connection, measurement: str, sensors: list[str], typed: str = "") -> Found:
+    """The rows of each variable and of each panel in the row of this measurement, by column."""
+    found = {}
+    for query in QUERIES:
+        cursor = connection.execute(fill_sql(query.text, START, START + DAY, measurement, sensors, typed))
+        names = [column.name for column in cursor.description or ()]
+        found[query.panel] = [dict(zip(names, row, strict=True)) for row in cursor]
+    return found
+
+
+@pytest.fixture
+def radon(connection: psycopg.Connection) -> Iterator[str]:
+    """A measurement that the dashboards have never heard of, until the test ends."""
+    with connection.transaction(force_rollback=True):
+        connection.execute("""
+            ALTER TABLE sensor_data ADD COLUMN radon double precision;
+            CREATE TABLE radon_summary (
+                sensor_id text COLLATE "C" NOT NULL,
+                interval_start timestamptz NOT NULL,
+                interval_end timestamptz NOT NULL,
+                avg_radon double precision NOT NULL,
+                min_radon double precision NOT NULL,
+                max_radon double precision NOT NULL,
+                reading_count bigint NOT NULL,
+                PRIMARY KEY (sensor_id, interval_start)
+            );
+            CREATE INDEX ON radon_summary (interval_start);
+            CREATE VIEW radon_summary_live AS SELECT * FROM radon_summary;
+            GRANT SELECT ON radon_summary, radon_summary_live TO sensor_reader;
+        """)
+        yield "radon"
+
+
+def fill(connection: psycopg.Connection, measurement: str, sensors: str, width: int, starts: int) -> None:
+    """Summary rows of the sensors that a query names: intervals of ``width`` minutes, each of two readings."""
+    connection.execute(
+        f"INSERT INTO {measurement}_summary"
+        " SELECT sensor_id, start, start + %(width)s, number, number - 1, number + 2, 2"
+        f" FROM ({sensors}) AS one (sensor_id), LATERAL (SELECT number, %(start)s + number * %(width)s AS start"
+        "  FROM generate_series(0, %(starts)s - 1) AS number) AS interval",
+        {"start": START, "width": timedelta(minutes=width), "starts": starts},
+    )
 
 
 def test_every_query_finds_what_is_there(settings: Settings, connection: psycopg.Connection) -> None:
@@ -36,62 +79,111 @@ def test_every_query_finds_what_is_there(settings: Settings, connection: psycopg
     sink.close()
     Leader(connection, settings).run_once()
     connection.execute("SET ROLE sensor_reader")
-    asked = [query for query in queries("postgres") if query.dashboard == "sensors"]
-    assert len(asked) > 8
-    found = {query.panel: ask(connection, query.text, SENSORS) for query in asked}
-    for query in asked:
-        rows = found[query.panel]
+    temperature, humidity = (look(connection, measurement, SENSORS) for measurement in ("temperature", "humidity"))
+    for query in QUERIES:
+        rows = temperature[query.panel]
         assert rows, query
         if query.format == "time_series":
             assert all(isinstance(row["time"], datetime) for row in rows), query
             assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)  # type: ignore[type-var]
-    assert found["$sensor"] == [{"sensor_id": sensor} for sensor in SENSORS]
-    assert found["Temperature"][0] == {"time": START, "metric": "attic", "value": 2.5}
-    assert len(found["Temperature"]) == 2 * 72
-    assert len(found["Humidity"]) == 2 * 36
-    assert found["Newest interval"] == [{"Newest": minutes(720)}]
-    assert found["Sensors"] == [{"Sensors": 2}]
-    assert found["Readings"] == [{"Readings": len(readings)}]
-    (first, *_) = found["Temperature of all chosen sensors"]
-    assert first == {"time": START, "least": 0.0, "average": 2.5, "greatest": 5.0}
-    assert [row["Sensor"] for row in found["Coverage"]] == SENSORS
-    for row in found["Coverage"]:
-        assert (row["Temperature readings"], row["Humidity readings"]) == (144, 144)
-        assert float(str(row["Temperature coverage"])) == pytest.approx(0.5)
-        assert float(str(row["Humidity coverage"])) == pytest.approx(0.5)
-    newest = found["Newest of each sensor"][0]
-    assert (newest["Temperature until"], newest["Temperature"]) == (minutes(720), 712.5)
-    one = {query.panel: ask(connection, query.text, ["attic"]) for query in asked}
-    assert len(one["Temperature"]) == 72
+    assert {"temperature", "humidity"} <= {row["measurement"] for row in temperature["$measurement"]}
+    assert temperature["$sensor"] == [{"sensor_id": sensor} for sensor in SENSORS]
+    (first, *_) = temperature["Each chosen sensor"]
+    assert first == {"time": START, "metric": "attic temperature", "value": 2.5}
+    assert (len(temperature["Each chosen sensor"]), len(humidity["Each chosen sensor"])) == (2 * 72, 2 * 36)
+    (first, *_) = temperature["All chosen sensors"]
+    assert first == {
+        "time": START,
+        "least temperature": 0.0,
+        "average temperature": 2.5,
+        "greatest temperature": 5.0,
+    }
+    for found in (temperature, humidity):
+        assert found["Newest interval"] == [{"Newest": minutes(720)}]
+        assert found["Sensors"] == [{"Sensors": 2}]
+        assert found["Readings"] == [{"Readings": len(readings)}]
+        assert [(row["Sensor"], row["Readings"]) for row in found["Coverage"]] == [(each, 144) for each in SENSORS]
+        assert [float(str(row["Coverage"])) for row in found["Coverage"]] == pytest.approx([0.5, 0.5])
+    (newest, *_) = temperature["Newest of each sensor"]
+    assert newest == {"Sensor": "attic", "Until": minutes(720), "Average temperature": 712.5}
+    one = look(connection, "temperature", ["attic"])
+    assert len(one["Each chosen sensor"]) == 72
     assert len(one["Coverage"]) == len(one["Newest of each sensor"]) == 1
     connection.execute("RESET ROLE")
 
 
+def test_a_measurement_that_is_added_has_its_row_and_its_sensors(connection: psycopg.Connection, radon: str) -> None:
+    fill(connection, "temperature", "VALUES ('attic')", 10, 6)
+    fill(connection, radon, "VALUES ('attic'), ('<&cellar>')", 30, 4)
+    connection.execute("SET LOCAL ROLE sensor_reader")
+    found = look(connection, radon, ["<&cellar>"])
+    names = [row["measurement"] for row in found["$measurement"]]
+    assert {radon, "temperature", "humidity"} <= set(names)
+    assert names == sorted(names)  # type: ignore[type-var]
+    assert found["$sensor"] == [{"sensor_id": "<&cellar>"}, {"sensor_id": "attic"}]
+    assert found["Sensors"] == [{"Sensors": 2}]
+    assert found["Readings"] == [{"Readings": 8}]
+    assert found["Newest interval"] == [{"Newest": minutes(120)}]
+    assert [row["value"] for row in found["Each chosen sensor"]] == [0.0, 1.0, 2.0, 3.0]
+    assert {row["metric"] for row in found["Each chosen sensor"]} == {"<&cellar> radon"}
+    assert found["All chosen sensors"][-1] == {
+        "time": minutes(90),
+        "least radon": 2.0,
+        "average radon": 3.0,
+        "greatest radon": 5.0,
+    }
+    assert found["Newest of each sensor"] == [{"Sensor": "<&cellar>", "Until": minutes(120), "Average radon": 3.0}]
+
+
 def test_many_sensors_and_hostile_ids_leave_the_list_short_and_usable(connection: psycopg.Connection) -> None:
     """An id with a dollar sign would be taken for one of Grafana's macros, and fail every panel that includes it."""
-    for table, measured in (("temperature_summary", "0, 0, 0, 1"), ("humidity_summary", "0, 0, 0, 1")):
-        connection.execute(
-            f"INSERT INTO {table} SELECT 's' || n, %(start)s, %(start)s + INTERVAL '10 min', {measured} "
-            "FROM generate_series(1, 1500) AS n",
-            {"start": START},
-        )
-        connection.execute(
-            f"INSERT INTO {table} VALUES (%(id)s, %(start)s, %(start)s, {measured})", {"start": START, "id": MACRO}
-        )
-    found = {query.panel: ask(connection, query.text, SENSORS) for query in queries("postgres")}
+    for measurement in ("temperature", "humidity"):
+        fill(connection, measurement, "SELECT 's' || n FROM generate_series(1, 1500) AS n", 10, 1)
+        fill(connection, measurement, f"VALUES ('{MACRO}')", 10, 1)
+    found = look(connection, "temperature", SENSORS)
     assert len(found["$sensor"]) == 1000
     assert {"sensor_id": MACRO} not in found["$sensor"]
     assert found["Sensors"] == [{"Sensors": 1501}]
+    found = look(connection, "temperature", SENSORS, typed="s149")
+    assert [row["sensor_id"] for row in found["$sensor"]] == ["s149", *(f"s149{last}" for last in range(10))]
+
+
+def test_units_go_by_the_names_that_panels_give_their_values() -> None:
+    """Each panel of the row serves every measurement, so the unit is that of the name that a value has."""
+    panels = {panel["title"]: panel for panel in CONTENT["panels"]}
+    for title, name in (
+        ("Each chosen sensor", "o'hare %s"),
+        ("All chosen sensors", "greatest %s"),
+        ("Newest of each sensor", "Average %s"),
+    ):
+        overrides = panels[title]["fieldConfig"]["overrides"]
+        for measurement, unit in (("temperature", "celsius"), ("humidity", "humidity"), ("outer_humidity", None)):
+            units = [
+                override["properties"][0]["value"]
+                for override in overrides
+                # Without the slashes Grafana would compare the whole name.
+                if re.search(re.fullmatch("/(.*)/", override["matcher"]["options"])[1], name % measurement)  # type: ignore[index]
+            ]
+            assert units == ([unit] if unit else [])
+
+
+def test_everything_on_the_dashboard_is_in_the_row_that_measurements_repeat() -> None:
+    row, *panels = CONTENT["panels"]
+    (variable, _) = CONTENT["templating"]["list"]
+    assert (row["type"], row["repeat"], row["title"]) == ("row", variable["name"], f"${variable['name']}")
+    assert (variable["multi"], variable["includeAll"], variable["current"]["value"]) == (True, True, ["$__all"])
+    assert not [panel for panel in panels if panel["type"] == "row"]
+    text = "".join(target["rawSql"] for panel in panels for target in panel["targets"])
+    assert not re.search("temperature|humidity", text)
 
 
 def test_the_first_look_shows_the_sample() -> None:
     """The page after the login names the years of the file that Compose sends, and the dashboard its sensors."""
     file = pq.read_table(ROOT / "data/measurements.parquet", columns=["origin", "time_hour"])
     (home,) = re.findall(r"GF_USERS_HOME_PAGE: .*:-(/d/.*)}$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
-    content = dashboard(MONITORING / "grafana/dashboards/sensors.json")
-    match = re.fullmatch(rf"/d/{content['uid']}\?from=(\d+)&to=(\d+)", home)
+    match = re.fullmatch(rf"/d/{CONTENT['uid']}\?from=(\d+)&to=(\d+)", home)
     assert match is not None
     start, end = (datetime.fromtimestamp(int(edge) / 1000, UTC) for edge in match.groups())
     assert all(start <= time.replace(tzinfo=UTC) < end for time in file["time_hour"].to_pylist() if time is not None)
-    (variable,) = content["templating"]["list"]
+    (_, variable) = CONTENT["templating"]["list"]
     assert sorted(set(file["origin"].to_pylist())) == variable["current"]["value"]
