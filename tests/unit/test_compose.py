@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from services.core.config import LOGINS, settings_type
 from services.core.measurements import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASUREMENTS = ROOT / "measurements.env"
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 PIPELINE_SERVICES = {"migrate", "producer", "consumer", "etl"}
 TOOLS = {"toolbox"}
@@ -66,6 +69,36 @@ def test_every_setting_reaches_a_service_and_each_what_it_needs() -> None:
     for name in ("producer", "consumer", "etl"):
         needed = {each for each in names_in(name) if not OUTSIDE.search(each)}
         assert needed <= set(ENVIRONMENT[name]), name
+
+
+def test_settings_of_further_measurements_reach_all_services_of_ours_and_nobody_else() -> None:
+    """By a file whose names Compose need not know. As it comes, it changes nothing; a list of names, for 1.29."""
+    assert {name for name, service in SERVICES.items() if "env_file" in service} == PIPELINE_SERVICES | TOOLS
+    assert PIPELINE["env_file"] == [MEASUREMENTS.name]
+    text = MEASUREMENTS.read_text(encoding="utf-8")
+    assert all(line.startswith("#") for line in text.splitlines())
+    assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY|CREDENTIAL", text)
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed")
+def test_what_the_file_for_measurements_says_arrives(tmp_path: Path) -> None:
+    """The example of its comments, as somebody makes it active; what docker-compose.yml says itself wins over it."""
+    shutil.copy(ROOT / "docker-compose.yml", tmp_path)
+    example = re.findall(r"^# ([A-Z0-9_]+=.*)$", MEASUREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(example) == 2
+    lines = "".join(f"{line}\n" for line in [*example, "POSTGRE_USER=somebody"])
+    (tmp_path / MEASUREMENTS.name).write_text(MEASUREMENTS.read_text(encoding="utf-8") + lines, encoding="utf-8")
+    command = ["docker-compose", "--profile", "tools", "--profile", "monitoring", "config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    given = {name: service.get("environment", {}) for name, service in services.items()}
+    expected = dict(line.split("=", 1) for line in example)
+    assert given.keys() == SERVICES.keys()
+    for name, environment in given.items():
+        found = {each: environment[each] for each in expected if each in environment}
+        assert found == (expected if name in PIPELINE_SERVICES | TOOLS else {}), name
+    assert given["etl"]["POSTGRE_USER"] == "sensor_etl"
 
 
 def test_nobody_has_credentials_that_it_does_not_need() -> None:
