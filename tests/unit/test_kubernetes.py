@@ -168,7 +168,9 @@ def test_overlays_set_nothing_but_settings() -> None:
         (kustomization,) = load(overlay / "kustomization.yaml")
         for source in kustomization["configMapGenerator"]:
             assert (source.get("behavior") == "merge") == (source["name"] in SETTINGS)
-            assert set(variables(source.get("literals", []))) <= known
+            lines = [(overlay / name).read_text(encoding="utf-8").splitlines() for name in source.get("envs", [])]
+            for each in (source.get("literals", []), *lines):
+                assert set(variables(each)) <= known
     for path in FILES:
         for item in load(path):
             for found in pod_template(item).get("spec", {}).get("containers", []):
@@ -332,21 +334,56 @@ def test_scaling_stays_within_the_partitions() -> None:
     assert scaled["spec"]["maxReplicaCount"] == int(SETTINGS["kafka-settings"]["KAFKA_PARTITIONS"])
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-def test_the_example_is_built_with_every_component(tmp_path: Path) -> None:
-    """As kubectl would apply it: names have the prefix and a hash, references follow, and every object is valid."""
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """A copy of the example, with files where its passwords and authorities belong."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     example = tmp_path / "kubernetes/overlays/example"
-    path = example / "kustomization.yaml"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"^# (components:|  - \.\./)", r"\1", text, flags=re.MULTILINE), encoding="utf-8")
     (example / "secrets").mkdir(exist_ok=True)
     for generator in ("secretGenerator", "configMapGenerator"):
         for files in made(OVERLAYS[0], generator).values():
             for file in files.values():
                 (example / file).write_text("made up", encoding="utf-8")
-    built = subprocess.run(["kubectl", "kustomize", str(example)], capture_output=True, text=True, check=True).stdout
-    objects = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(built)}
+    return example
+
+
+def build(overlay: Path) -> dict[tuple[str, str], Object]:
+    """The objects, as kubectl would apply them."""
+    built = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=True).stdout
+    return {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(built)}
+
+
+def uncomment(path: Path, pattern: str) -> list[str]:
+    """Make the lines active that match; they are returned."""
+    text, found = path.read_text(encoding="utf-8"), re.compile(rf"^# ({pattern})$", re.MULTILINE)
+    path.write_text(found.sub(r"\1", text), encoding="utf-8")
+    return [match[1] for match in found.finditer(text)]
+
+
+def test_measurements_are_added_by_lines_that_every_pod_gets(example: Path) -> None:
+    """The example of the file's comments; as it comes, the file changes nothing."""
+    before = build(example)
+    lines = uncomment(example / "measurements.env", "[A-Z0-9_]+=.*")
+    assert len(lines) == 3
+    after = build(example)
+    ((_, old),) = (key for key in before if key[1].startswith("sensor-settings-"))
+    ((_, new),) = (key for key in after if key[1].startswith("sensor-settings-"))
+    assert new != old  # so that the change is rolled out
+    assert before["ConfigMap", old]["data"] == SETTINGS["settings"]
+    assert after["ConfigMap", new]["data"] == SETTINGS["settings"] | variables(lines)
+    pods = {name: pod_template(item)["spec"] for (_, name), item in after.items() if pod_template(item)}
+    assert set(pods) == {f"sensor-{name}" for name in WORKLOADS}
+    for pod in pods.values():
+        (ours,) = pod["containers"]
+        assert {"configMapRef": {"name": new}} in ours["envFrom"]
+
+
+def test_the_example_is_built_with_every_component(example: Path) -> None:
+    """As kubectl would apply it: names have the prefix and a hash, references follow, and every object is valid."""
+    assert len(uncomment(example / "kustomization.yaml", r"components:|  - \.\./.*")) == 1 + len(COMPONENTS)
+    objects = build(example)
     kinds = {kind for kind, _ in objects}
     assert kinds > OF_OPERATORS
     for (kind, name), item in objects.items():
