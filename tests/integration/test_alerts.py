@@ -411,7 +411,7 @@ SITUATIONS = [
     Situation(
         "self-check found a difference",
         {'sensor_summary_differences_total{job="etl",instance="e1",measurement="humidity"}': first_seen(2)},
-        fires={1: {"SensorSummaryDifferences": [{"metric": "humidity"}]}},
+        fires={1: {"SensorSummaryDifferences": [{"measurement": "humidity"}]}},
         quiet=(70,),
     ),
     Situation(
