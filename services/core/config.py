@@ -464,6 +464,9 @@ def default_settings() -> Settings:
 
 
 def find_unknown_names() -> list[UnknownName]:
-    """Names in the environment and ``.env`` that may be misspelt settings."""
-    known = _model().model_fields
+    """Names in the environment and ``.env`` that may be misspelt settings.
+
+    Those of the default measurements are known whatever is measured: docker-compose.yml and .env.example set them.
+    """
+    known = settings_type(DEFAULT).model_fields | _model().model_fields
     return list(unknown_names(known, os.environ, names_in(DOTENV, known)))

@@ -252,6 +252,13 @@ def test_everything_that_compose_reads_is_known_in_dotenv(tmp_path: Path) -> Non
     assert find_unknown_names() == []
 
 
+def test_settings_of_what_is_no_longer_measured_by_default_make_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docker-compose.yml hands them on always, and a copy of .env.example has them."""
+    for name, value in {"MEASUREMENTS": "co2", "TEMPERATURE_INTERVAL": "10", "DATA_FEATURE_HUMID": "humid"}.items():
+        monkeypatch.setenv(name, value)
+    assert find_unknown_names() == []
+
+
 def test_a_setting_that_is_not_needed_may_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPERATURE_INTERVAL", "0")
     monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")  # which needs more
