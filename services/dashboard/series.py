@@ -12,7 +12,7 @@ from typing import Self
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import connect, queries, translated
+from services.core.database import connect, missing_measurements, queries, translated
 from services.core.measurements import measurement
 
 SQL = queries("services.dashboard")
@@ -69,7 +69,7 @@ class Summaries:
         """The sensors that have a summary, at most MOST_SENSORS."""
         found: set[str] = set()
         with self._connected() as connection:
-            for name in self.measurements:
+            for name in self._present(connection):
                 query = SQL["sensors"].format(**measurement(name).identifiers())
                 found.update(sensor for (sensor,) in connection.execute(query, {"most": MOST_SENSORS}))
         return sorted(found)[:MOST_SENSORS]
@@ -80,6 +80,8 @@ class Summaries:
         None if the sensor has no intervals of this measurement.
         """
         with self._connected() as connection:
+            if name not in self._present(connection):
+                return None
             names = measurement(name).identifiers()
             row = connection.execute(SQL["extent"].format(**names), {"sensor": sensor}).fetchone()
             if row is None:
@@ -90,6 +92,11 @@ class Summaries:
             arguments = {"sensor": sensor, "start": start, "end": end, "width": width}
             points = [Point(*point) for point in connection.execute(SQL["series"].format(**names), arguments)]
             return Series(points, width, stored, end)
+
+    def _present(self, connection: Connection) -> list[str]:
+        """Those that a migration has added: one that is still missing must not hide the others."""
+        missing = missing_measurements(connection, self._settings)
+        return [name for name in self.measurements if name not in missing]
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -90,8 +91,8 @@ class Looks:
         self.monitor = Monitor(settings, self.summaries)
         self.filler = Filler(self.monitor, self.summaries)
 
-    def chart(self, sensor: str, metric: str, span: str = "all") -> tuple[Any, ...]:
-        return self.filler.chart(sensor, metric, span, None, None)
+    def chart(self, sensor: str, measurement: str, span: str = "all") -> tuple[Any, ...]:
+        return self.filler.chart(sensor, measurement, span, None, None)
 
     def tiles(self) -> dict[str, str]:
         return {tile.children[0].children: tile.children[1].children for tile in self.filler.live(None)[2]}
@@ -146,7 +147,7 @@ def test_too_many_intervals_are_joined_and_the_page_says_so(
     assert (found.points[1].average, found.points[1].least, found.points[1].greatest) == (24.0, 23.0, 25.0)
 
 
-def test_a_metric_that_a_sensor_does_not_have(settings: Settings, look: Look) -> None:
+def test_a_measurement_that_a_sensor_does_not_have(settings: Settings, look: Look) -> None:
     fill(settings, *steps("s1", 3, humidity=None))
     page = look(settings)
     page.monitor.look_at_database()
@@ -154,8 +155,39 @@ def test_a_metric_that_a_sensor_does_not_have(settings: Settings, look: Look) ->
     assert (hidden, text) == (True, "s1 has no humidity intervals")
 
 
+def test_a_measurement_that_the_database_lacks_hides_no_other(settings: Settings, look: Look) -> None:
+    fill(settings, *steps("s1", 3))
+    page = look(settings.model_copy(update={"measurements": ("radon", *settings.measurements)}))
+    page.monitor.watch_database_once()
+    assert (page.monitor.database_problem, page.monitor.sensors) == ("", ["s1"])
+    assert page.chart("s1", "radon")[1:3] == (True, "s1 has no radon intervals")
+    assert page.chart("s1", "temperature")[0]["data"]
+
+
+def test_a_measurement_that_is_added_is_shown(settings: Settings, connection: psycopg.Connection, look: Look) -> None:
+    connection.execute("SELECT add_measurement('radon')")
+    try:
+        connection.execute(
+            "INSERT INTO radon_summary VALUES ('cellar', %(start)s, %(start)s + interval '1 hour', 200, 190, 230, 60)",
+            {"start": minutes(0)},
+        )
+        page = look(settings.model_copy(update={"measurements": (*settings.measurements, "radon")}))
+        page.monitor.watch_database_once()
+        assert page.monitor.sensors == ["cellar"]
+        _, hidden, text, _, _ = page.chart("cellar", "radon")
+        assert not hidden
+        assert text.startswith("cellar, radon: 1 intervals of 1 hour from 2024-03-01 00:00")
+        client = make_page(page.monitor, page.summaries).server.test_client()
+        assert (
+            f'"options":{json.dumps([*settings.measurements, "radon"], separators=(",", ":"))}'
+            in client.get("/_dash-layout").text
+        )
+    finally:
+        connection.execute("DROP TABLE radon_summary CASCADE; ALTER TABLE sensor_data DROP COLUMN radon")
+
+
 @pytest.mark.parametrize(
-    ("metric", "span"),
+    ("measurement", "span"),
     [
         ("temperature_summary; --", "all"),
         ("temperature", "for ever"),
@@ -163,10 +195,10 @@ def test_a_metric_that_a_sensor_does_not_have(settings: Settings, look: Look) ->
         (["temperature"], "all"),
     ],
 )
-def test_what_no_control_can_ask_changes_nothing(settings: Settings, metric: Any, span: Any, look: Look) -> None:
+def test_what_no_control_can_ask_changes_nothing(settings: Settings, measurement: Any, span: Any, look: Look) -> None:
     page = look(settings)
     page.monitor.look_at_database()
-    assert page.chart("s1", metric, span) == UNCHANGED
+    assert page.chart("s1", measurement, span) == UNCHANGED
 
 
 @pytest.mark.parametrize(
@@ -368,7 +400,7 @@ def test_the_page_with_one_sensor(settings: Settings, open_page: OpenPage) -> No
     page.wait_for("#chart-text", "attic, temperature: 216 intervals of 10 minutes from 2024-03-01 00:00")
     wait_until(lambda: page.drawn() == pytest.approx(averages(readings, 10)), "the summary's averages are drawn")
     page.keep("one-sensor")
-    page.press("#metric input[value=humidity]")
+    page.press("#measurement input[value=humidity]")
     page.wait_for("#chart-text", "attic, humidity: 108 intervals of 20 minutes")
     wait_until(lambda: len(page.drawn()) == 108, "the humidity is drawn")
     page.press("#range input[value='6 hours']")
