@@ -42,22 +42,7 @@ def look(connection: psycopg.Connection, measurement: str, sensors: list[str], t
 def radon(connection: psycopg.Connection) -> Iterator[str]:
     """A measurement that the dashboards have never heard of, until the test ends."""
     with connection.transaction(force_rollback=True):
-        connection.execute("""
-            ALTER TABLE sensor_data ADD COLUMN radon double precision;
-            CREATE TABLE radon_summary (
-                sensor_id text COLLATE "C" NOT NULL,
-                interval_start timestamptz NOT NULL,
-                interval_end timestamptz NOT NULL,
-                avg_radon double precision NOT NULL,
-                min_radon double precision NOT NULL,
-                max_radon double precision NOT NULL,
-                reading_count bigint NOT NULL,
-                PRIMARY KEY (sensor_id, interval_start)
-            );
-            CREATE INDEX ON radon_summary (interval_start);
-            CREATE VIEW radon_summary_live AS SELECT * FROM radon_summary;
-            GRANT SELECT ON radon_summary, radon_summary_live TO sensor_reader;
-        """)
+        connection.execute("SELECT add_measurement('radon')")
         yield "radon"
 
 
