@@ -75,6 +75,8 @@ def test_settings_of_further_measurements_reach_all_services_of_ours_and_nobody_
     """By a file whose names Compose need not know. As it comes, it changes nothing; a list of names, for 1.29."""
     assert {name for name, service in SERVICES.items() if "env_file" in service} == PIPELINE_SERVICES | TOOLS
     assert PIPELINE["env_file"] == [MEASUREMENTS.name]
+    measuring = {name for name, service in SERVICES.items() if "MEASUREMENTS" in service.get("environment", {})}
+    assert measuring == PIPELINE_SERVICES | TOOLS
     text = MEASUREMENTS.read_text(encoding="utf-8")
     assert all(line.startswith("#") for line in text.splitlines())
     assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY|CREDENTIAL", text)
