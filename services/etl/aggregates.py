@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from psycopg import Connection, sql
@@ -52,44 +52,56 @@ class Aggregates:
         self.is_new = True  # as far as we know, nothing is summarised yet
 
     def prepare(self) -> None:
-        """Create what the summaries cannot do without; note what will have to be caught up with."""
+        """Create what the summaries cannot do without.
+
+        What the database has summarised without is behind: it is compared with its history (reconcile.py).
+        """
         self._read_bases()
         stored = stored_rollups(self._connection)
-        with self._lease.transaction():
-            self._connection.execute(SQL["fall_behind"], {"configured": [rollup.name for rollup in self.configured]})
+        self._set_aside(stored)
         for rollup in self.configured:
             with self._lease.transaction():
                 current = stored.get(rollup.name, rollup)
                 if current.aggregate not in self.materialized():
-                    current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=False))
+                    have_paid = any(each.of_minutes for each in self.current.values())
+                    current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=have_paid))
                     self._create(current)
-                    is_added = bool(stored) and rollup.name not in stored
                     self._connection.execute(
                         SQL["write_state"],
                         {
                             "measurement": current.name,
                             "aggregate": current.aggregate,
                             "width": current.width,
-                            "behind": "infinity" if is_added else "-infinity",
+                            "behind": "infinity" if stored else "-infinity",
                         },
                     )
-                    if not is_added:
-                        self._connection.execute(SQL["queue_all"])
+                    self._connection.execute(statement("queue_all", current))
             self.current[rollup.name] = current
+
+    def _set_aside(self, stored: dict[str, Rollup]) -> None:
+        """Drop the aggregates of what is off the list: TimescaleDB would note each change for them, for ever.
+
+        The summary stays, and the live view shows it. What it misses is caught up with when it is put back.
+        """
+        for name in stored.keys() - {rollup.name for rollup in self.configured}:
+            with self._lease.transaction():
+                self._connection.execute(statement("show_summary_live", stored[name]))
+                self._connection.execute(statement("write_behind", stored[name]), {"edge": "infinity"})
+                for aggregate in self._of([name]):
+                    self._drop(aggregate)
 
     def suit_first_readings(self) -> None:
         """As long as nothing is summarised, what the summaries are made of can change at once."""
         if not self.is_new or self.building:
             return
-        for wanted in self.wanted():
+        self.is_new = all(map(self._is_empty, self.current.values()))
+        for wanted in self.wanted() if self.is_new else ():
             current = self.current[wanted.name]
             suited = replace(current, of_minutes=wanted.of_minutes)
-            if not self._is_empty(current):
-                self.is_new = False
-            elif suited != current:
+            if suited != current:
                 self.build(suited)
                 with self._lease.transaction():
-                    self._connection.execute(SQL["queue_all"])
+                    self._connection.execute(statement("queue_all", suited))
                 self.switch(suited, None)
                 self.drop_others()
 
@@ -158,16 +170,10 @@ class Aggregates:
                 self._drop(aggregate)
 
     def _unused(self) -> list[str]:
-        """The aggregates that are not refreshed; what is made of others comes before them.
-
-        Minutes that are not refreshed are of no use to a measurement that is off the list either: its aggregate is made
-        again when it is put back.
-        """
-        unused = sorted(self._ours() - {rollup.aggregate for rollup in self.all_refreshed()})
-        for base in sorted(set(self._base_of.values()) - set(self.bases_refreshed())):
-            built = (name for (name,) in self._connection.execute(SQL["built_on"], {"base": base}))
-            unused += [*(name for name in built if name not in unused), base]
-        return unused
+        """The aggregates that are not refreshed; what is made of others comes before them."""
+        ours = self._of([rollup.name for rollup in self.configured])
+        unused = ours - {rollup.aggregate for rollup in self.all_refreshed()}
+        return [*sorted(unused), *sorted(set(self._base_of.values()) - set(self.bases_refreshed()))]
 
     def all_refreshed(self) -> tuple[Rollup, ...]:
         """Every aggregate that must follow the readings: the current ones and those being built."""
@@ -218,16 +224,12 @@ class Aggregates:
         self._connection.execute(SQL["vacuum_often"].format(materialized=self.materialized()[aggregate]))
         log.info("aggregate_created", extra=fields(aggregate=aggregate))
 
-    def _ours(self) -> set[str]:
-        """The aggregates of what is configured, of whatever width and source."""
-        names = "|".join(rollup.name for rollup in self.configured)
-        pattern = re.compile(f"({names})_[0-9]+min({OF_MINUTES})?")
+    def _of(self, names: Iterable[str]) -> set[str]:
+        """The aggregates of these measurements, of whatever width and source."""
+        pattern = re.compile(f"({'|'.join(names)})_[0-9]+min({OF_MINUTES})?")
         return {aggregate for aggregate in self.materialized() if pattern.fullmatch(aggregate)}
 
     def _drop(self, aggregate: str) -> None:
-        for rollup in stored_rollups(self._connection).values():
-            if rollup.aggregate == aggregate and rollup.name not in self.current:
-                self._connection.execute(statement("show_summary_live", rollup))
         self._connection.execute(SQL["drop_aggregate"].format(aggregate=sql.Identifier(aggregate)))
         self._read_bases()
         log.info("aggregate_dropped", extra=fields(aggregate=aggregate))

@@ -79,11 +79,7 @@ class IntervalChange:
         while start is not None and end is not None and start < end:
             began = time.monotonic()
             stop = min(start + max(self._summaries.step // rollup.width, 1) * rollup.width, end)
-            if rollup.of_minutes:
-                self._summaries.refresh(
-                    self._aggregates.base_of(rollup), start, stop
-                )  # what was changed by hand is in no queue row
-            self._summaries.refresh(rollup.aggregate, start, stop)
+            self._summaries.refresh_all(rollup, start, stop)  # what was changed by hand is in no queue row
             start = stop
             self._summaries.pace(time.monotonic() - began)
             yield

@@ -236,12 +236,6 @@ JOIN pg_attribute ON attrelid = format('%%I.%%I', view_schema, view_name)::regcl
 WHERE view_schema = 'public' AND starts_with(view_name, %(base)s) AND attname LIKE '%%\_count' AND attnum > 0
 GROUP BY view_name
 
--- name: built_on
-SELECT view_name FROM timescaledb_information.continuous_aggregates
-WHERE view_schema = 'public' AND (hypertable_schema, hypertable_name) IN (
-    SELECT materialization_hypertable_schema, materialization_hypertable_name
-    FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND view_name = %(base)s)
-
 -- name: create_of_readings
 CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
@@ -284,7 +278,9 @@ ALTER TABLE {materialized} SET (autovacuum_vacuum_scale_factor = 0, autovacuum_v
 DROP MATERIALIZED VIEW {aggregate}
 
 -- name: live_view_shows
-SELECT pg_get_viewdef({live_name}::regclass) ~ {aggregate_name}
+-- As it should: what is behind has to wait.
+SELECT pg_get_viewdef({live_name}::regclass) ~ {aggregate_name} OR behind_before > '-infinity'
+FROM summary_state WHERE measurement = {measurement_name}
 
 -- name: probe_live_view
 -- Changes nothing, but waits for whoever reads the view in an open transaction.
@@ -317,12 +313,7 @@ SELECT measurement, extract(epoch FROM width)::bigint / 60, aggregate FROM summa
 -- name: write_state
 INSERT INTO summary_state (measurement, aggregate, width, behind_before)
 VALUES (%(measurement)s, %(aggregate)s, %(width)s, %(behind)s::timestamptz)
-ON CONFLICT (measurement) DO UPDATE SET aggregate = excluded.aggregate, behind_before = excluded.behind_before
-
--- name: fall_behind
--- What is off the list is not refreshed from now on.
-UPDATE summary_state SET behind_before = 'infinity'
-WHERE measurement <> ALL(%(configured)s) AND behind_before < 'infinity'
+ON CONFLICT (measurement) DO UPDATE SET aggregate = excluded.aggregate
 
 -- name: read_behind
 SELECT behind_before::text FROM summary_state WHERE measurement = {measurement_name} AND behind_before > '-infinity'
@@ -352,11 +343,13 @@ FROM newest, (SELECT count(*) AS sensors FROM (SELECT DISTINCT sensor_id FROM ne
 HAVING count(*) >= greatest(1000, 2 * max(sensors))
 
 -- name: queue_all
--- All the history there is, for an aggregate that has just been created; by chunks, since a look into thousands of them
--- needs thousands of locks.
+-- All the history there is, for an aggregate that has just been created, unless it catches up by itself; by chunks,
+-- since a look into thousands of them needs thousands of locks.
 INSERT INTO summary_refresh_queue (touched)
 SELECT range_agg(tstzrange(range_start, range_end)) FROM timescaledb_information.chunks
-WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' HAVING count(*) > 0
+WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+  AND (SELECT behind_before = '-infinity' FROM summary_state WHERE measurement = {measurement_name})
+HAVING count(*) > 0
 
 -- name: history
 -- The whole intervals that hold all there is from the edge on, which is where an interval begins, and is not frozen:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from datetime import datetime, timedelta
 
 from psycopg import Connection
 
@@ -23,15 +22,12 @@ from services.etl.aggregates import Aggregates, statement, stored_rollups
 from services.etl.instruments import SUMMARY_DIFFERENCES
 from services.etl.lease import Lease
 from services.etl.rollup import Rollup
-from services.etl.summaries import Summaries
+from services.etl.summaries import PIECE, Summaries, Window, piece_before
 
 SQL = queries("services.etl")
-PIECE = timedelta(days=1)  # this much is compared at once, or one interval if that is longer
 LOOK_EVERY_S = 0.5
 
 log = logging.getLogger("etl")
-
-Window = tuple[datetime, datetime]
 
 
 class SelfCheck:
@@ -42,21 +38,6 @@ class SelfCheck:
         self._lease = lease
         self._aggregates = aggregates
         self._summaries = summaries
-
-    def catch_up(self) -> Iterator[None]:
-        """Compare all the history of what is new or was off the list, once and piece by piece, the newest first.
-
-        What was stored meanwhile is in no queue any more. How far it has come is kept: we may die in between.
-        """
-        for rollup in tuple(self._aggregates.current.values()):
-            while (row := self._connection.execute(statement("read_behind", rollup)).fetchone()) is not None:
-                piece = piece_before(self._connection, rollup, row[0])
-                with self._lease.transaction():
-                    if piece is not None:
-                        queue_differences(self._connection, rollup, piece, [])
-                    edge = {"edge": piece and piece[0]}
-                    self._connection.execute(statement("write_behind", rollup), edge)
-                yield
 
     def steps(self) -> Iterator[None]:
         """One look at every measurement: at the last day, and at one more piece of what is older."""
@@ -133,13 +114,6 @@ def reconcile(
         if shutdown.wait(LOOK_EVERY_S):
             break
     return differing
-
-
-def piece_before(connection: Connection, rollup: Rollup, edge: datetime | str | None) -> Window | None:
-    """The newest piece that holds readings or summary rows of before ``edge``, as whole intervals; None at the end."""
-    piece = max(PIECE // rollup.width, 1) * rollup.width
-    row = connection.execute(statement("piece_before", rollup), {"edge": edge, "piece": piece}).fetchone()
-    return None if row is None else (row[0], row[1])
 
 
 def is_queued(connection: Connection, ids: list[int]) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -43,6 +43,7 @@ STEP = timedelta(days=1)
 MOST_TIME = timedelta(days=7)
 MOST_WINDOWS = 32
 SLOW_S, QUICK_S = 20.0, 2.0
+PIECE = timedelta(days=1)  # this much is compared or caught up with at once, or one interval if that is longer
 # A refresh of what lies between two windows that are this near costs less than another call.
 NEAR = timedelta(minutes=5)
 # Where there are more windows than one step takes, sensors report seldom, and there is little between.
@@ -168,6 +169,31 @@ class Summaries:
             raise
         REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
 
+    def refresh_all(self, rollup: Rollup, start: datetime, end: datetime) -> None:
+        """Refresh what is out of date, by TimescaleDB's own notes, and what it is made of."""
+        if rollup.of_minutes:
+            self.refresh(self._aggregates.base_of(rollup), start, end)
+        self.refresh(rollup.aggregate, start, end)
+
+    def catch_up(self) -> Iterator[None]:
+        """Bring up the summary of what is new or was off the list, piece by piece, the newest first.
+
+        What was stored meanwhile is in no queue any more. How far it has come is kept: we may die in between. Until the
+        end the live view shows the summary.
+        """
+        for rollup in tuple(self._aggregates.current.values()):
+            while (row := self._connection.execute(statement("read_behind", rollup)).fetchone()) is not None:
+                piece = piece_before(self._connection, rollup, row[0])
+                if piece is not None:
+                    self.refresh_all(rollup, *piece)
+                with suppress(ChunkDroppedError), self._mirroring() as materialized:
+                    if piece is not None:
+                        self._mirror(rollup, materialized[rollup.aggregate], [piece])
+                    self._connection.execute(statement("write_behind", rollup), {"edge": piece and piece[0]})
+                yield
+                self.note_dropped_chunks()
+        yield from self._aggregates.show_live()
+
     def _end_mistaken_sessions(self) -> None:
         """Those that TimescaleDB takes for a refresh that a crash has ended, as far as we may: they connect again."""
         with suppress(UndefinedTable, UndefinedColumn, InsufficientPrivilege):  # other versions; others' sessions
@@ -214,11 +240,7 @@ class Summaries:
 
         Returns how many rows of each summary changed, and how many queue rows are done.
         """
-        with self._lease.transaction():
-            if self._is_chunk_missing():
-                raise ChunkDroppedError
-            materialized = self._aggregates.materialized()
-            self._connection.execute(SQL["never_compare_all_pairs"])
+        with self._mirroring() as materialized:
             changed = {
                 rollup.name: self._mirror(rollup, materialized[rollup.aggregate], intervals[rollup])
                 for rollup in self._aggregates.current.values()
@@ -228,6 +250,15 @@ class Summaries:
             if cut is not None:
                 self._connection.execute(SQL["keep_rest"], left)
         return changed, done
+
+    @contextmanager
+    def _mirroring(self) -> Iterator[dict[str, sql.Identifier]]:
+        """A transaction that changes summaries; the tables of the aggregates."""
+        with self._lease.transaction():
+            if self._is_chunk_missing():
+                raise ChunkDroppedError
+            self._connection.execute(SQL["never_compare_all_pairs"])
+            yield self._aggregates.materialized()
 
     def _is_chunk_missing(self) -> bool:
         row = self._connection.execute(SQL["is_chunk_missing"]).fetchone()
@@ -283,3 +314,10 @@ def take_newest(minutes: list[Window], most_time: timedelta) -> Step:
         return Step(taken)
     cut = taken[0][0]
     return Step(taken, cut, max(min(end, cut) for start, end in minutes if start < cut))
+
+
+def piece_before(connection: Connection, rollup: Rollup, edge: datetime | str | None) -> Window | None:
+    """The newest piece that holds readings or summary rows of before ``edge``, as whole intervals; None at the end."""
+    piece = max(PIECE // rollup.width, 1) * rollup.width
+    row = connection.execute(statement("piece_before", rollup), {"edge": edge, "piece": piece}).fetchone()
+    return None if row is None else (row[0], row[1])

@@ -165,10 +165,9 @@ class Leader:
         self.summaries = Summaries(connection, self._aggregates, lease, keep)
         self._lease = lease
         self.change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
-        self._check = SelfCheck(connection, lease, self._aggregates, self.summaries)
         self._duties = [
             Duty("live_views", self._aggregates.show_live, DUTIES_EVERY_S),
-            Duty("catch_up", self._check.catch_up, DUTIES_EVERY_S),
+            Duty("catch_up", self.summaries.catch_up, DUTIES_EVERY_S),
             Duty("interval_change", self.change.steps, CHANGE_EVERY_S),
             Duty("retention", Retention(connection, lease, keep).steps, DUTIES_EVERY_S),
         ]
@@ -177,7 +176,8 @@ class Leader:
         """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
         duties = list(self._duties)
         if self._settings.etl_check_seconds:
-            duties.append(Duty("self_check", self._check.steps, self._settings.etl_check_seconds))
+            check = SelfCheck(self._connection, self._lease, self._aggregates, self.summaries)
+            duties.append(Duty("self_check", check.steps, self._settings.etl_check_seconds))
         while not shutdown.requested:
             has_refreshed = self._work(settled=True)
             self.has_worked = True
