@@ -201,7 +201,7 @@ def test_what_is_taken_off_the_list_stays_and_catches_up_when_it_is_put_back(
     refreshed = changes(connection)
     leader = Leader(connection, added)
     next(leader.summaries.catch_up())
-    for _ in leader._aggregates.show_live():  # noqa: SLF001 - a duty that is due
+    for _ in leader._aggregates.show_live():
         pass
     assert summary(connection, "noise") == summary(connection, "noise", suffix="_live")
     leader.run_once()
