@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from psycopg import sql
 
@@ -26,10 +31,11 @@ from services.core.shutdown import Shutdown
 from services.etl.reconcile import reconcile
 from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
-from services.local.check import differences_in_readings, differences_in_summary
+from services.local.check import Key, Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, StartService, minutes, publish, run_cli, wait_until
-from tests.fix_stack import as_environment, empty, upgrade
+from tests.fix_stack import ROOT, as_environment, empty, upgrade
 from tests.integration.test_etl import aggregates, summary
+from tests.integration.test_recipe import NOT_COPIED
 from tests.measured import MEASUREMENTS
 
 NAMES = (*MEASUREMENTS, "noise")
@@ -46,10 +52,15 @@ def clean(settings: Settings) -> Iterator[None]:
     """Leaves the schema as it was."""
     yield
     with connect(settings) as connection:
-        connection.execute("DROP VIEW IF EXISTS noise_summary_live")
-        empty(connection)
-        connection.execute("DROP TABLE IF EXISTS noise_summary")
-        connection.execute("ALTER TABLE sensor_data DROP COLUMN IF EXISTS noise")
+        remove(connection, "noise")
+
+
+def remove(connection: psycopg.Connection, name: str) -> None:
+    """Take a measurement from an emptied database."""
+    connection.execute(f"DROP VIEW IF EXISTS {name}_summary_live")
+    empty(connection)
+    connection.execute(f"DROP TABLE IF EXISTS {name}_summary")
+    connection.execute(f"ALTER TABLE sensor_data DROP COLUMN IF EXISTS {name}")
 
 
 @pytest.fixture
@@ -291,6 +302,50 @@ def test_a_measurement_is_added_to_a_pipeline_under_load(
     assert noise is not None
     assert 200 <= noise[0] < 400  # at least all that were sent when only consumers with it were left
     assert differences_in_readings(connection, stored(connection, NAMES), NAMES) == []
+
+
+def test_the_readme_s_five_lines_bring_co2_to_its_summary(
+    settings: Settings, connection: psycopg.Connection, tmp_path: Path
+) -> None:
+    if "co2" in MEASUREMENTS:
+        pytest.skip("it is there already")
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=NOT_COPIED)
+    (section,) = re.findall(r"^## Measure more$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
+    assert len(lines) == 5
+    times = [minutes(at / 3) for at in range(500)]
+    table = pa.table(
+        {
+            "ms": [int(time.timestamp() * 1000) for time in times],
+            "origin": [f"s{at % 3}" for at in range(500)],
+            "temp": [float(at) for at in range(500)],
+            "humid": pa.nulls(500, pa.float64()),
+            "ppm": [400.0 + at % 7 for at in range(500)],
+        }
+    )
+    pq.write_table(table, clone / "office.parquet")
+    given = {
+        name: value
+        for name, value in as_environment(settings).items()
+        if not re.fullmatch("MEASUREMENTS|DATA_FEATURE_.*|PARQUET_URL", name)
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "MEASUREMENTS"} | given
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
+    try:
+        for line in lines:
+            done = subprocess.run(
+                ["sh", "-c", line], cwd=clone, env=environment, capture_output=True, text=True, timeout=120, check=False
+            )
+            assert done.returncode == 0, done.stderr
+        rows: dict[Key, Values] = {
+            (row["origin"], time): (row["temp"], row["ppm"]) for row, time in zip(table.to_pylist(), times, strict=True)
+        }
+        assert differences_in_readings(connection, rows, ("temperature", "co2")) == []
+        assert differences_in_summary(connection, rows, 1, "co2", 10) == []
+        assert differences_in_summary(connection, rows, 0, "temperature", 10) == []
+    finally:
+        remove(connection, "co2")
 
 
 def is_settled(connection: psycopg.Connection) -> bool:

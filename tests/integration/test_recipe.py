@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
 from services.etl.worker import Leader
-from tests.fix_services import NOWHERE, START, publish
+from tests.fix_services import NOWHERE, START
 from tests.fix_stack import ROOT, as_environment, is_native, make_stack, upgrade
 from tests.measured import MEASUREMENTS, reading_of
 
@@ -68,7 +67,7 @@ class Follower:
         self._settings = settings
         shutil.copytree(ROOT, self.clone, ignore=NOT_COPIED)
         (apply,) = re.findall(r"^\$ (sed .* git apply)$", GUIDE, re.MULTILINE)
-        self.type(apply.replace("### Add a metric", f"### {title}"))
+        self.type(apply.replace("### Add a setting", f"### {title}"))
         self.type("ruff check --quiet . && ruff format --quiet --check .")
 
     def follow(self) -> None:
@@ -146,32 +145,3 @@ def test_a_migration(database: Settings, tmp_path: Path) -> None:
     finally:
         follower.type("alembic downgrade -1")
     assert newest == [("s1", START.replace(hour=5))]
-
-
-def test_a_metric(database: Settings, tmp_path: Path) -> None:
-    with connect(database) as connection:
-        before = summaries(connection)
-        assert len(before["temperature_summary"]) == 2
-        follower = Follower("Add a metric", database, tmp_path)
-        follower.follow()
-        (filled,) = follower.results
-        assert len(filled) == 2
-        assert summaries(connection) == before
-
-        late = {"sensor_id": "attic", "time": "2024-05-01T12:00:30Z", "pressure": 910.0}
-        publish(database, [json.dumps(late).encode()], key="attic")
-        follower.type("sensor-pipeline consume --until-caught-up && sensor-pipeline etl --once")
-        assert follower.ask("SELECT min_pressure, reading_count FROM pressure_summary ORDER BY interval_start") == [
-            (910.0, 31),
-            (1030.0, 30),
-        ]
-        rows = "SELECT * FROM pressure_summary{} ORDER BY interval_start"
-        assert follower.ask(rows.format("_live"), "sensor_reader") == follower.ask(rows.format(""))
-        assert "pressure_summary: 0 rows differed" in follower.type("sensor-pipeline etl --reconcile")
-
-        follower.type("alembic downgrade -1")
-        Leader(connection, database).run_once()
-        assert summaries(connection) == before
-        follower.type("alembic upgrade head && sensor-pipeline etl --once")
-        assert follower.ask("SELECT count(*), sum(reading_count) FROM pressure_summary") == [(2, 61)]
-        assert summaries(connection) == before
