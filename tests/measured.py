@@ -21,12 +21,9 @@ def make_settings(**given: Any) -> Settings:
     return ALL_SETTINGS(_env_file=None, **given)
 
 
-def reading_of(
-    sensor_id: str, time: datetime, temperature: float | None = None, humidity: float | None = None, **others: float
-) -> Reading:
-    """A reading."""
-    values = {"temperature": temperature, "humidity": humidity} | others
-    made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, **values)
+def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: float | None) -> Reading:
+    """A reading; ``values`` are of temperature, humidity and so on."""
+    made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, *values, **named)
     return made
 
 

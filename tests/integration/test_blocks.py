@@ -16,6 +16,7 @@ from confluent_kafka import Producer
 from services.core.block import block_schema, encode_block
 from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of
+from services.core.measurements import DEFAULT
 from tests.fix_services import (
     PATIENCE_S,
     StartService,
@@ -27,9 +28,8 @@ from tests.fix_services import (
     wait_until,
 )
 from tests.integration.test_producer import FORMATS, MANY, changed, source, write
-from tests.measured import MEASUREMENTS
 
-BLOCK_SCHEMA = block_schema(MEASUREMENTS)
+BLOCK_SCHEMA = block_schema(DEFAULT)
 
 Row = tuple[str | None, datetime | int | None, float | None, float | None]
 Headers = list[tuple[str, str | bytes | None]]

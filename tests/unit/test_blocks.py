@@ -20,13 +20,14 @@ from services.consumer.blocks import alone, split_refused
 from services.core.block import block_schema, decode_block, encode_block
 from services.core.errors import MalformedMessage
 from services.core.kafka import ARROW, FORMAT_HEADER
+from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
 from services.core.reading import EPOCH, LARGEST_VALUE, Decoder, Reading, reading_type
 from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
 from services.producer.encoding import Columns, encode_batch
 from tests.measured import MEASUREMENTS, reading_of
 
-BLOCK_SCHEMA = block_schema(MEASUREMENTS)
+BLOCK_SCHEMA = block_schema(DEFAULT)
 
 COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")
 NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -143,16 +144,16 @@ def stream(*batches: pa.RecordBatch, **options: object) -> bytes:
 
 def test_a_block_is_a_stream_of_one_record_batch() -> None:
     assert encode_block(ROWS) == stream(ROWS)
-    assert decode_block(encode_block(ROWS), MEASUREMENTS).equals(ROWS)
+    assert decode_block(encode_block(ROWS), DEFAULT).equals(ROWS)
 
 
 def test_columns_go_by_their_names_and_any_may_be_missing_or_be_more() -> None:
-    found = decode_block(stream(ROWS.select(["humidity", "time", "sensor_id"])), MEASUREMENTS)
+    found = decode_block(stream(ROWS.select(["humidity", "time", "sensor_id"])), DEFAULT)
     assert found.schema == BLOCK_SCHEMA
     assert found["temperature"].null_count == 3
     assert found.drop_columns(["temperature"]).equals(ROWS.drop_columns(["temperature"]))
-    assert decode_block(stream(ROWS.select(["time", "sensor_id"])), MEASUREMENTS).schema == BLOCK_SCHEMA
-    assert decode_block(stream(ROWS.append_column("wind", ROWS["time"])), MEASUREMENTS).equals(ROWS)  # as in JSON
+    assert decode_block(stream(ROWS.select(["time", "sensor_id"])), DEFAULT).schema == BLOCK_SCHEMA
+    assert decode_block(stream(ROWS.append_column("wind", ROWS["time"])), DEFAULT).equals(ROWS)  # as in JSON
 
 
 def replaced(name: str, column: pa.Array) -> bytes:
@@ -183,20 +184,20 @@ def replaced(name: str, column: pa.Array) -> bytes:
 )
 def test_what_is_no_block_is_refused_as_a_whole(value: bytes, why: str) -> None:
     with pytest.raises(MalformedMessage, match=f"^no block of readings: {why}") as refused:
-        decode_block(value, MEASUREMENTS)
+        decode_block(value, DEFAULT)
     assert refused.value.reason == "invalid_block"
 
 
 def test_an_id_that_is_not_utf_8_makes_the_block_invalid() -> None:
     value = stream(ROWS).replace(b"s1s2", b"\xff1s2")
     with pytest.raises(MalformedMessage, match="UTF8"):
-        decode_block(value, MEASUREMENTS)
+        decode_block(value, DEFAULT)
 
 
 @pytest.mark.parametrize("value", [None, b""])
 def test_no_value_is_empty(value: bytes | None) -> None:
     with pytest.raises(MalformedMessage) as refused:
-        decode_block(value, MEASUREMENTS)
+        decode_block(value, DEFAULT)
     assert refused.value.reason == "empty"
 
 
@@ -219,7 +220,7 @@ def test_whatever_the_bytes_nothing_is_raised_but_malformed(damage: list[tuple[i
 def test_noise_is_malformed(value: bytes) -> None:
     for prefix in (b"", stream(ROWS)[:300], struct.pack("<Ii", 0xFFFF_FFFF, len(value))):
         with pytest.raises(MalformedMessage):
-            decode_block(prefix + value, MEASUREMENTS)
+            decode_block(prefix + value, DEFAULT)
 
 
 # --- which of its rows are readings --------------------------------------------------------------------------
@@ -240,7 +241,7 @@ odd_ids = (
 
 
 def decoder() -> Decoder:
-    found = Decoder(MEASUREMENTS, max_bytes=10**6, max_future=timedelta(days=1), **AGES)
+    found = Decoder(DEFAULT, max_bytes=10**6, max_future=timedelta(days=1), **AGES)
     found.set_clock(CLOCK)
     return found
 
@@ -250,7 +251,7 @@ Refused = tuple[str | None, bytes, str, str]  # sensor, value, reason and what w
 
 def read(value: bytes) -> tuple[pa.RecordBatch, list[Refused]]:
     """The readings of a block, with times as in BLOCK_SCHEMA, and the rows that are none."""
-    block = decode_block(value, MEASUREMENTS)
+    block = decode_block(value, DEFAULT)
     numbers = block.set_column(1, "time", block["time"].view(pa.int64()))
     rows, refused = split_refused(numbers, decoder())
     whole = Message(topic="t", partition=0, offset=0, value=value, headers=[(FORMAT_HEADER, ARROW)])
@@ -284,7 +285,7 @@ def test_a_row_is_a_reading_exactly_if_its_json_is(
         except MalformedMessage as error:
             reasons.append((sensor, error.reason))
     batch, refused = read(encode_block(pa.record_batch(columns, schema=BLOCK_SCHEMA)))
-    assert [reading_of(**row) for row in batch.to_pylist()] == stored
+    assert batch.to_pylist() == [msgspec.structs.asdict(reading) for reading in stored]
     assert [(sensor, reason) for sensor, _, reason, _ in refused] == reasons
     for _, value, reason, _ in refused:  # as a message it is refused again, for the same reason
         with pytest.raises(MalformedMessage) as again:

@@ -7,6 +7,7 @@ import math
 import random
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pyarrow as pa
 import pytest
 from confluent_kafka import Message
@@ -23,10 +24,11 @@ from services.core.kafka import (
     REPEATED_IF_MOVED,
     place_of,
 )
+from services.core.measurements import DEFAULT
 from services.core.reading import EPOCH, Decoder
 from tests.measured import MEASUREMENTS
 
-BLOCK_SCHEMA = block.block_schema(MEASUREMENTS)
+BLOCK_SCHEMA = block.block_schema(DEFAULT)
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -210,7 +212,7 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
                 refused.append((message.offset(), error.reason, str(error)))
             else:
                 time, marked = (reading.time - EPOCH) // MICROSECOND, {REPEATED, fills_gaps and REPEATED_IF_MOVED}
-                row = (reading.sensor_id, time, reading.temperature, reading.humidity)
+                row = (reading.sensor_id, time, *msgspec.structs.astuple(reading)[2:])
                 rows.append((*row, *place_of(message), repeated in marked))
         decoded, letters, decoded_size = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(decoded)) == repr(rows)
