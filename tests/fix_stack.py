@@ -216,6 +216,14 @@ def empty(connection: psycopg.Connection) -> None:
     connection.execute("UPDATE etl_lease SET holder = 0, expires_at = '-infinity'")
 
 
+def remove_measurement(connection: psycopg.Connection, name: str) -> None:
+    """Take a measurement out of the schema; removes all rows, too."""
+    connection.execute(f"DROP VIEW IF EXISTS {name}_summary_live")
+    empty(connection)
+    connection.execute(f"DROP TABLE IF EXISTS {name}_summary")
+    connection.execute(f"ALTER TABLE sensor_data DROP COLUMN IF EXISTS {name}")
+
+
 def pytest_report_header() -> str:
     """Which servers are under test."""
     if is_native():

@@ -4,6 +4,7 @@ Absolute figures drift from hour to hour, ratios hardly do. Floors and subjects 
 the median counts. Prints a table with the goals (goals.py) and writes .local/bench/native.json or embedded.json;
 ``--readme`` prints what README shows of both. It runs on a local stack, or on native servers where TEST_POSTGRE_* and
 TEST_KAFKA_* name them (their database is emptied; BENCH_KAFKA is the version of that Kafka, which no client is told).
+``--only wide`` measures what eight measurements more cost.
 ``BENCH_HISTORY=100000000 ... --only history_cost`` measures with more history.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 import psycopg
 from confluent_kafka import KafkaException
 
-from tests.benchmarks import consuming, flowing, summarising
+from tests.benchmarks import consuming, flowing, summarising, wide
 from tests.benchmarks.goals import GROUPS, Run, chosen, readme, table
 from tests.benchmarks.servers import Bench, Scale, describe, servers
 from tests.fix_stack import ROOT
@@ -43,7 +44,9 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "second": summarising.measure_second,
     "minute": summarising.measure_minute,
     "hour": summarising.measure_hour,
+    "wide": wide.measure_wide,
 }
+ON_REQUEST = {"wide"}
 NATIVE = {"end_to_end_minute", "freshness_of_many", "hour"}  # too much for the embedded server
 
 
@@ -61,7 +64,8 @@ def measure(only: frozenset[str]) -> tuple[Run, list[str]]:
     with tempfile.TemporaryDirectory() as name, servers(Path(name)) as settings:
         bench = Bench(settings.model_copy(update={"log_format": "json"}), Path(name), scale, only)
         for group, measurement in MEASUREMENTS.items():
-            if bench.wants(*(key.name for key in GROUPS[group])) and (scale.kind == "native" or group not in NATIVE):
+            is_wanted = bench.wants(*(key.name for key in GROUPS[group])) and (only or group not in ON_REQUEST)
+            if is_wanted and (scale.kind == "native" or group not in NATIVE):
                 say(f"{time.monotonic() - started:4.0f} s  measuring {group}")
                 try:
                     measurement(bench)

@@ -134,6 +134,11 @@ GROUPS: dict[str, tuple[Key, ...]] = {
     "second": _density("second", 0.6, 0.8),
     "minute": _density("minute", 2, 6.8),  # embedded: half of what it was before
     "hour": _density("hour", 10),
+    "wide": (
+        Key("wide_floor_ratio", "binary COPY of rows with ten measurements, over that of two", RATIO),
+        Key("wide_drain_ratio", "one consumer drains readings with ten, over two, JSON", RATIO),
+        Key("wide_ratio", "— over what it costs COPY", RATIO, at_least(1)),
+    ),
 }  # fmt: skip
 
 KEYS = {key.name: key for keys in GROUPS.values() for key in keys}

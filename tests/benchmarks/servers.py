@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -20,13 +21,14 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
-from services.core.reading import encode
+from services.core.measurements import DEFAULT
+from services.core.reading import encode, reading_type
 from services.local.runtime import KAFKA_VERSION
 from tests.benchmarks.goals import KEYS
 from tests.benchmarks.history import BATCH, COPY, History, Row
 from tests.fix_services import Service, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS
 
 PATIENCE_S = 600.0
 
@@ -92,14 +94,14 @@ class Bench:
         with connect(self.settings) as connection:
             empty(connection)
 
-    def copy_floor(self, rows: Sequence[Row]) -> float:
+    def copy_floor(self, rows: Sequence[tuple[Any, ...]], measurements: Sequence[str] = DEFAULT) -> float:
         """Rows per second of binary COPY into the same table as psycopg's users write it."""
         self.truncate()
         started = time.monotonic()
         with connect(self.settings) as connection:
             for at in range(0, len(rows), BATCH):
                 with connection.transaction(), connection.cursor() as cursor:
-                    copy_rows(cursor, "sensor_data", rows[at : at + BATCH])
+                    copy_rows(cursor, "sensor_data", rows[at : at + BATCH], measurements)
         return len(rows) / (time.monotonic() - started)
 
     def encoded_floor(self, pieces: Sequence[bytes], streams: int = 1) -> float:
@@ -152,14 +154,15 @@ class Bench:
         create_topics(AdminClient(client_settings(changed, "bench")), changed)
         return changed
 
-    def fill(self, settings: Settings, rows: Iterable[Row], every_bad: int = 0) -> None:
+    def fill(self, settings: Settings, rows: Iterable[tuple[Any, ...]], every_bad: int = 0) -> None:
         """Put readings on the topic; each ``every_bad``-th message is malformed."""
         producer = Producer(
             client_settings(settings, "bench")
             | {"linger.ms": 50, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
         )
-        for number, (moment, sensor, temperature, humidity) in enumerate(rows):
-            value = encode(reading_of(sensor, moment, temperature, humidity))
+        make: Any = reading_type(settings.measurements)
+        for number, (moment, sensor, *values) in enumerate(rows):
+            value = encode(make(sensor, moment, *values))
             if every_bad and number % every_bad == 0:
                 value = value[:-2]
             while True:
@@ -233,11 +236,13 @@ def source_of(path: Path) -> dict[str, str]:
     }
 
 
-def copy_rows(cursor: psycopg.Cursor, table: str, rows: Iterable[Row]) -> None:
+def copy_rows(
+    cursor: psycopg.Cursor, table: str, rows: Iterable[tuple[Any, ...]], measurements: Sequence[str] = DEFAULT
+) -> None:
     """Binary COPY, row by row."""
-    columns = "(time, sensor_id, temperature, humidity)"
-    with cursor.copy(f"COPY {table} {columns} FROM STDIN (FORMAT binary)") as into:
-        into.set_types(("timestamptz", "text", "float8", "float8"))
+    columns = ", ".join(("time", "sensor_id", *measurements))
+    with cursor.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT binary)") as into:
+        into.set_types(("timestamptz", "text", *["float8"] * len(measurements)))
         for row in rows:
             into.write_row(row)
 

@@ -33,7 +33,7 @@ from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, StartService, minutes, publish, run_cli, wait_until
-from tests.fix_stack import ROOT, as_environment, empty, upgrade
+from tests.fix_stack import ROOT, as_environment, remove_measurement, upgrade
 from tests.integration.test_etl import aggregates, summary
 from tests.integration.test_recipe import NOT_COPIED
 from tests.measured import MEASUREMENTS
@@ -52,15 +52,7 @@ def clean(settings: Settings) -> Iterator[None]:
     """Leaves the schema as it was."""
     yield
     with connect(settings) as connection:
-        remove(connection, "noise")
-
-
-def remove(connection: psycopg.Connection, name: str) -> None:
-    """Take a measurement from an emptied database."""
-    connection.execute(f"DROP VIEW IF EXISTS {name}_summary_live")
-    empty(connection)
-    connection.execute(f"DROP TABLE IF EXISTS {name}_summary")
-    connection.execute(f"ALTER TABLE sensor_data DROP COLUMN IF EXISTS {name}")
+        remove_measurement(connection, "noise")
 
 
 @pytest.fixture
@@ -345,7 +337,7 @@ def test_the_readme_s_five_lines_bring_co2_to_its_summary(
         assert differences_in_summary(connection, rows, 1, "co2", 10) == []
         assert differences_in_summary(connection, rows, 0, "temperature", 10) == []
     finally:
-        remove(connection, "co2")
+        remove_measurement(connection, "co2")
 
 
 def is_settled(connection: psycopg.Connection) -> bool:

@@ -159,7 +159,7 @@ def test_blocks_are_what_their_rows_say_one_by_one(fills_gaps: bool) -> None:
                 else:
                     time = (reading.time - EPOCH) // MICROSECOND
                     values = (reading.sensor_id, time, reading.temperature, reading.humidity)
-                    rows.append((*values, *place_of(message), marked))
+                    rows.append((*values, *[None] * (len(MEASUREMENTS) - 2), *place_of(message), marked))
         messages = [message for message, _ in pairs]
         chunks, letters, size = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(chunks)) == repr(rows)
