@@ -84,7 +84,7 @@ class TimeFormat:
         elif is_number(column.type):
             column, far = _counted(column, self.unit)
         elif not pa.types.is_timestamp(column.type):
-            column = column.cast(pa.timestamp("ms" if pa.types.is_date64(column.type) else "s"))
+            column = column.cast(pa.timestamp("ms"))  # a date, or nothing at all
         if column.type.unit == "ns":
             column = _rounded(column.cast(pa.int64()))
         is_shifted = local is not False and self.zone != "UTC"
