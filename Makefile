@@ -29,8 +29,13 @@ demo-down: setup ## stop a demo that was left running
 # Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
 WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
 
+# What depends on the number of measurements, with more of them.
+MORE := $(addprefix tests/unit/test_,$(addsuffix .py,blocks decoding reading sink)) \
+	$(addprefix tests/integration/test_,$(addsuffix .py,blocks density measurements sink))
+
 test: setup ## all tests, on a local stack that they start themselves
 	@$(BIN)/python -m pytest $(WORKERS)
+	@MEASUREMENTS=temperature,humidity,pressure,co2 $(BIN)/python -m pytest $(WORKERS) $(MORE)
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py

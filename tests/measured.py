@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from services.core.config import Settings, settings_type
 from services.core.measurements import DEFAULT, names_of
 from services.core.reading import Reading, reading_type
 
+# More than these the tests do not send; of the others there must be aggregates and empty summaries, and nothing else.
 MEASUREMENTS = names_of(os.environ.get("MEASUREMENTS", ",".join(DEFAULT)))
 ALL_SETTINGS = settings_type(MEASUREMENTS)
 
@@ -25,6 +27,11 @@ def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: f
     """A reading; ``values`` are of temperature, humidity and so on."""
     made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, *values, **named)
     return made
+
+
+def of_default(names: Iterable[str]) -> set[str]:
+    """The names of aggregates without those of further measurements."""
+    return {name for name in names if not name.startswith(tuple(f"{more}_" for more in MEASUREMENTS[len(DEFAULT) :]))}
 
 
 def documented_settings() -> list[tuple[str, str, str | None]]:

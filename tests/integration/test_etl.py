@@ -28,7 +28,7 @@ from services.etl.summaries import Summaries
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
-from tests.measured import reading_of
+from tests.measured import of_default, reading_of
 
 Summary = list[tuple[object, ...]]
 
@@ -108,7 +108,7 @@ def queue_length(connection: psycopg.Connection) -> int:
 
 def aggregates(connection: psycopg.Connection) -> set[str]:
     rows = connection.execute("SELECT view_name FROM timescaledb_information.continuous_aggregates")
-    return {name for (name,) in rows}
+    return of_default(name for (name,) in rows)
 
 
 def test_a_committed_reading_shows_in_table_and_live_view(
@@ -166,7 +166,8 @@ def test_a_late_reading_recomputes_its_interval_and_no_other(
 
     def note_and_refresh(aggregate: str, start: datetime, end: datetime, *, force: bool) -> None:
         assert force
-        windows.append((aggregate, start, end))
+        if of_default([aggregate]):
+            windows.append((aggregate, start, end))
         refresh(aggregate, start, end, force=force)
 
     monkeypatch.setattr(leader.summaries, "refresh", note_and_refresh)
