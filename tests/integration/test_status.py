@@ -21,6 +21,7 @@ from tests.expected import Expected, samples
 from tests.fix_proxy import Proxy
 from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import free_port
+from tests.measured import MEASUREMENTS, of_default
 
 Capture = pytest.CaptureFixture[str]
 
@@ -90,7 +91,7 @@ def test_nothing_sent_yet(settings: Settings, capsys: Capture) -> None:
         "compressed_chunks": 0,
         "size_bytes": tables["readings"]["size_bytes"],
     }
-    assert [summary["minutes"] for summary in tables["summaries"]] == [None, None]
+    assert [summary["minutes"] for summary in tables["summaries"]] == [None] * len(MEASUREMENTS)
     assert (tables["queue_rows"], tables["freshness_seconds"], tables["etl_leads"]) == (0, 0, False)
     command.run(settings, as_json=False)
     assert "nothing needs a person" in capsys.readouterr().out
@@ -122,9 +123,9 @@ def test_every_number_agrees_with_psql(filled: Settings, connection: psycopg.Con
             "minutes": minutes,
             "check": None,
         }
-        for metric, minutes in (("temperature", 10), ("humidity", 20))
+        for metric, minutes in ((name, filled.interval_of(name)) for name in MEASUREMENTS)
     ]
-    assert tables["aggregates"] == ["humidity_20min", "temperature_10min"]
+    assert of_default(tables["aggregates"]) == {"humidity_20min", "temperature_10min"}
     versions = state["versions"]
     assert versions["PostgreSQL"] == fetch(connection, "SHOW server_version")
     assert versions["TimescaleDB"] == fetch(
