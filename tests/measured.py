@@ -30,7 +30,7 @@ def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: f
 
 
 def of_default(names: Iterable[str]) -> set[str]:
-    """The names of aggregates without those of further measurements."""
+    """The names of aggregates, or lines about summaries, without those of further measurements."""
     return {name for name in names if not name.startswith(tuple(f"{more}_" for more in MEASUREMENTS[len(DEFAULT) :]))}
 
 

@@ -91,7 +91,7 @@ def test_a_downgrade_drops_no_data_unless_told_so(
 ) -> None:
     """Summaries may have outlived their readings."""
     store_and_summarise(settings, connection)
-    for table in {"sensor_data", "temperature_summary", "humidity_summary"} - {left}:
+    for table in {"sensor_data", *(f"{name}_summary" for name in MEASUREMENTS)} - {left}:
         connection.execute(sql.SQL("TRUNCATE {}").format(sql.Identifier(table)))
     for words in ((), ("-x", "drop_data=no")):
         done = alembic(settings, *words, "downgrade", "base", LOG_LEVEL="WARNING")
