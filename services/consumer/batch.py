@@ -16,12 +16,9 @@ from psycopg import sql
 from services.consumer.columns import joined
 from services.consumer.dead_letter import DeadLetter
 from services.consumer.decoding import decode
+from services.core.errors import OutOfPlaceError
 from services.core.kafka import place_of
 from services.core.reading import Decoder
-
-
-class OutOfPlaceError(Exception):
-    """A message that was fetched before its partition moved: the database has to be asked where to go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,18 +12,18 @@ import pyarrow.compute as pc
 from confluent_kafka import Message
 
 from services.consumer.columns import measured, microseconds
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessage, Reason
 from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
 from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, Decoder
 
 
-def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, tuple[str, str]]]:
+def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, tuple[Reason, str]]]:
     """The rows that are readings, in their order; reason and detail of why others are not, by their numbers.
 
     Columns are looked at as a whole. Only a row with something unusual goes through ``decoder``, as the JSON that it
     would be, so that a reading is one by the same rules in either format.
     """
-    refused: dict[int, tuple[str, str]] = {}
+    refused: dict[int, tuple[Reason, str]] = {}
     for number in pc.indices_nonzero(_unusual(rows, decoder)).to_pylist():
         try:
             decoder.decode(as_json(rows.slice(number, 1)))

@@ -14,7 +14,7 @@ from operator import itemgetter
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.config import Settings
-from services.core.errors import PermanentError, TransientError
+from services.core.errors import PermanentError, Reason, TransientError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
     NOT_ALLOWED,
@@ -29,7 +29,7 @@ from services.core.kafka import (
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
 LONGEST_KEY = 1024  # of a truncated letter
-PUT_REASONS = frozenset({"refused_by_database", "too_late"})
+PUT_REASONS = frozenset({Reason.REFUSED_BY_DATABASE, Reason.TOO_LATE})
 ORIGINAL_BYTES_HEADER = "sensor_pipeline.original_bytes"
 CONNECT_HEADERS = (
     "topic",
@@ -59,7 +59,7 @@ class DeadLetter:
     """A message that was not stored: a stable reason, and what was found."""
 
     message: Message
-    reason: str
+    reason: Reason
     detail: str
 
     def headers(self, group: str) -> list[Header]:
@@ -108,7 +108,7 @@ class DeadLetterTopic:
                     found[place_of(message)] = message
         return found
 
-    def send(self, letters: Sequence[DeadLetter]) -> bool:
+    def send(self, letters: Sequence[DeadLetter]) -> None:
         """Send them all and wait for the broker.
 
         Raises TransientError when it does not take them in time, PermanentError when it never will. After an error
@@ -119,7 +119,6 @@ class DeadLetterTopic:
             for start in range(0, len(letters), SEND_AT_ONCE):
                 for letter in self._send_and_wait(letters[start : start + SEND_AT_ONCE]):
                     self._send_truncated(letter)
-            return True
         except (BufferError, KafkaException, TransientError) as error:
             # What the producer still holds must not go out later, between other letters.
             producer, self._producer = self._producer, None

@@ -17,7 +17,7 @@ from services.consumer.blocks import alone, split_refused
 from services.consumer.columns import ORIGIN, columns_of, joined, measured, microseconds, schema_of
 from services.consumer.dead_letter import DeadLetter
 from services.core.block import decode_block
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessage, Reason
 from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
 from services.core.reading import Decoder, Reading
 
@@ -61,13 +61,13 @@ def decode_readings(messages: Sequence[Message], decoder: Decoder, marks: Set[by
 
 def decode_each(
     values: Sequence[bytes | None], places: Iterable[int], decoder: Decoder
-) -> tuple[list[Reading], dict[int, tuple[str, str]]]:
+) -> tuple[list[Reading], dict[int, tuple[Reason, str]]]:
     """The readings at these places, and the reason and the detail of why others are none, by their places.
 
     No exception is kept: its traceback would refer to this frame, a reference cycle that is seldom collected.
     """
     readings: list[Reading] = []
-    refused: dict[int, tuple[str, str]] = {}
+    refused: dict[int, tuple[Reason, str]] = {}
     for at in places:
         try:
             readings.append(decoder.decode(values[at]))

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-REASONS = (
-    "empty",
-    "too_large",
-    "unknown_format",
-    "invalid_json",
-    "invalid_block",
-    "invalid_reading",
-    "no_measurement",
-    "future_time",
-    "time_out_of_range",
-    "too_late",
-    "refused_by_database",
-)
+from services.core.errors import Reason
+
 RESULTS = ("inserted", "updated", "unchanged")
 PATHS = ("copy", "merge")
 
@@ -57,7 +46,7 @@ EXPIRING = Gauge(
 EXPIRING.set(float("nan"))
 
 # A series that begins with its first event would hide that one from rate() and increase().
-for _reason in REASONS:
+for _reason in Reason:
     DEAD_LETTERS.labels(_reason)
 for _result in RESULTS:
     READINGS_STORED.labels(_result)

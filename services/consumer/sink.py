@@ -41,7 +41,7 @@ from services.consumer.columns import (
 from services.consumer.instruments import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
 from services.core.database import connect, connect_for_work, queries, translated
-from services.core.errors import PermanentError, TransientError
+from services.core.errors import HistoryClosedError, PartitionsMovedError, PermanentError, Reason, TransientError
 from services.core.logs import fields
 from services.core.reading import EPOCH, Reading
 
@@ -64,24 +64,12 @@ MOST_MERGES = 64
 log = logging.getLogger("consumer")
 
 
-class PartitionsMovedError(Exception):
-    """A partition of this batch is not where the batch began; nothing of it was advanced."""
-
-
-class HistoryClosedError(Exception):
-    """Some readings are of a time whose raw history is not, or soon not, whole; nothing was written."""
-
-    def __init__(self, closed_before: datetime) -> None:
-        super().__init__(f"older than {closed_before}, before which raw readings are no longer kept")
-        self.closed_before = closed_before
-
-
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A reading that was not stored: its position in the batch, a stable reason, and what was found."""
+    """A reading that was not stored: its row, why, and what was found."""
 
-    index: int
-    reason: str
+    row: pa.RecordBatch
+    reason: Reason
     detail: str
     cause: tuple[str | None, str | None] = (None, None)  # SQLSTATE and constraint
 
@@ -97,6 +85,10 @@ class WriteResult:
     advanced: bool = False  # the partitions as well
     refused: list[Refused] = field(default_factory=list)
 
+    def counts(self) -> dict[str, int]:
+        """How many readings did what."""
+        return {"inserted": self.inserted, "updated": self.updated, "unchanged": self.unchanged}
+
     def add(self, other: WriteResult) -> None:
         """Add the counts of another part of the same batch."""
         self.inserted += other.inserted
@@ -109,8 +101,12 @@ class WriteResult:
     def raise_if_all_refused(self) -> None:
         """Raise PermanentError if it cannot be the data: every row was refused, and for one reason."""
         causes = {refused.cause for refused in self.refused}
-        stored = self.inserted + self.updated + self.unchanged
-        if not stored and len(self.refused) >= LEAST_ALL_REFUSED and len(causes) == 1 and causes != {(None, None)}:
+        if (
+            not any(self.counts().values())
+            and len(self.refused) >= LEAST_ALL_REFUSED
+            and len(causes) == 1
+            and causes != {(None, None)}
+        ):
             raise PermanentError(
                 f"PostgreSQL refuses every one of {len(self.refused)} readings for the same reason, so the readings "
                 f"are not to blame: {self.refused[0].detail}"
@@ -140,32 +136,27 @@ class Sink:
         """Store readings; when it returns they are committed. Those that are ``repeated`` only fill gaps.
 
         With ``advance`` the partitions advance too, if one transaction does for all and PostgreSQL refuses none;
-        ``WriteResult.advanced`` says whether. The positions of refused ones count ``repeated`` after ``readings``.
+        ``WriteResult.advanced`` says whether.
 
         Raises TransientError (nothing is known to be stored: write the same again), PermanentError, or
         PartitionsMovedError (a partition is elsewhere: forget the batch).
         """
+        parts = [
+            (rows, part, fill)
+            for rows, fill in ((self._as_columns(readings), False), (self._as_columns(repeated), True))
+            for part in split_at_jumps(rows["time"])
+        ]
         result = WriteResult()
-        overwriting, filling = self._as_columns(readings), self._as_columns(repeated)
-        parts = split_at_jumps(overwriting["time"])
-        alone = advance and len(parts) + bool(len(filling)) == 1
-        for part in parts:
-            result.add(self._write_part(overwriting, part, move if alone else move.standing_still()))
-        for part in split_at_jumps(filling["time"]):
-            filled = self._write_part(filling, part, move.standing_still(), fill=True)
-            for refused in filled.refused:
-                index = refused.index + len(overwriting)
-                result.refused.append(Refused(index, refused.reason, refused.detail, refused.cause))
-            filled.refused.clear()
-            result.add(filled)
+        for rows, part, fill in parts:
+            alone = advance and len(parts) == 1
+            result.add(self._write_part(rows.take(part), move if alone else move.standing_still(), fill=fill))
         result.raise_if_all_refused()
         return result
 
-    def advance(self, move: Move) -> bool:
+    def advance(self, move: Move) -> None:
         """Advance the partitions, after all that lies before was stored or sent elsewhere. Raises as ``write``."""
         with self._session() as cursor:
             cursor.execute(SQL["advance"].format(**move.literals()))
-        return True
 
     def close(self) -> None:
         """Close the connection; a transaction that is open is rolled back by the server."""
@@ -176,29 +167,27 @@ class Sink:
     def _as_columns(self, readings: pa.RecordBatch | Sequence[Reading]) -> pa.RecordBatch:
         return readings if isinstance(readings, pa.RecordBatch) else columns_of(readings, self._settings.measurements)
 
-    def _write_part(self, readings: pa.RecordBatch, part: pa.Array, move: Move, *, fill: bool = False) -> WriteResult:
-        """Write the readings at the positions ``part``; halve the part while PostgreSQL refuses a row of it."""
-        rows = readings.take(part)  # in order of time
+    def _write_part(self, rows: pa.RecordBatch, move: Move, *, fill: bool) -> WriteResult:
+        """Write rows, which are in order of time; halve them while PostgreSQL refuses one."""
+        result = WriteResult()
         try:
             result = self._merge(rows, move, FIRST_WINS) if fill else self._copy_or_merge(rows, move)
             self._count(rows["time"], result)
             return result
         except HistoryClosedError as error:
             late = count_before(rows["time"], error.closed_before)
-            refused = [Refused(index, "too_late", str(error)) for index in part[:late].to_pylist()]
-            result = WriteResult(refused=refused)
-            halves = [part[late:]]
+            result.refused = [Refused(rows.slice(at, 1), Reason.TOO_LATE, str(error)) for at in range(late)]
+            rest = [rows.slice(late)]
         except psycopg.Error as error:  # it blames a row
-            if len(part) == 1:
+            if len(rows) == 1:
                 detail = " ".join(str(error).split())
                 cause = error.sqlstate, error.diag.constraint_name
-                return WriteResult(refused=[Refused(part[0].as_py(), "refused_by_database", detail, cause)])
-            result = WriteResult()
-            middle = len(part) // 2
-            halves = [part[:middle], part[middle:]]
-        for half in halves:
-            if len(half):
-                result.add(self._write_part(readings, half, move.standing_still(), fill=fill))
+                return WriteResult(refused=[Refused(rows, Reason.REFUSED_BY_DATABASE, detail, cause)])
+            middle = len(rows) // 2
+            rest = [rows.slice(0, middle), rows.slice(middle)]
+        for part in rest:
+            if len(part):
+                result.add(self._write_part(part, move.standing_still(), fill=fill))
         return result
 
     def _count(self, times: pa.Array, result: WriteResult) -> None:
@@ -206,8 +195,8 @@ class Sink:
 
         Late is what belongs to an interval that had ended, by the newest reading before.
         """
-        for name in ("inserted", "updated", "unchanged"):
-            READINGS_STORED.labels(name).inc(getattr(result, name))
+        for name, count in result.counts().items():
+            READINGS_STORED.labels(name).inc(count)
         READINGS_LATE.inc(count_before(times, self._over_before))
         newest = min(EPOCH + times[-1].as_py() * MICROSECOND, datetime.now(UTC))
         self._over_before = max(self._over_before, newest - (newest - EPOCH) % self._shortest_interval)

@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import groupby
@@ -32,17 +31,21 @@ from queue import Empty, SimpleQueue
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from services.consumer.batch import Batch, OutOfPlaceError
-from services.consumer.dead_letter import DeadLetter
+from services.consumer.batch import Batch
 from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_READ
 from services.consumer.lag import EXPIRY, Lag
 from services.consumer.lane import Lane
 from services.consumer.positions import Places, Positions
-from services.consumer.sink import WriteResult
-from services.consumer.writer import Locate, NotStored, Outcome, Stored
+from services.consumer.writer import Outcome, Stored
 from services.core.config import Settings
 from services.core.database import connect_at_start
-from services.core.errors import ConfigurationError, PermanentError
+from services.core.errors import (
+    AbandonedError,
+    ConfigurationError,
+    OutOfPlaceError,
+    PermanentError,
+    ProtocolNotOfferedError,
+)
 from services.core.kafka import (
     NOT_ALLOWED,
     ClientSettings,
@@ -71,37 +74,6 @@ HUNG_AFTER_S = 60.0
 PROTOCOLS = {"auto": ("consumer", "classic"), "consumer": ("consumer",), "classic": ("classic",)}
 
 
-class ProtocolNotOfferedError(Exception):
-    """The brokers did not let us into the group by the protocol of Kafka 4."""
-
-
-@dataclass(slots=True)
-class Totals:
-    """Exact counts since the start of this process."""
-
-    inserted: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    dead_letters: Counter[str] = field(default_factory=Counter)
-
-    def add(self, result: WriteResult, letters: Sequence[DeadLetter]) -> None:
-        """Count one stored batch."""
-        self.inserted += result.inserted
-        self.updated += result.updated
-        self.unchanged += result.unchanged
-        self.dead_letters.update(letter.reason for letter in letters)
-
-    def as_fields(self) -> dict[str, object]:
-        """For a log line."""
-        counts: dict[str, object] = {
-            "inserted": self.inserted,
-            "updated": self.updated,
-            "unchanged": self.unchanged,
-            "dead_letters": self.dead_letters.total(),
-        }
-        return counts | {f"dead_{reason}": count for reason, count in sorted(self.dead_letters.items())}
-
-
 class Worker:
     """Membership, polling, decoding, back-pressure, offsets.
 
@@ -110,7 +82,8 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, shutdown: Shutdown, *, until_caught_up: bool, protocol: str) -> None:
-        self.totals = Totals()
+        # What was stored since the start, as it is logged.
+        self.totals = Counter(inserted=0, updated=0, unchanged=0, dead_letters=0)
         self._settings = settings
         self._shutdown = shutdown
         self._until_caught_up = until_caught_up
@@ -141,7 +114,7 @@ class Worker:
         self._commit_again = False  # Kafka refused one, and there may never be a next one
         self._closing = False
 
-    def run(self) -> Totals:
+    def run(self) -> Counter[str]:
         """Consume until a signal or, if asked so, until the topic's end."""
         self._consumer.subscribe(
             [self._settings.kafka_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -339,7 +312,7 @@ class Worker:
             return
         unknown = lane.partitions - self._next.keys()
         if unknown:
-            lane.writer.submit(Locate(frozenset(unknown)))
+            lane.writer.submit(frozenset(unknown))
             return
         if lane.paused:
             lane.paused = False
@@ -365,15 +338,18 @@ class Worker:
                 self._settle(*self._outcomes.get_nowait())
 
     def _settle(self, lane: Lane, outcome: Outcome) -> None:
+        was_storing = lane.writer.is_storing
         lane.writer.take(outcome)
         self._clock_lead = lane.writer.clock_lead or self._clock_lead  # 0: this writer has not stored anything yet
         match outcome:
             case Places():
                 self._take_places(lane, outcome)
             case Stored(batch, result, letters) if len(batch):
-                self.totals.add(result, letters)
+                reasons = Counter(letter.reason for letter in letters)
+                self.totals.update(**result.counts(), dead_letters=len(letters))
+                self.totals.update({f"dead_{reason}": count for reason, count in reasons.items()})
                 self._commit({each: end for each, end in batch.end.items() if each in self._next})
-            case NotStored():
+            case AbandonedError() if was_storing:
                 self._go_back([lane])
 
     def _check_positions(self, lane: Lane) -> None:
@@ -549,11 +525,11 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
         create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
         connect_at_start(settings, shutdown, tables=True).close()
         totals = consume(settings, shutdown, until_caught_up=until_caught_up)
-    log.info("stopped", extra=fields(**totals.as_fields(), cpu_s=round(time.process_time(), 2)))
+    log.info("stopped", extra=fields(**totals, cpu_s=round(time.process_time(), 2)))
     return 0
 
 
-def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) -> Totals:
+def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) -> Counter[str]:
     """Work with the newest group protocol that the settings allow and the brokers offer."""
     reason: Exception | None = None
     for protocol in PROTOCOLS[settings.kafka_group_protocol]:

@@ -14,29 +14,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
-
-import pyarrow as pa
+from typing import TypeVar
 
 from services.consumer.batch import Batch
 from services.consumer.blocks import alone
-from services.consumer.columns import joined
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
-from services.consumer.patience import keep_trying
 from services.consumer.positions import Places, Positions
-from services.consumer.sink import PartitionsMovedError, Refused, Sink, WriteResult
+from services.consumer.sink import Refused, Sink, WriteResult
+from services.core.backoff import Retries
 from services.core.config import Settings
+from services.core.errors import AbandonedError, PartitionsMovedError, TransientError
 from services.core.logs import fields
-from services.core.monitoring import DATABASE, KAFKA
+from services.core.monitoring import DATABASE, KAFKA, Server
 
 log = logging.getLogger("consumer")
 
-
-@dataclass(frozen=True, slots=True)
-class Locate:
-    """Find out where these partitions go on. The outcome is Places."""
-
-    partitions: frozenset[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +42,8 @@ class Stored:
     letters: Sequence[DeadLetter]
 
 
-@dataclass(frozen=True, slots=True)
-class NotStored:
-    """The batch was given up: its partitions are not where it began, or giving up was asked for.
-
-    What of it is stored all the same is harmless to repeat. The database knows where to go on.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class NotLocated:
-    """Giving up was asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The writer is no more, and why."""
-
-    error: BaseException
-
-
-Outcome = Places | Stored | NotStored | NotLocated | Ended
+Job = Batch | frozenset[int]  # to be stored; or partitions, to be asked where they go on
+Outcome = Places | Stored | BaseException  # AbandonedError: the job was given up; any other has ended the writer
 
 
 class Writer:
@@ -82,8 +57,8 @@ class Writer:
         self._report = report
         self._sink = Sink(settings)
         self._dead_letters = DeadLetterTopic(settings)
-        self._job: Batch | Locate | None = None
-        self._jobs: SimpleQueue[Batch | Locate | None] = SimpleQueue()
+        self._job: Job | None = None
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._abandon = threading.Event()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
@@ -103,7 +78,7 @@ class Writer:
         """Whether that job is a batch, which others would have to repeat."""
         return isinstance(self._job, Batch)
 
-    def submit(self, job: Batch | Locate) -> None:
+    def submit(self, job: Job) -> None:
         """Start a job; only when idle."""
         if self._job is not None:
             raise AssertionError("the writer is busy")
@@ -114,8 +89,8 @@ class Writer:
     def take(self, outcome: Outcome) -> None:
         """The outcome has arrived, so the writer is idle. Raises what ended the writer."""
         self._job = None
-        if isinstance(outcome, Ended):
-            raise outcome.error
+        if isinstance(outcome, BaseException) and not isinstance(outcome, AbandonedError):
+            raise outcome
 
     def abandon(self) -> None:
         """Give the job up at the next pause between two tries."""
@@ -133,70 +108,77 @@ class Writer:
     def _run(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                self._report(self._locate(job) if isinstance(job, Locate) else self._store(job))
+                self._report(self._outcome_of(job))
                 del job  # a batch that is done must not stay in memory during the next one
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that polls
-            self._report(Ended(error))
+            self._report(error)
         finally:
             self._sink.close()
 
-    def _locate(self, locate: Locate) -> Outcome:
-        topic = keep_trying(KAFKA, self._positions.topic_id, self._abandon.wait)
-        if topic is None:
-            return NotLocated()
-        return (
-            keep_trying(DATABASE, lambda: self._positions.read(topic, locate.partitions), self._abandon.wait)
-            or NotLocated()
-        )
+    def _outcome_of(self, job: Job) -> Outcome:
+        try:
+            return self._store(job) if isinstance(job, Batch) else self._locate(job)
+        except AbandonedError as error:
+            if isinstance(error, PartitionsMovedError):
+                log.warning("partitions_moved", extra=fields(detail=error))
+            if isinstance(job, Batch):
+                MESSAGES_LEFT.inc(len(job))
+            return type(error)(*error.args)  # without the traceback, which holds the batch
 
-    def _store(self, batch: Batch) -> Outcome:
+    def _locate(self, partitions: frozenset[int]) -> Places:
+        topic = self._keep_trying(KAFKA, self._positions.topic_id)
+        return self._keep_trying(DATABASE, lambda: self._positions.read(topic, partitions))
+
+    def _store(self, batch: Batch) -> Stored:
         """Commit the readings; what was refused goes to the dead letters before the commit that steps over it."""
         started = time.monotonic()
         readings, repeated = batch.split_repeated()
         move, advance = batch.positions, not batch.dead_letters
-        try:
-            result = keep_trying(
-                DATABASE,
-                lambda: self._sink.write(readings, move, repeated=repeated, advance=advance),
-                self._abandon.wait,
-            )
-            if result is None:
-                return self._left(batch)
-            refused = self._letters_of(result.refused, [readings, repeated])
-            if refused is None:
-                return self._left(batch)
-            letters = batch.dead_letters + refused
-            if letters and keep_trying(KAFKA, lambda: self._dead_letters.send(letters), self._abandon.wait) is None:
-                return self._left(batch)
-            if (
-                not result.advanced
-                and keep_trying(DATABASE, lambda: self._sink.advance(move), self._abandon.wait) is None
-            ):
-                return self._left(batch)
-        except PartitionsMovedError as error:
-            log.warning("partitions_moved", extra=fields(detail=error))
-            return self._left(batch)
+        result = self._keep_trying(
+            DATABASE, lambda: self._sink.write(readings, move, repeated=repeated, advance=advance)
+        )
+        letters = batch.dead_letters + self._letters_of(result.refused)
+        if letters:
+            self._keep_trying(KAFKA, lambda: self._dead_letters.send(letters))
+        if not result.advanced:
+            self._keep_trying(DATABASE, lambda: self._sink.advance(move))
         if len(batch):
             self._count(batch, result, letters, time.monotonic() - started)
         return Stored(batch, result, letters)
 
-    def _letters_of(self, refused: Sequence[Refused], readings: Sequence[pa.RecordBatch]) -> list[DeadLetter] | None:
-        """Dead letters for what was refused; None if that was given up, or if Kafka has dropped a message meanwhile."""
+    def _letters_of(self, refused: Sequence[Refused]) -> list[DeadLetter]:
+        """Dead letters for what was refused. Raises AbandonedError if Kafka has dropped a message meanwhile."""
         if not refused:
             return []
-        rows = joined(readings).take(pa.array([row.index for row in refused], pa.int64()))
-        places = list(zip(rows["partition"].to_pylist(), rows["offset"].to_pylist(), strict=True))
-        messages = keep_trying(KAFKA, lambda: self._dead_letters.read_again(places), self._abandon.wait)
-        if messages is None or len(messages) < len(set(places)):
-            return None
+        places = [(each.row["partition"][0].as_py(), each.row["offset"][0].as_py()) for each in refused]
+        messages = self._keep_trying(KAFKA, lambda: self._dead_letters.read_again(places))
+        if len(messages) < len(set(places)):
+            raise AbandonedError("Kafka does not have all messages of the batch any more")
         return [
-            DeadLetter(alone(messages[place], rows.slice(at, 1)), row.reason, row.detail)
-            for at, (place, row) in enumerate(zip(places, refused, strict=True))
+            DeadLetter(alone(messages[place], each.row), each.reason, each.detail)
+            for place, each in zip(places, refused, strict=True)
         ]
 
-    def _left(self, batch: Batch) -> NotStored:
-        MESSAGES_LEFT.inc(len(batch))
-        return NotStored()
+    def _keep_trying(self, server: Server, step: Callable[[], T]) -> T:
+        """Run a step until it succeeds. Raises AbandonedError if the job is to be given up instead.
+
+        Raises also what is not a TransientError, and PermanentError when a doubtful one keeps coming back.
+        """
+        event = f"{server.name}_unavailable"
+        retries = Retries()
+        while True:
+            try:
+                done = step()
+            except TransientError as error:
+                server.note_failure()
+                pause = retries.pause_after(error)
+                log.warning(event, extra=fields(detail=error, retry_s=round(pause, 1)))
+            else:
+                server.note_success()
+                return done
+            if self._abandon.wait(pause):
+                server.note_success()
+                raise AbandonedError("given up while a server was away")
 
     def _count(self, batch: Batch, result: WriteResult, letters: Sequence[DeadLetter], seconds: float) -> None:
         path = "merge" if result.merged else "copy"
@@ -209,9 +191,7 @@ class Writer:
             "batch_written",
             extra=fields(
                 readings=readings,
-                inserted=result.inserted,
-                updated=result.updated,
-                unchanged=result.unchanged,
+                **result.counts(),
                 dead_letters=len(letters),
                 path=path,
                 seconds=round(seconds, 4),

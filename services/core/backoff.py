@@ -6,12 +6,18 @@ must not come back at the same moment.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from services.core.config import Settings
-from services.core.errors import PermanentError, TransientError
+from services.core.errors import PermanentError, StoppedError, TransientError
+from services.core.logs import fields
+from services.core.shutdown import Shutdown
+
+T = TypeVar("T")
 
 # With the pauses below most of a minute.
 MOST_DOUBTFUL_TRIES = 12
@@ -26,10 +32,32 @@ def pauses(first_s: float = 0.1, most_s: float = 10.0) -> Iterator[float]:
         ceiling = min(ceiling * 2, most_s)
 
 
-def note_and_deadline(settings: Settings) -> tuple[float, float]:
-    """When to say that a server is waited for at the start, and until when it is; by the monotonic clock."""
-    now = time.monotonic()
-    return now + NOTE_AFTER_S, now + settings.startup_timeout_seconds
+def at_start(
+    step: Callable[[], T],
+    settings: Settings,
+    shutdown: Shutdown,
+    server: tuple[str, str, str],
+    give_up: Callable[[TransientError], Exception],
+) -> T:
+    """Try a step while a server is still starting, up to STARTUP_TIMEOUT_SECONDS; then raise what ``give_up`` makes.
+
+    ``server``: its logger, its name and its address. Says once that it is waited for; StoppedError ends that too.
+    """
+    logger, name, address = server
+    noted_at, deadline = time.monotonic() + NOTE_AFTER_S, time.monotonic() + settings.startup_timeout_seconds
+    tries = pauses()
+    while True:
+        try:
+            return step()
+        except TransientError as error:
+            pause, now = next(tries), time.monotonic()
+            if now + pause > deadline:
+                raise give_up(error) from error
+            if now > noted_at:
+                noted_at = deadline
+                logging.getLogger(logger).info("waiting_for_%s", logger, extra=fields(address=address))
+            if shutdown.wait(pause):
+                raise StoppedError(f"stopped while {name} did not answer at {address}") from error
 
 
 class Retries:

@@ -8,10 +8,8 @@ permanent   all others, such as a missing table or no permission: end with one l
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,13 +19,10 @@ from typing import Any
 import psycopg
 from psycopg import Connection, sql
 
-from services.core.backoff import note_and_deadline, pauses
+from services.core.backoff import at_start
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, StoppedError, TransientError
-from services.core.logs import fields
+from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.shutdown import Shutdown
-
-log = logging.getLogger("database")
 
 # Class 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55 lock or state,
 # 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), 25P03 and 25P04 time
@@ -185,26 +180,19 @@ def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = F
     Raises ConfigurationError when it did not answer in time, and, with ``tables``, when it lacks a measurement;
     PermanentError when it has no tables.
     """
-    noted_at, deadline = note_and_deadline(settings)
-    for pause in pauses():
-        try:
-            connection = connect(settings)
-            if tables:
-                with translated():
-                    require_tables(connection, settings)
-            return connection
-        except TransientError as error:
-            if time.monotonic() > noted_at:
-                noted_at = deadline
-                log.info("waiting_for_database", extra=fields(address=address(settings)))
-            if time.monotonic() + pause > deadline:
-                raise ConfigurationError(
-                    f"PostgreSQL does not answer at {address(settings)} (POSTGRE_HOST, POSTGRE_PORT): "
-                    f"{_remedy(str(error))}"
-                ) from error
-            if shutdown.wait(pause):
-                raise StoppedError(f"stopped while PostgreSQL did not answer at {address(settings)}") from error
-    raise AssertionError("pauses() has no end")
+
+    def start() -> Connection:
+        connection = connect(settings)
+        if tables:
+            with translated():
+                require_tables(connection, settings)
+        return connection
+
+    def give_up(error: TransientError) -> ConfigurationError:
+        where = f"{address(settings)} (POSTGRE_HOST, POSTGRE_PORT)"
+        return ConfigurationError(f"PostgreSQL does not answer at {where}: {_remedy(str(error))}")
+
+    return at_start(start, settings, shutdown, ("database", "PostgreSQL", address(settings)), give_up)
 
 
 def _remedy(text: str) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from services.core.backoff import note_and_deadline, pauses
+from services.core.backoff import at_start
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, StoppedError, TransientError
+from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.handshake import find_problem
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
@@ -68,8 +69,6 @@ NO_ANSWER = frozenset(
         KafkaError.NOT_CONTROLLER,
     }
 )
-
-REMEDY = "start it, or correct the address"
 
 ClientSettings = dict[str, Any]
 
@@ -139,34 +138,35 @@ def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
         log.warning("password_in_clear_text", extra=fields(kafka=settings.bootstrap_servers, detail=advice))
     errors: list[KafkaError] = []
     admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0, "error_cb": errors.append})
-    noted_at, deadline = note_and_deadline(settings)
-    for pause in pauses():
+
+    def ask() -> None:
         try:
             admin.list_topics(timeout=max(1.0, min(5.0, settings.startup_timeout_seconds)))
         except KafkaException as error:
             admin.poll(0)  # which calls error_cb
-            last = time.monotonic() + pause > deadline
-            raise_if_refused(errors, settings, last=last)
-            if last:
-                unknown = any(each.code() == KafkaError._RESOLVE for each in errors)
-                raise _no_answer(settings, "there is no host of this name" if unknown else REMEDY) from error
-            if time.monotonic() > noted_at:
-                noted_at = deadline
-                log.info("waiting_for_kafka", extra=fields(address=settings.bootstrap_servers))
-            if shutdown.wait(pause):
-                raise StoppedError(f"stopped while Kafka did not answer at {settings.bootstrap_servers}") from error
-        else:
-            return admin
-    raise AssertionError("pauses() has no end")
+            raise_if_refused(errors, settings, last=False)
+            raise TransientError(error.args[0].str()) from error
+
+    wait_for_kafka(ask, settings, shutdown, errors)
+    return admin
 
 
-def _no_answer(settings: Settings, remedy: str = REMEDY) -> ConfigurationError:
-    return ConfigurationError(
-        f"Kafka does not answer at {settings.bootstrap_servers} (KAFKA_HOST, KAFKA_PORT): {remedy}"
-    )
+def wait_for_kafka(
+    step: Callable[[], None], settings: Settings, shutdown: Shutdown, errors: Sequence[KafkaError] = ()
+) -> None:
+    """Try a step up to STARTUP_TIMEOUT_SECONDS; ``errors`` are those of a client's ``error_cb`` meanwhile."""
+
+    def give_up(_: TransientError) -> ConfigurationError:
+        raise_if_refused(errors, settings, last=True)
+        unknown = any(each.code() == KafkaError._RESOLVE for each in errors)
+        remedy = "there is no host of this name" if unknown else "start it, or correct the address"
+        return ConfigurationError(f"Kafka does not answer at {address} (KAFKA_HOST, KAFKA_PORT): {remedy}")
+
+    address = settings.bootstrap_servers
+    at_start(step, settings, shutdown, ("kafka", "Kafka", address), give_up)
 
 
-def raise_if_refused(errors: list[KafkaError], settings: Settings, *, last: bool) -> None:
+def raise_if_refused(errors: Sequence[KafkaError], settings: Settings, *, last: bool) -> None:
     """Raise ConfigurationError if waiting cannot help; ``last``: also if it may only be so.
 
     ``errors`` are those that a client's ``error_cb`` was called with.
@@ -198,7 +198,7 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
     Where they all exist, nobody needs the right to create them. A broker that goes away meanwhile is waited for, up to
     STARTUP_TIMEOUT_SECONDS; then ConfigurationError is raised, and PermanentError when Kafka refuses.
     """
-    missing = [
+    wanted = [
         new_topic(
             settings,
             settings.kafka_topic,
@@ -215,39 +215,30 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
         ),
         *topics,
     ]
-    shutdown = shutdown or Shutdown()
-    deadline = time.monotonic() + settings.startup_timeout_seconds
-    for pause in pauses():
-        missing = _create(admin, missing)
-        if not missing:
-            return
-        if time.monotonic() + pause > deadline:
-            raise _no_answer(settings)
-        if shutdown.wait(pause):
-            raise StoppedError(f"stopped while Kafka did not answer at {settings.bootstrap_servers}")
+    wait_for_kafka(partial(_create, admin, wanted), settings, shutdown or Shutdown())
 
 
-def _create(admin: AdminClient, topics: list[NewTopic]) -> list[NewTopic]:
-    """Create those topics that do not exist; returns those that no broker answered for."""
-    try:
+def _create(admin: AdminClient, topics: list[NewTopic]) -> None:
+    """Create those topics that do not exist. Raises TransientError when no broker answers for one."""
+    with translated_kafka("topics cannot be listed"):
         existing = admin.list_topics(timeout=CREATE_WITHIN_S).topics
-    except KafkaException:
-        return topics
-    topics = [topic for topic in topics if topic.topic not in existing]
-    unanswered = []
-    futures = admin.create_topics(topics, request_timeout=CREATE_WITHIN_S) if topics else {}
-    for topic in topics:
+    missing = [topic for topic in topics if topic.topic not in existing]
+    futures = admin.create_topics(missing, request_timeout=CREATE_WITHIN_S) if missing else {}
+    unanswered: TransientError | None = None
+    for topic in missing:
         try:
             futures[topic.topic].result()
         except KafkaException as error:
             cause: KafkaError = error.args[0]
+            text = f"Kafka topic {topic.topic} cannot be created: {cause.str()}"
             if cause.code() in NO_ANSWER:
-                unanswered.append(topic)
+                unanswered = TransientError(text)
             elif cause.code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise PermanentError(f"Kafka topic {topic.topic} cannot be created: {cause.str()}") from error
+                raise PermanentError(text) from error
         else:
             log.info("topic_created", extra=fields(topic=topic.topic))
-    return unanswered
+    if unanswered is not None:
+        raise unanswered
 
 
 def topic_id(admin: AdminClient, settings: Settings) -> str:
@@ -256,15 +247,20 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
     Raises TransientError when there is no answer or no such topic (now), PermanentError when we may not ask.
     """
     topic = settings.kafka_topic
-    try:
+    with translated_kafka(f"Kafka topic {topic} cannot be described"):
         futures = admin.describe_topics(TopicCollection([topic]), request_timeout=CREATE_WITHIN_S)
         return str(futures[topic].result().topic_id)
+
+
+@contextmanager
+def translated_kafka(what: str) -> Iterator[None]:
+    """Turn Kafka's errors into PermanentError where we may not do that, and else into TransientError."""
+    try:
+        yield
     except KafkaException as error:
         cause: KafkaError = error.args[0]
-        text = f"Kafka topic {topic} cannot be described: {cause.str()}"
-        if cause.code() in NOT_ALLOWED:
-            raise PermanentError(text) from error
-        raise TransientError(text) from error
+        kind = PermanentError if cause.code() in NOT_ALLOWED else TransientError
+        raise kind(f"{what}: {cause.str()}") from error
 
 
 def read_range(settings: Settings, topic: str, partition: int, first: int, end: int) -> Iterator[Message]:

@@ -82,14 +82,10 @@ class Server:
             self._failing.add(threading.get_ident())
 
     def note_success(self) -> None:
-        """A try of this thread to use it succeeded."""
+        """A try of this thread to use it succeeded, or the one that failed is not repeated."""
         if self._failing:
             with self._change():
                 self._failing.discard(threading.get_ident())
-
-    def note_given_up(self) -> None:
-        """The try that failed is not repeated, so that only the probe can tell when the server is back."""
-        self.note_success()
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -7,16 +7,13 @@ process with a segmentation fault while the group's coordinator is loading, seen
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.core.config import Settings
-from services.core.errors import TransientError
-from services.core.kafka import client_settings
+from services.core.kafka import client_settings, translated_kafka
 
 ANSWER_WITHIN_S = 5.0
 PAUSE_S = 0.1
@@ -49,7 +46,7 @@ class Offsets:
     """Asks the brokers. Each question is answered within seconds or raises TransientError."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._question = f"Kafka at {settings.bootstrap_servers} does not answer"
         self._consumer = Consumer(
             client_settings(settings, "offsets")
             | {
@@ -70,7 +67,7 @@ class Offsets:
 
     def partitions(self) -> dict[str, list[int]]:
         """The topics there are, and their partitions."""
-        with self._answered():
+        with translated_kafka(self._question):
             topics = self._consumer.list_topics(timeout=ANSWER_WITHIN_S).topics
         return {name: sorted(topic.partitions) for name, topic in topics.items()}
 
@@ -79,7 +76,7 @@ class Offsets:
         if not partitions:
             return []
         places = [TopicPartition(topic, partition) for partition in partitions]
-        with self._answered():
+        with translated_kafka(self._question):
             found = []
             for place in self._committed(places):
                 first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)
@@ -89,7 +86,7 @@ class Offsets:
     def since(self, topic: str, partitions: list[int], moment: datetime) -> dict[int, int]:
         """The offset of the first message of ``moment`` or later; without any, the end."""
         milliseconds = int(moment.timestamp() * 1000)
-        with self._answered():
+        with translated_kafka(self._question):
             places = [TopicPartition(topic, partition, milliseconds) for partition in partitions]
             found = self._consumer.offsets_for_times(places, timeout=ANSWER_WITHIN_S)
         ends = {each.partition: each.end for each in self.of(topic, partitions)}
@@ -110,15 +107,6 @@ class Offsets:
             if error.code() not in ON_THE_MOVE or time.monotonic() > deadline:
                 raise KafkaException(error)
             self._consumer.poll(PAUSE_S)
-
-    @contextmanager
-    def _answered(self) -> Iterator[None]:
-        try:
-            yield
-        except KafkaException as error:
-            raise TransientError(
-                f"Kafka at {self._settings.bootstrap_servers} does not answer: {error.args[0].str()}"
-            ) from error
 
 
 def group_lag(settings: Settings) -> int:

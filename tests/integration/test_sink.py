@@ -11,10 +11,10 @@ import pytest
 
 from services.consumer.batch import Move
 from services.consumer.columns import MOST_TRANSACTIONS, columns_of, encode
-from services.consumer.sink import SESSION_NAME, PartitionsMovedError, Sink, statement
+from services.consumer.sink import SESSION_NAME, Sink, statement
 from services.core.config import Settings
 from services.core.database import connect
-from services.core.errors import PermanentError, TransientError
+from services.core.errors import PartitionsMovedError, PermanentError, TransientError
 from services.core.reading import Reading
 from tests.fix_proxy import Moment, Proxy
 from tests.fix_services import NOWHERE, minutes, wait_until
@@ -149,9 +149,10 @@ def test_one_bad_row_does_not_poison_its_batch(sink: Sink, connection: psycopg.C
     ]
     result = sink.write(batch, NOWHERE)
     assert (result.inserted, result.updated) == ((995, 0) if path == "copy" else (994, 1))
-    assert {refused.index for refused in result.refused} == set(bad)
     assert {refused.reason for refused in result.refused} == {"refused_by_database"}
-    details = {refused.index: refused.detail for refused in result.refused}
+    times = columns_of(batch, MEASUREMENTS)["time"].to_pylist()
+    details = {times.index(refused.row["time"][0].as_py()): refused.detail for refused in result.refused}
+    assert set(details) == set(bad)
     assert 'violates check constraint "' in details[500]
     assert "invalid byte sequence" in details[3]
     good = [at for at in range(1000) if at not in bad]

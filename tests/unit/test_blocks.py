@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from services.consumer.blocks import alone, split_refused
 from services.core.block import block_schema, decode_block, encode_block
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessage, Reason
 from services.core.kafka import ARROW, FORMAT_HEADER
 from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
@@ -246,7 +246,7 @@ def decoder() -> Decoder:
     return found
 
 
-Refused = tuple[str | None, bytes, str, str]  # sensor, value, reason and what was found
+Refused = tuple[str | None, bytes, Reason, str]  # sensor, value, reason and what was found
 
 
 def read(value: bytes) -> tuple[pa.RecordBatch, list[Refused]]:

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from services.consumer import instruments as consumer
+from services.core.errors import Reason
 from services.producer import instruments as producer
 from services.producer.times import DOUBTS
 from tests.fix_stack import ROOT
@@ -37,26 +38,23 @@ def test_names_follow_the_conventions(section: str) -> None:
         assert not re.search(r"_(ms|millis|minutes|hours|kb|mb)(_|$)", name)
 
 
-def constants(folder: str, call: str) -> set[str]:
-    """The first argument of each call of ``call`` below a folder of services."""
-    found = set()
-    for path in (ROOT / "services" / folder).glob("*.py"):
+def reasons_given(*calls: str) -> set[Reason]:
+    """The reasons in calls of these anywhere below services."""
+    found: set[Reason] = set()
+    for path in (ROOT / "services").glob("*/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == call:
-                found |= {
-                    argument.value
-                    for argument in node.args
-                    if isinstance(argument, ast.Constant)
-                    and isinstance(argument.value, str)
-                    and " " not in argument.value
-                }
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in calls:
+                names = [ast.unparse(argument) for argument in node.args]
+                found |= {Reason[name.removeprefix("Reason.")] for name in names if name.startswith("Reason.")}
     return found
 
 
 def test_every_reason_of_a_dead_letter_has_its_series_from_the_start() -> None:
-    reasons = constants("core", "MalformedMessage") | constants("consumer", "Refused")
+    reasons = set(Reason)
     assert len(reasons) > 5
-    assert reasons == set(consumer.REASONS)
+    assert reasons == reasons_given("MalformedMessage", "Refused")
+    (metric,) = consumer.DEAD_LETTERS.collect()
+    assert reasons == {sample.labels["reason"] for sample in metric.samples}
     assert documented("sensor_dead_letters_total") >= reasons
 
 
