@@ -6,12 +6,12 @@ ours; ``sensor_pipeline.reason`` adds a stable word to filter by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import KafkaError, Message, Producer
 
 from services.core.config import Settings
 from services.core.errors import PermanentError, Reason, TransientError
@@ -20,7 +20,11 @@ from services.core.kafka import (
     NOT_ALLOWED,
     PARTITIONER,
     REASON_HEADER,
+    Header,
+    Outgoing,
+    Place,
     client_settings,
+    deliver,
     headers_of,
     place_of,
     read_range,
@@ -45,13 +49,9 @@ OUR_HEADERS = frozenset(
     {REASON_HEADER, ORIGINAL_BYTES_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)}
 )
 
-
 # A letter that is too large for its topic is cut to this many bytes of its value, without foreign headers.
 TRUNCATED_BYTES = (64 * 1024, 0)
 NEVER_TAKEN = NOT_ALLOWED | {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
-
-Place = tuple[int, int]  # partition and offset
-Header = tuple[str, str | bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class DeadLetterTopic:
             for start in range(0, len(letters), SEND_AT_ONCE):
                 for letter in self._send_and_wait(letters[start : start + SEND_AT_ONCE]):
                     self._send_truncated(letter)
-        except (BufferError, KafkaException, TransientError) as error:
+        except TransientError as error:
             # What the producer still holds must not go out later, between other letters.
             producer, self._producer = self._producer, None
             if producer is not None:
@@ -138,36 +138,20 @@ class DeadLetterTopic:
     def _send_and_wait(self, letters: Sequence[DeadLetter], at_most: int | None = None) -> list[DeadLetter]:
         """Send letters, cut to ``at_most`` bytes of their values; returns those that were too large."""
         producer = self._producer = self._producer or self._create_producer()
-        failed: list[KafkaError] = []
-        too_large: list[DeadLetter] = []
+        topic = self._settings.dead_letter_topic
+        answers = deliver(producer, topic, (self._outgoing(letter, at_most) for letter in letters), FLUSH_TIMEOUT_S)
+        failed = [answer for answer in answers if isinstance(answer, KafkaError)]
+        for error in failed:
+            if error.code() in NEVER_TAKEN:
+                raise PermanentError(f"Kafka topic {topic} takes no dead letters: {error.str()}")
+            if error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                raise TransientError(error.str())
+        return [letter for letter, answer in zip(letters, answers, strict=True) if isinstance(answer, KafkaError)]
 
-        for letter in letters:
-
-            def note(error: KafkaError | None, _message: Message, letter: DeadLetter = letter) -> None:
-                if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                    too_large.append(letter)
-                elif error is not None:
-                    failed.append(error)
-
-            try:
-                self._produce(producer, letter, at_most, note)
-            except KafkaException as error:
-                note(error.args[0], letter.message)
-        waiting = producer.flush(FLUSH_TIMEOUT_S)
-        if failed and failed[0].code() in NEVER_TAKEN:
-            raise PermanentError(
-                f"Kafka topic {self._settings.dead_letter_topic} takes no dead letters: {failed[0].str()}"
-            )
-        if failed:
-            raise TransientError(failed[0].str())
-        if waiting:
-            raise TransientError(f"Kafka does not answer, {waiting} wait")
-        return too_large
-
-    def _produce(self, producer: Producer, letter: DeadLetter, at_most: int | None, note: Callable[..., None]) -> None:
-        key, value, headers = letter.message.key(), letter.message.value(), letter.headers(self._settings.kafka_group)
-        if at_most is not None:
-            size = str(len(value or b"")).encode()
-            key, value = (key or b"")[:LONGEST_KEY], (value or b"")[:at_most]
-            headers = [*letter.own_headers(self._settings.kafka_group), (ORIGINAL_BYTES_HEADER, size)]
-        producer.produce(self._settings.dead_letter_topic, key=key, value=value, headers=headers, on_delivery=note)
+    def _outgoing(self, letter: DeadLetter, at_most: int | None) -> Outgoing:
+        message, group = letter.message, self._settings.kafka_group
+        if at_most is None:
+            return message.key(), message.value(), letter.headers(group)
+        value = message.value() or b""
+        headers = [*letter.own_headers(group), (ORIGINAL_BYTES_HEADER, str(len(value)).encode())]
+        return (message.key() or b"")[:LONGEST_KEY], value[:at_most], headers

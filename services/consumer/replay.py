@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -14,36 +14,36 @@ from confluent_kafka.admin import AdminClient
 
 from services.consumer.dead_letter import ORIGINAL_BYTES_HEADER, OUR_HEADERS
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, MalformedMessage, PermanentError, StoppedError, TransientError
+from services.core.errors import ConfigurationError, MalformedMessage, PermanentError, StoppedError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
     JSON,
     PARTITIONER,
-    REASON_HEADER,
     REPEAT_HEADER,
     REPEATED,
+    Header,
+    Outgoing,
     client_settings,
     connect_admin,
+    deliver,
     format_of,
     headers_of,
     place_of,
     read_range,
 )
-from services.core.letters import LETTER_HEADER, name_of, replaced_by
-from services.core.offsets import COORDINATOR_WITHIN_S, Offsets
+from services.core.letters import LETTER_HEADER, name_of, read_headers, reason_of, replaced_by
+from services.core.offsets import COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 from services.core.printable import printable
 from services.core.reading import EARLIEST, LATEST, Decoder
 from services.core.shutdown import Shutdown
 
-POLL_S = 1.0
 FLUSH_TIMEOUT_S = 60.0
-ANSWER_WITHIN_S = 10.0
 OUTCOME_WITHIN_S = 30.0  # after the consumers' last step
 LOOK_EVERY_S = 0.2
 SHOWN_VALUE_BYTES = 200
 NOT_REPLAYED = OUR_HEADERS | {REPEAT_HEADER, LETTER_HEADER}
 
-Header = tuple[str, str | bytes | None]
+LINE = "{offset:>6}  {time}  {reason:20} {topic}[{partition}]@{source_offset}  {detail}  {value!r}"
 
 
 @dataclass(slots=True)
@@ -80,52 +80,29 @@ def _by_reason(counts: Counter[str]) -> str:
     return f"{counts.total()} ({reasons})"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One dead letter as it is listed."""
-
-    offset: int
-    time: str
-    reason: str
-    topic: str
-    partition: str
-    source_offset: str
-    detail: str
-    value: str
-
-    @staticmethod
-    def of(letter: Message) -> Entry:
-        """What a person wants to know of a dead letter."""
-        headers = read_headers(letter)
-        value = letter.value() or b""
-        return Entry(
-            offset=place_of(letter)[1],
-            time=datetime.fromtimestamp(letter.timestamp()[1] / 1000, UTC).isoformat(timespec="seconds"),
-            reason=headers.get(REASON_HEADER, "unknown"),
-            topic=headers.get("__connect.errors.topic", ""),
-            partition=headers.get("__connect.errors.partition", ""),
-            source_offset=headers.get("__connect.errors.offset", ""),
-            detail=headers.get("__connect.errors.exception.message", ""),
-            value=value[:SHOWN_VALUE_BYTES].decode("utf-8", "replace") + ("..." if value[SHOWN_VALUE_BYTES:] else ""),
-        )
-
-
-def read_headers(letter: Message) -> dict[str, str]:
-    """The headers as text; of two with one name the last."""
-    return {name: value.decode("utf-8", "replace") if value is not None else "" for name, value in headers_of(letter)}
-
-
 def list_letters(settings: Settings, shutdown: Shutdown, *, reason: str | None, as_json: bool) -> Iterator[str]:
     """One line for each dead letter there is now, oldest first."""
     for letter in read_letters(settings, shutdown, reason=reason):
-        entry = Entry.of(letter)
-        if as_json:
-            yield json.dumps(asdict(entry))
-        else:
-            source = f"{entry.topic}[{entry.partition}]@{entry.source_offset}"
-            yield printable(
-                f"{entry.offset:>6}  {entry.time}  {entry.reason:20} {source}  {entry.detail}  {entry.value!r}"
-            )
+        entry = what_is_known(letter)
+        yield json.dumps(entry) if as_json else printable(LINE.format(**entry))
+
+
+def what_is_known(letter: Message) -> dict[str, object]:
+    """What a person wants to know of a dead letter."""
+    headers, value = read_headers(letter), letter.value() or b""
+    topic, partition, source_offset, detail = (
+        headers.get(f"__connect.errors.{name}", "") for name in ("topic", "partition", "offset", "exception.message")
+    )
+    return {
+        "offset": place_of(letter)[1],
+        "time": datetime.fromtimestamp(letter.timestamp()[1] / 1000, UTC).isoformat(timespec="seconds"),
+        "reason": reason_of(letter),
+        "topic": topic,
+        "partition": partition,
+        "source_offset": source_offset,
+        "detail": detail,
+        "value": value[:SHOWN_VALUE_BYTES].decode("utf-8", "replace") + ("..." if value[SHOWN_VALUE_BYTES:] else ""),
+    }
 
 
 def replay(
@@ -142,70 +119,34 @@ def replay(
     """
     admin = connect_admin(settings, shutdown)
     result = Replayed()
-    sending = _Sending(settings, overwrite=overwrite)
-    for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
-        hopeless = why_hopeless(letter, settings.measurements)
-        if hopeless:
-            result.hopeless[hopeless] += 1
-        else:
-            sending.send(letter)
-            result.sent += 1
-    sending.finish(result.sent)
-    result.is_known = not sending.places or (
-        _has_members(admin, settings) and _wait_until_met(settings, sending.places, shutdown)
+    names: set[bytes] = set()
+    mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
+
+    def outgoing() -> Iterator[Outgoing]:
+        for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
+            hopeless = why_hopeless(letter, settings.measurements)
+            if hopeless:
+                result.hopeless[hopeless] += 1
+                continue
+            name = name_of(letter)
+            names.add(name)
+            theirs: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
+            yield letter.key(), letter.value(), [*theirs, *mark, (LETTER_HEADER, name)]
+
+    producer = Producer(
+        client_settings(settings, "replay")
+        | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
     )
-    if result.is_known and sending.places:
-        result.refused = _refused_again(settings, shutdown, sending.names)
+    answers = deliver(producer, settings.kafka_topic, outgoing(), FLUSH_TIMEOUT_S)
+    result.sent = len(answers)
+    failed = [answer for answer in answers if isinstance(answer, KafkaError)]
+    if failed:
+        raise PermanentError(f"{len(failed)} of {result.sent} dead letters were not sent: {failed[0].str()}")
+    places = dict(sorted(answer for answer in answers if not isinstance(answer, KafkaError)))  # the last of each
+    result.is_known = not places or (_has_members(admin, settings) and _wait_until_met(settings, places, shutdown))
+    if result.is_known and places:
+        result.refused = _refused_again(settings, shutdown, names)
     return result
-
-
-class _Sending:
-    """Sends letters to the topic of readings; ``places``: where they are now, by partition the last one."""
-
-    def __init__(self, settings: Settings, *, overwrite: bool) -> None:
-        self.names: set[bytes] = set()
-        self.places: dict[int, int] = {}
-        self._settings = settings
-        self._mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
-        self._failed: list[KafkaError] = []
-        self._producer = Producer(
-            client_settings(settings, "replay")
-            | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
-        )
-
-    def send(self, letter: Message) -> None:
-        name = name_of(letter)
-        headers: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
-        self.names.add(name)
-        while True:
-            try:
-                self._producer.produce(
-                    self._settings.kafka_topic,
-                    key=letter.key(),
-                    value=letter.value(),
-                    headers=[*headers, *self._mark, (LETTER_HEADER, name)],
-                    on_delivery=self._note,
-                )
-                break
-            except BufferError:
-                self._producer.poll(POLL_S)
-            except KafkaException as error:
-                self._failed.append(error.args[0])
-                break
-        self._producer.poll(0)
-
-    def finish(self, sent: int) -> None:
-        waiting = self._producer.flush(FLUSH_TIMEOUT_S)
-        if self._failed or waiting:
-            cause = self._failed[0].str() if self._failed else "Kafka does not answer"
-            raise PermanentError(f"{len(self._failed) + waiting} of {sent} dead letters were not sent: {cause}")
-
-    def _note(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._failed.append(error)
-            return
-        partition, offset = place_of(message)
-        self.places[partition] = max(offset, self.places.get(partition, 0))
 
 
 def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
@@ -249,9 +190,7 @@ def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdo
 def _refused_again(settings: Settings, shutdown: Shutdown, names: set[bytes]) -> Counter[str]:
     """The reasons of the letters that replace those with these names; one may be there twice after a crash."""
     reasons = {
-        name: read_headers(letter).get(REASON_HEADER, "unknown")
-        for letter in read_letters(settings, shutdown)
-        if (name := replaced_by(letter)) in names
+        name: reason_of(letter) for letter in read_letters(settings, shutdown) if (name := replaced_by(letter)) in names
     }
     return Counter(reasons.values())
 
@@ -260,9 +199,7 @@ def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
     """Delete the letters up to the one at offset ``up_to``; returns how many. Later ones, not yet seen, stay."""
     topic = settings.dead_letter_topic
     admin = connect_admin(settings, shutdown)
-    _require_one(topic, letter_partitions(admin, topic))
-    with Offsets(settings) as offsets:
-        (found,) = offsets.of(topic, [0])
+    (found,) = letter_offsets(settings, one=True)
     if not found.first <= up_to < found.end:
         there_are = f"there are {found.first} to {found.end - 1}" if found.first < found.end else "there is none"
         raise ConfigurationError(f"--up-to={up_to} is not the offset of a dead letter ({there_are})")
@@ -273,15 +210,18 @@ def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
         raise PermanentError(f"the dead letters were not deleted: {error.args[0].str()}") from error
 
 
-def letter_partitions(admin: AdminClient, topic: str) -> list[int]:
-    """The partitions of the topic of dead letters."""
-    try:
-        topics = admin.list_topics(timeout=ANSWER_WITHIN_S).topics
-    except KafkaException as error:
-        raise TransientError(f"Kafka does not answer: {error.args[0].str()}") from error
-    if topic not in topics:
-        raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
-    return sorted(topics[topic].partitions)
+def letter_offsets(settings: Settings, *, one: bool = False) -> list[PartitionOffsets]:
+    """Where the partitions of the topic of dead letters begin and end; ``one``: there may not be more."""
+    topic = settings.dead_letter_topic
+    with Offsets(settings) as offsets:
+        partitions = offsets.partitions().get(topic)
+        if partitions is None:
+            raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
+        if one and partitions != [0]:
+            raise ConfigurationError(
+                f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
+            )
+        return offsets.of(topic, partitions)
 
 
 def read_letters(
@@ -291,17 +231,12 @@ def read_letters(
 
     Raises StoppedError, and ConfigurationError where ``up_to`` names no offset.
     """
-    topic = settings.dead_letter_topic
-    admin = connect_admin(settings, shutdown)
-    partitions = letter_partitions(admin, topic)
-    if up_to is not None:
-        _require_one(topic, partitions)
-    with Offsets(settings) as offsets:
-        found = [(each.partition, each.first, each.end) for each in offsets.of(topic, partitions)]
+    connect_admin(settings, shutdown)
+    found = letter_offsets(settings, one=up_to is not None)
 
     def letters() -> Iterator[Message]:
-        for partition, first, end in found:
-            for letter in read_range(settings, topic, partition, first, end):
+        for each in found:
+            for letter in read_range(settings, settings.dead_letter_topic, each.partition, each.first, each.end):
                 if shutdown.requested:
                     raise StoppedError("stopped before the last dead letter")
                 yield letter
@@ -310,13 +245,6 @@ def read_letters(
     for letter in letters():
         if up_to is not None and place_of(letter)[1] > up_to:
             return
-        wanted = reason is None or read_headers(letter).get(REASON_HEADER) == reason
+        wanted = reason in (None, reason_of(letter))
         if wanted and (older == {None} or name_of(letter) not in older):
             yield letter
-
-
-def _require_one(topic: str, partitions: list[int]) -> None:
-    if partitions != [0]:
-        raise ConfigurationError(
-            f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
-        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.core.backoff import at_start
@@ -71,6 +71,9 @@ NO_ANSWER = frozenset(
 )
 
 ClientSettings = dict[str, Any]
+Place = tuple[int, int]  # partition and offset
+Header = tuple[str, str | bytes | None]
+Outgoing = tuple[str | bytes | None, str | bytes | None, list[Header]]  # key, value, headers
 
 
 class OnceInAWhile(logging.Filter):
@@ -297,13 +300,40 @@ def read_range(settings: Settings, topic: str, partition: int, first: int, end: 
         consumer.close()
 
 
+def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], within_s: float) -> list[Place | KafkaError]:
+    """Send messages and wait for the broker, ``within_s`` after the last: where each is now, or why it is not there.
+
+    Raises TransientError when so many are under way that no more fit, and none arrives.
+    """
+    found: dict[int, Place | KafkaError] = {}
+
+    def note(at: int, error: KafkaError | None, message: Message) -> None:
+        found[at] = place_of(message) if error is None else error
+
+    at = -1
+    for at, (key, value, headers) in enumerate(messages):
+        while True:
+            try:
+                producer.produce(topic, key=key, value=value, headers=headers, on_delivery=partial(note, at))
+                producer.poll(0)
+                break
+            except BufferError as error:
+                if not producer.poll(within_s):
+                    raise TransientError("Kafka does not answer, and the queue to it is full") from error
+            except KafkaException as error:  # too large, for example
+                found[at] = error.args[0]
+                break
+    producer.flush(within_s)
+    return [found.get(number, KafkaError(KafkaError._TIMED_OUT)) for number in range(at + 1)]
+
+
 def format_of(message: Message) -> bytes | None:
     """What the message says that it holds; of several words the last."""
     forms = [value for name, value in headers_of(message) if name == FORMAT_HEADER]
     return forms[-1] if forms else JSON
 
 
-def place_of(message: Message) -> tuple[int, int]:
+def place_of(message: Message) -> Place:
     """Partition and offset of a message that came from a broker."""
     partition, offset = message.partition(), message.offset()
     assert partition is not None

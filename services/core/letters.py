@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from confluent_kafka import Message
 
-from services.core.kafka import headers_of, place_of
+from services.core.kafka import REASON_HEADER, headers_of, place_of
 
 LETTER_HEADER = "sensor_pipeline.letter"
 
@@ -28,3 +28,13 @@ def name_of(letter: Message) -> bytes:
 def replaced_by(letter: Message) -> bytes | None:
     """The name of the older letter whose place this one takes."""
     return dict(headers_of(letter)).get(LETTER_HEADER)
+
+
+def read_headers(letter: Message) -> dict[str, str]:
+    """The headers as text; of two with one name the last."""
+    return {name: value.decode("utf-8", "replace") if value is not None else "" for name, value in headers_of(letter)}
+
+
+def reason_of(letter: Message) -> str:
+    """Why it was not stored; whoever may write to the topic may make up any."""
+    return read_headers(letter).get(REASON_HEADER, "unknown")

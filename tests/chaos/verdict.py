@@ -14,8 +14,8 @@ from datetime import datetime, timedelta
 from confluent_kafka import Message
 from psycopg import Connection
 
-from services.consumer.replay import read_headers
 from services.core.kafka import REASON_HEADER, place_of
+from services.core.letters import read_headers
 from tests.chaos.traffic import POISON_KEY, Sample, Traffic
 from tests.fix_services import rows_of
 from tests.model import METRICS, Key, Row, Rows, Values, floor, same

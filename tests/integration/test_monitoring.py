@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.consumer.instruments import EXPIRING
 from services.consumer.lag import Expiry
-from services.consumer.replay import read_headers
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, client_settings, connect_admin, create_topics
+from services.core.letters import read_headers
 from services.core.offsets import group_lag
 from services.core.shutdown import Shutdown
 from services.local.stack import Stack
