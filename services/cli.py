@@ -259,7 +259,7 @@ def run_generate(settings: Settings, options: argparse.Namespace) -> int:
 
 def run_consume(settings: Settings, options: argparse.Namespace) -> int:
     """``consume``."""
-    from services.consumer.worker import run
+    from services.consumer.command import run
 
     shutdown = Shutdown().listen()
     code = run(settings, shutdown, until_caught_up=options.until_caught_up)

@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 
 from services import cli
-from services.consumer import worker
+from services.consumer import command, worker
 from services.consumer.dead_letter import DeadLetterTopic
 from services.consumer.positions import Positions
 from services.consumer.sink import Sink
@@ -49,7 +49,7 @@ class Plan:
     librdkafka: dict[str, int] = field(default_factory=dict)
     hand_over_within_s: float = worker.HAND_OVER_WITHIN_S
     most_doubtful_tries: int = backoff.MOST_DOUBTFUL_TRIES
-    hung_after_s: float = worker.HUNG_AFTER_S
+    hung_after_s: float = command.HUNG_AFTER_S
 
     def strike(self) -> None:
         """Harm this process."""
@@ -118,7 +118,7 @@ def main() -> int:
     worker.consumer_settings = consumer_settings
     worker.HAND_OVER_WITHIN_S = plan.hand_over_within_s
     backoff.MOST_DOUBTFUL_TRIES = plan.most_doubtful_tries
-    worker.HUNG_AFTER_S = etl_worker.HUNG_AFTER_S = plan.hung_after_s
+    command.HUNG_AFTER_S = etl_worker.HUNG_AFTER_S = plan.hung_after_s
     return cli.main(sys.argv[2:])
 
 

@@ -1,15 +1,21 @@
-"""How far the group is behind in the partitions of this consumer, for the metrics."""
+"""How far we are, as Kafka is told, and how far behind, as the metrics say."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from services.consumer.instruments import EXPIRING, LAG
+from services.core.errors import PermanentError
+from services.core.kafka import NOT_ALLOWED
+from services.core.logs import fields
+
+log = logging.getLogger("consumer")
 
 LOOK_EVERY_S = 1.0
 ASK_EVERY_S, ANSWER_WITHIN_S = 5.0, 1.0
@@ -54,15 +60,19 @@ class Expiry:
 EXPIRY = Expiry()
 
 
-class Lag:
-    """Looks once a second at where the partitions end; to be called from the thread that polls.
+class Commits:
+    """Tells Kafka how far we are, and the metrics how far behind: for people, since nothing depends on either.
 
-    Every fetch tells the end. While the partitions are paused there is none, so the broker is asked, less often.
+    Every fetch tells where a partition ends. While partitions are paused there is none, so the broker is asked, less
+    often. Belongs to the thread that polls.
     """
 
     def __init__(self, consumer: Consumer, topic: str) -> None:
         self._consumer = consumer
         self._topic = topic
+        self._told: dict[int, int] = {}
+        self._unanswered = 0
+        self._refused = False  # there may never be a next one
         self._committed: dict[int, int] = {}
         self._next_look = 0.0
 
@@ -70,11 +80,44 @@ class Lag:
         """Where partitions that are ours now begin."""
         self._committed |= offsets
 
-    def note_committed(self, places: Iterable[TopicPartition], assigned: Container[int]) -> None:
-        """The broker has confirmed these offsets."""
-        for place in places:
-            if place.partition in assigned:
-                self._committed[place.partition] = place.offset
+    def tell(self, offsets: Mapping[int, int]) -> None:
+        """Commit what was not told yet; the answer comes while polling."""
+        new = dict(offsets.items() - self._told.items())
+        if not new:
+            return
+        self._told |= new
+        try:
+            self._consumer.commit(
+                offsets=[TopicPartition(self._topic, *each) for each in new.items()], asynchronous=True
+            )
+            self._unanswered += 1
+        except KafkaException as error:
+            self._note_refused(error.args[0])
+
+    def note_answer(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        """The broker's answer to a commit."""
+        self._unanswered -= 1
+        problem = error or next((place.error for place in places if place.error is not None), None)
+        if problem is None:
+            self._committed |= {place.partition: place.offset for place in places if place.partition in self._told}
+        else:
+            self._note_refused(problem)
+
+    def _note_refused(self, error: KafkaError) -> None:
+        if error.code() in NOT_ALLOWED:
+            raise PermanentError(f"Kafka refuses to commit offsets: {error.str()}")
+        log.warning("offsets_not_committed", extra=fields(detail=error.str()))
+        self._refused = True
+
+    def tell_again(self) -> None:
+        """Let what Kafka has refused be told again."""
+        if self._refused:
+            self._refused = False
+            self._told.clear()
+
+    def are_answered(self, offsets: Mapping[int, int]) -> bool:
+        """Whether these were told, and nothing waits for an answer."""
+        return offsets.items() <= self._told.items() and not self._unanswered
 
     def look(self, *, paused: bool) -> None:
         """Set the metric, if that was not done just now."""
@@ -82,14 +125,12 @@ class Lag:
         if now < self._next_look:
             return
         self._next_look = now + (ASK_EVERY_S if paused else LOOK_EVERY_S)
-        try:
+        with suppress(KafkaException):  # it stays what it was
             for partition, committed in self._committed.items():
                 place = TopicPartition(self._topic, partition)
                 ends = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S, cached=not paused)
                 if ends is not None and ends[1] >= 0:
                     self._note(partition, committed, ends[1])
-        except KafkaException:  # it stays what it was
-            return
 
     def _note(self, partition: int, committed: int, end: int) -> None:
         LAG.labels(partition).set(max(0, end - committed))
@@ -100,8 +141,8 @@ class Lag:
 
     def forget(self, partitions: Iterable[int]) -> None:
         """The partitions are not ours any more; who has them reports their lag."""
-        for partition in self._committed.keys() & set(partitions):
-            del self._committed[partition]
-            EXPIRY.waiting.pop(partition, None)
+        for partition in partitions:
+            for each in (self._told, self._committed, EXPIRY.waiting):
+                each.pop(partition, None)
             with suppress(KeyError):
                 LAG.remove(str(partition))

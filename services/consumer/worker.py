@@ -18,30 +18,26 @@ When a writer is stuck, its partitions are paused and polling goes on: the group
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from services.consumer.batch import Batch
-from services.consumer.instruments import MESSAGES_EXPIRED, MESSAGES_READ
-from services.consumer.lag import EXPIRY, Lag
+from services.consumer.instruments import MESSAGES_READ
+from services.consumer.lag import Commits
 from services.consumer.lane import Lane
+from services.consumer.partitions import Partitions
 from services.consumer.positions import Places, Positions
 from services.consumer.writer import Outcome, Stored
 from services.core.config import Settings
-from services.core.database import connect_at_start
 from services.core.errors import (
     AbandonedError,
-    ConfigurationError,
     OutOfPlaceError,
     PermanentError,
     ProtocolNotOfferedError,
@@ -50,12 +46,10 @@ from services.core.kafka import (
     NOT_ALLOWED,
     ClientSettings,
     client_settings,
-    connect_admin,
-    create_topics,
     place_of,
 )
 from services.core.logs import fields
-from services.core.monitoring import RETRIES, Monitoring, database_probe, kafka_probe
+from services.core.monitoring import RETRIES
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 
@@ -66,12 +60,8 @@ MOST_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
 POLL_S = 0.1
 WRITER_LOOK_S = 0.01  # between two looks at the writers while something waits for one
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
-WATERMARKS_WITHIN_S = 5.0
 FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
-HUNG_AFTER_S = 60.0
-
-PROTOCOLS = {"auto": ("consumer", "classic"), "consumer": ("consumer",), "classic": ("classic",)}
 
 
 class Worker:
@@ -100,18 +90,11 @@ class Worker:
         self._consumer = Consumer(consumer_settings(settings, protocol) | {"on_commit": self._on_commit})
         self._outcomes: SimpleQueue[tuple[Lane, Outcome]] = SimpleQueue()
         self._lanes = [Lane(settings, self._positions, self._outcomes) for _ in range(settings.consumer_writers)]
-        self._lag = Lag(self._consumer, settings.kafka_topic)
-        self._lane_of: dict[int, Lane] = {}  # the partitions that are assigned to us
-        self._places = Places()  # of the topic that we read
-        self._next: dict[int, int] = {}  # where each partition is once all batches are stored; some are not located yet
+        self._commits = Commits(self._consumer, settings.kafka_topic)
+        self._partitions = Partitions(self._consumer, settings.kafka_topic, self._lanes, self._commits)
         self._poll_at_once = 10  # until we know how large messages are
         self._rows_each = 1  # of the newest messages, on average
-        self._rebalances = 0
         self._clock_lead = timedelta(0)
-        self._unanswered_commits = 0
-        self._ends: dict[int, int] = {}  # where a partition ended, until more comes
-        self._ends_committed: dict[int, int] = {}
-        self._commit_again = False  # Kafka refused one, and there may never be a next one
         self._closing = False
 
     def run(self) -> Counter[str]:
@@ -142,13 +125,13 @@ class Worker:
             self._settle_all(POLL_S / 2)
             return
         room = min((lane.room for lane in lanes), default=1)
-        rebalances = self._rebalances
+        rebalances = self._partitions.rebalances
         messages = self._consumer.consume(
             max(1, min(room // self._rows_each, self._poll_at_once)), timeout=self._poll_timeout()
         )
         readable = [message for message in messages if message.error() is None]
-        if readable and rebalances != self._rebalances:  # some may be of partitions that moved meanwhile
-            self._go_back(self._lanes)
+        if readable and rebalances != self._partitions.rebalances:  # some may be of partitions that moved meanwhile
+            self._partitions.go_back(self._lanes)
         elif readable:
             self._fill(readable)
         if len(readable) < len(messages):
@@ -162,18 +145,16 @@ class Worker:
         for lane, those in self._by_lane(messages):
             before = len(lane.filling), lane.filling.size_bytes
             try:
-                lane.filling.add(those, self._decoder, self._next)
+                lane.filling.add(those, self._decoder, self._partitions.next)
             except OutOfPlaceError as error:
                 log.warning("messages_out_of_place", extra=fields(detail=error))
-                self._go_back([lane])
+                self._partitions.go_back([lane])
                 continue
             rows += len(lane.filling) - before[0]
             size += lane.filling.size_bytes - before[1]
         self._rows_each = max(1, rows // len(messages))
         self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // max(1, size // len(messages))))
-        for partition, end in tuple(self._ends.items()):
-            if self._next.get(partition, end) > end:
-                del self._ends[partition]
+        self._partitions.note_polled()
 
     def _by_lane(self, messages: list[Message]) -> list[tuple[Lane, list[Message]]]:
         """The messages of each lane, in the order they came."""
@@ -181,11 +162,11 @@ class Worker:
             return [(self._lanes[0], messages)]
         found: dict[Lane, list[Message]] = {}
         for partition, run in groupby(messages, Message.partition):
-            found.setdefault(self._lane_of.get(partition or 0, self._lanes[0]), []).extend(run)
+            found.setdefault(self._partitions.lane_of.get(partition or 0, self._lanes[0]), []).extend(run)
         return list(found.items())
 
     def _poll_timeout(self) -> float:
-        if not self._next:
+        if not self._partitions.next:
             return WRITER_LOOK_S  # partitions may be assigned at any moment, and then located
         working = [lane for lane in self._lanes if not lane.paused]
         if any(lane.ready is not None for lane in working):
@@ -198,14 +179,12 @@ class Worker:
             return
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
-            partition, offset = place_of(message)
-            if partition in self._next:
-                self._ends[partition] = offset
+            self._partitions.note_end(*place_of(message))
         elif code == KafkaError._AUTO_OFFSET_RESET:
-            self._leave_missing(message.partition())
+            self._partitions.leave_missing(message.partition())
         elif code in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
-        elif code == KafkaError._FATAL and self._protocol == "consumer" and not self._rebalances:
+        elif code == KafkaError._FATAL and self._protocol == "consumer" and not self._partitions.rebalances:
             raise ProtocolNotOfferedError(error.str())  # librdkafka does not tell the code behind it
         elif code == KafkaError._FATAL:
             raise PermanentError(f"Kafka ends our membership of group {self._settings.kafka_group}: {error.str()}")
@@ -213,121 +192,37 @@ class Worker:
             RETRIES.labels("kafka").inc()
             log.warning("kafka_unavailable", extra=fields(detail=error.str()))
 
-    # Where to go on --------------------------------------------------------------------------------------
-
-    def _new_batch(self) -> Batch:
-        return Batch(self._places.topic_id, self._places.fills_gaps)
-
-    def _at(self, partitions: Iterable[int]) -> list[TopicPartition]:
-        """Where the partitions are; a paused 0 where that is not known yet.
-
-        Never a logical offset: librdkafka asks the broker what it is, and when a partition was assigned elsewhere
-        before the answer came, it asks once more half a second later, and goes there.
-        """
-        topic = self._settings.kafka_topic
-        return [TopicPartition(topic, partition, self._next.get(partition, 0)) for partition in partitions]
-
-    def _fetch(self, lane: Lane, partitions: Iterable[int]) -> None:
-        """Go on where these partitions are. A seek would be refused while one has no position that is valid."""
-        places = self._at(partitions)
-        if places:
-            self._consumer.incremental_unassign(places)
-            self._consumer.incremental_assign(places)
-            (self._consumer.pause if lane.paused else self._consumer.resume)(places)
-
-    def _go_back(self, lanes: Iterable[Lane]) -> None:
-        """Forget what is not stored; nothing is fetched until the database has said where to go on."""
-        for lane in lanes:
-            lane.forget(self._new_batch())
-            for partition in lane.partitions:
-                self._ends.pop(partition, None)
-                self._next.pop(partition, None)
-            if lane.partitions:
-                self._consumer.pause(self._at(lane.partitions))
-
-    def _take_places(self, lane: Lane, places: Places) -> None:
-        """The database's answer: fetch from there, unless a partition is another consumer's by now."""
-        if self._places.topic_id not in ("", places.topic_id):
-            log.warning("topic_replaced", extra=fields(topic=self._settings.kafka_topic))
-            self._go_back(self._lanes)
-        self._places = places
-        for each in self._lanes:
-            if each.filling.is_empty:
-                each.filling = self._new_batch()
-        found = {partition: at for partition, at in places.positions.items() if partition in lane.partitions}
-        self._next |= found
-        self._lag.begin(found)
-        self._fetch(lane, found)
-
-    def _leave_missing(self, partition: int | None) -> None:
-        """Kafka has nothing at our position: what was there has expired, or a broker has lost the end of its log."""
-        if partition is None or partition not in self._next:
-            return
-        position = self._next[partition]
-        place = TopicPartition(self._settings.kafka_topic, partition)
-        try:
-            first, end = self._consumer.get_watermark_offsets(place, timeout=WATERMARKS_WITHIN_S)
-        except KafkaException as error:
-            log.warning("kafka_unavailable", extra=fields(detail=error.args[0].str()))
-            first, end = position, position  # try again from there
-        if position < first:
-            MESSAGES_EXPIRED.inc(first - position)
-            log.error(
-                "messages_expired",
-                extra=fields(
-                    partition=partition,
-                    messages=first - position,
-                    detail="Kafka deleted messages that were never stored: the topic's retention is too short",
-                ),
-            )
-        elif position > end:
-            log.error(
-                "topic_is_shorter",
-                extra=fields(
-                    partition=partition,
-                    position=position,
-                    end=end,
-                    detail="a broker has lost messages that were stored here; going on at the end of the topic",
-                ),
-            )
-        if not first <= position <= end:
-            self._lane_of[partition].filling.move(partition, min(max(position, first), end), self._next)
-        self._fetch(self._lane_of[partition], [partition])
-
     # Handing batches to the writers ----------------------------------------------------------------------
 
     def _advance(self) -> None:
         """Take the writers' outcomes, then give them what comes next."""
         self._settle_all()
-        self._lag.look(paused=any(lane.paused for lane in self._lanes))
-        if self._next and self._positions.topic_was_replaced(self._places.topic_id):
-            self._go_back(self._lanes)
+        self._commits.look(paused=any(lane.paused for lane in self._lanes))
+        if self._partitions.next and self._positions.topic_was_replaced(self._partitions.places.topic_id):
+            self._partitions.go_back(self._lanes)
         for lane in self._lanes:
             self._advance_lane(lane)
 
     def _advance_lane(self, lane: Lane) -> None:
-        lane.close_batch(self._new_batch(), at_end=self._all_at_end())
+        lane.close_batch(self._partitions.new_batch(), at_end=self._is_at_end())
         if lane.writer.busy:
             self._pause_if_stuck(lane)
             return
-        unknown = lane.partitions - self._next.keys()
-        if unknown:
-            lane.writer.submit(frozenset(unknown))
+        if unknown := self._partitions.unknown(lane):
+            lane.writer.submit(unknown)
             return
         if lane.paused:
-            lane.paused = False
-            self._consumer.resume(self._at(lane.partitions))
+            self._partitions.pause(lane, paused=False)
             log.info("resumed")
         if lane.ready is not None:
             lane.submit_ready()
         else:
-            self._commit_ends(lane)
+            self._partitions.step_over_ends(lane)
             self._check_positions(lane)
 
     def _pause_if_stuck(self, lane: Lane) -> None:
         if lane.blocked_s() > PAUSE_AFTER_S and not lane.paused:
-            lane.paused = True
-            self._consumer.pause(self._at(lane.partitions))
+            self._partitions.pause(lane, paused=True)
             log.warning("paused", extra=fields(waiting=lane.waiting))
 
     def _settle_all(self, within_s: float = 0.0) -> None:
@@ -343,85 +238,31 @@ class Worker:
         self._clock_lead = lane.writer.clock_lead or self._clock_lead  # 0: this writer has not stored anything yet
         match outcome:
             case Places():
-                self._take_places(lane, outcome)
+                self._partitions.locate(lane, outcome)
             case Stored(batch, result, letters) if len(batch):
                 reasons = Counter(letter.reason for letter in letters)
                 self.totals.update(**result.counts(), dead_letters=len(letters))
                 self.totals.update({f"dead_{reason}": count for reason, count in reasons.items()})
-                self._commit({each: end for each, end in batch.end.items() if each in self._next})
+                self._commits.tell({each: end for each, end in batch.end.items() if each in self._partitions.next})
             case AbandonedError() if was_storing:
-                self._go_back([lane])
+                self._partitions.go_back([lane])
 
     def _check_positions(self, lane: Lane) -> None:
         """While nothing comes, look whether the database has been emptied or restored, or told to go back."""
         if not lane.partitions or not lane.filling.is_empty or not lane.is_check_due():
             return
-        if self._commit_again:
-            self._commit_again = False
-            self._ends_committed.clear()
-        check = self._new_batch()
-        check.start = check.end = {partition: self._next[partition] for partition in lane.partitions}
+        self._commits.tell_again()
+        check = self._partitions.new_batch()
+        check.start = check.end = {partition: self._partitions.next[partition] for partition in lane.partitions}
         lane.writer.submit(check)
-
-    def _commit_ends(self, lane: Lane) -> None:
-        """When all that was polled is stored, step over what is not a message (a transaction's end marker).
-
-        Otherwise there would be a lag for ever, and nobody could tell it from a real one.
-        """
-        ends = {partition: self._ends[partition] for partition in lane.partitions & self._ends.keys()}
-        if not lane.filling.is_empty or ends.items() <= self._ends_committed.items():
-            return
-        behind = {partition: end for partition, end in ends.items() if end > self._next[partition]}
-        for partition, end in behind.items():
-            lane.filling.move(partition, end, self._next)
-        if not behind:
-            self._ends_committed |= ends
-            self._commit(ends)
-
-    def _commit(self, offsets: Mapping[int, int]) -> None:
-        """Tell Kafka how far we are."""
-        if not offsets:
-            return
-        topic = self._settings.kafka_topic
-        try:
-            self._consumer.commit(
-                offsets=[TopicPartition(topic, partition, offset) for partition, offset in offsets.items()],
-                asynchronous=True,
-            )
-        except KafkaException as error:
-            self._note_commit(error.args[0])
-        else:
-            self._unanswered_commits += 1
-
-    def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        """The broker's answer, served while polling."""
-        self._unanswered_commits -= 1
-        refused = [place.error for place in places if place.error is not None]
-        problem = error or (refused[0] if refused else None)
-        if problem is None:
-            self._lag.note_committed(places, self._next)
-        else:
-            self._note_commit(problem)
-
-    def _note_commit(self, error: KafkaError) -> None:
-        if error.code() in NOT_ALLOWED:
-            raise PermanentError(f"Kafka refuses to commit offsets: {error.str()}")
-        log.warning("offsets_not_committed", extra=fields(detail=error.str()))
-        self._commit_again = True
 
     # Membership ------------------------------------------------------------------------------------------
 
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """More partitions are ours from now on. They wait until the database has said where to begin."""
-        self._rebalances += 1
-        added = sorted(place.partition for place in partitions)
-        for partition in added:
-            lane = self._lane_of[partition] = min(self._lanes, key=lambda lane: len(lane.partitions))
-            lane.partitions.add(partition)
-        consumer.incremental_assign(self._at(added))
-        if added:
-            consumer.pause(self._at(added))
-        log.info("partitions_assigned", extra=fields(partitions=added))
+    def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        self._commits.note_answer(error, places)
+
+    def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._partitions.assign(sorted(place.partition for place in partitions))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Partitions go to another consumer: let the batches in hand finish first, so that none is repeated."""
@@ -430,19 +271,8 @@ class Worker:
             self._finish_jobs([lane for lane in self._lanes if lane.partitions & gone], HAND_OVER_WITHIN_S)
         self._on_lost(consumer, partitions)
 
-    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Partitions are another consumer's already: forget what we hold of them."""
-        self._rebalances += 1
-        gone = {place.partition for place in partitions}
-        log.info("partitions_revoked", extra=fields(partitions=sorted(gone)))
-        if gone:
-            consumer.resume(partitions)  # librdkafka keeps a pause for the day the partition comes back
-        for each in (self._lane_of, self._next, self._ends, self._ends_committed):
-            for partition in gone & each.keys():
-                del each[partition]
-        for lane in self._lanes:
-            lane.lose(gone)
-        self._lag.forget(gone)
+    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._partitions.lose({place.partition for place in partitions})
 
     def _finish_jobs(self, lanes: Sequence[Lane], within_s: float) -> None:
         """Wait for what is being stored; abandon it when it takes too long, and what is not a batch at once."""
@@ -458,15 +288,14 @@ class Worker:
 
     # The end ---------------------------------------------------------------------------------------------
 
-    def _all_at_end(self) -> bool:
-        return self._until_caught_up and bool(self._lane_of) and self._ends.keys() >= self._lane_of.keys()
+    def _is_at_end(self) -> bool:
+        return self._until_caught_up and self._partitions.are_all_at_end
 
     def _caught_up(self) -> bool:
         return (
-            self._all_at_end()
+            self._is_at_end()
             and all(lane.is_empty for lane in self._lanes)
-            and self._ends == self._ends_committed
-            and not self._unanswered_commits
+            and self._commits.are_answered(self._partitions.ends)
         )
 
     def _finish(self) -> None:
@@ -504,43 +333,4 @@ def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
             "fetch.message.max.bytes": 262_144,
             "fetch.queue.backoff.ms": 10,
         }
-    )
-
-
-def collect_garbage_seldom() -> None:
-    """Messages and readings come in thousands, none of them in a cycle.
-
-    By default each 700 new ones start a garbage collection, which took a quarter of this process's time.
-    """
-    gc.freeze()
-    gc.set_threshold(100_000)
-
-
-def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False) -> int:
-    """Consume the topic into ``sensor_data``. Returns the exit code."""
-    collect_garbage_seldom()
-    look = partial(EXPIRY.look, settings.kafka_topic)
-    probes = partial(kafka_probe, settings, look), partial(database_probe, settings)
-    with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
-        create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
-        connect_at_start(settings, shutdown, tables=True).close()
-        totals = consume(settings, shutdown, until_caught_up=until_caught_up)
-    log.info("stopped", extra=fields(**totals, cpu_s=round(time.process_time(), 2)))
-    return 0
-
-
-def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) -> Counter[str]:
-    """Work with the newest group protocol that the settings allow and the brokers offer."""
-    reason: Exception | None = None
-    for protocol in PROTOCOLS[settings.kafka_group_protocol]:
-        try:
-            worker = Worker(settings, shutdown, until_caught_up=until_caught_up, protocol=protocol)
-            log.info("waiting_for_partitions", extra=fields(topic=settings.kafka_topic, group=settings.kafka_group))
-            return worker.run()
-        except ProtocolNotOfferedError as error:
-            log.info("group_protocol_not_offered", extra=fields(protocol=protocol))
-            reason = error
-    raise ConfigurationError(
-        f"KAFKA_GROUP_PROTOCOL={settings.kafka_group_protocol}: the brokers refuse it, older ones than Kafka 4 do; "
-        f"use auto ({reason})"
     )
