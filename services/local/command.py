@@ -45,10 +45,9 @@ def run(settings: Settings, action: str, directory: Path, *, tls: bool) -> int:
     if action == "down":
         stack.down()
         return 0
-    servers = stack.status()
-    if not any(server.data_path.exists() for server in servers):
+    if not any(server.data_path.exists() for server in stack.servers):
         print(f"no servers were ever started in {directory.resolve()}: the local stack is that of a directory")  # noqa: T201
-    for server in servers:
+    for server in stack.servers:
         pid = f"pid {server.pid}" if server.pid else "no process"
         print(f"{server.name:12} {server.state:8} {pid}, port {server.port}, log {server.log_path}")  # noqa: T201
-    return 0 if all(server.state == "running" for server in servers) else 1
+    return 0 if all(server.state == "running" for server in stack.servers) else 1

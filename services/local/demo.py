@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -31,8 +30,10 @@ from services.core.offsets import group_lag
 from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
 from services.local.runtime import make_writable
-from services.local.security import Security, secure
+from services.local.security import Security, secure, write_settings
+from services.local.servers import free_port
 from services.local.stack import Stack
+from services.local.supervisor import ProcessRecord
 
 # Hourly readings: with wider intervals than the defaults a summary shows something.
 DEMO_INTERVALS = {measurement(name).interval_setting: 180 * (1 + at) for at, name in enumerate(DEFAULT)}
@@ -183,15 +184,14 @@ class Demo:
                 start_new_session=True,
             )
         self._services[name] = process
-        created = psutil.Process(process.pid).create_time()
-        (self._directory / f"{name}.pid").write_text(f"{process.pid} {created}", encoding="utf-8")
+        record = ProcessRecord.of(process.pid)
+        (self._directory / f"{name}.pid").write_text(f"{record.pid} {record.created}", encoding="utf-8")
 
     def _stop(self, name: str) -> None:
         pid_file = self._directory / f"{name}.pid"
-        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess, psutil.TimeoutExpired):
+        with suppress(FileNotFoundError, psutil.NoSuchProcess, psutil.TimeoutExpired):
             pid, created = pid_file.read_text(encoding="utf-8").split()
-            process = psutil.Process(int(pid))
-            if process.create_time() == float(created):
+            if process := ProcessRecord(int(pid), float(created)).alive():
                 process.terminate()
                 process.wait(10)
         pid_file.unlink(missing_ok=True)
@@ -213,8 +213,8 @@ class Demo:
         deadline = time.monotonic() + FINISH_WITHIN_S
         shown = (0, 0)
         first = measurement(self._settings.measurements[0])
-        with self._connect() as connection:
-            for _ in self._looks(deadline):
+        with connect(self._settings) as connection:
+            while time.monotonic() < deadline:
                 self._supervise()
                 counts = fetch(connection, "sensor_data"), fetch(connection, first.summary)
                 queued = fetch(connection, "summary_refresh_queue")
@@ -222,26 +222,15 @@ class Demo:
                     say(f"  {counts[0]:>7,} readings stored, {counts[1]:>6,} {first.name} intervals summarised")
                     shown = counts
                 sent = self._services["producer"].poll() == 0
-                if (
-                    sent
-                    and group_lag(self._settings) == 0
-                    and queued == 0
-                    and fetch(connection, "summary_refresh_queue") == 0
-                ):
+                done = sent and group_lag(self._settings) == 0 and queued == 0
+                if done and fetch(connection, "summary_refresh_queue") == 0:
                     return
+                time.sleep(LOOK_EVERY_S)
         raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
-
-    def _looks(self, deadline: float) -> Iterator[None]:
-        while time.monotonic() < deadline:
-            yield
-            time.sleep(LOOK_EVERY_S)
-
-    def _connect(self) -> psycopg.Connection:
-        return connect(self._settings)
 
     def _report(self, took_s: float) -> bool:
         settings = self._settings
-        with self._connect() as connection:
+        with connect(self._settings) as connection:
             summaries = [measurement(name).summary for name in settings.measurements]
             for summary in summaries:
                 show_summary(connection, summary)
@@ -309,11 +298,7 @@ class Demo:
         values["sensor_dashboard_password"] = self._dashboard_password
         if self._security is not None:
             values |= self._security.client_settings()
-        path = self._directory / CLIENT_SETTINGS
-        lines = (f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items())
-        path.touch(mode=0o600)
-        path.write_text("".join(lines), encoding="utf-8")
-        return path
+        return write_settings(self._directory / CLIENT_SETTINGS, values)
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -342,13 +327,6 @@ def is_free(port: int) -> bool:
     """Whether nothing listens on the loopback port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def fetch(connection: psycopg.Connection, table: str) -> int:

@@ -8,6 +8,8 @@ certificate too must show its own.
 from __future__ import annotations
 
 import secrets
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def secure(directory: Path, settings: Settings) -> Security:
     password_file.write_text(password, encoding="utf-8")
     server = authority.issue("server", SERVER_NAME, host=SERVER_NAME)
     security = Security(directory, authority, server, settings.kafka_sasl_username or USERNAME, password)
-    lines = (f"{name.upper()}={value}\n" for name, value in security.client_settings().items())
-    (directory / "client.env").write_text("".join(lines), encoding="utf-8")
+    write_settings(directory / "client.env", security.client_settings())
     return security
+
+
+def write_settings(path: Path, values: Mapping[str, str]) -> Path:
+    """Write settings as lines of .env that a shell reads too."""
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{name.upper()}={shlex.quote(value)}\n" for name, value in values.items()), "utf-8")
+    return path

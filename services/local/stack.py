@@ -12,15 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
+from services.local.kafka import Kafka
 from services.local.runtime import RUNTIME_DIRECTORY, Runtime, install
 from services.local.security import Security
-from services.local.servers import Kafka, Server, TimescaleDB
-
-__all__ = ["ServerStatus", "Stack", "StackOptions", "install"]
-
-State = Literal["running", "stopped", "crashed"]
+from services.local.servers import Server
+from services.local.timescaledb import TimescaleDB
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +33,6 @@ class StackOptions:
     postgre_dbname: str
     runtime_directory: Path = RUNTIME_DIRECTORY
     security: Security | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
-    """One server as it is now."""
-
-    name: str
-    state: State
-    pid: int | None
-    port: int
-    log_path: Path
-    data_path: Path
 
 
 class Stack:
@@ -67,13 +53,14 @@ class Stack:
         )
 
     @property
-    def _servers(self) -> tuple[Server, ...]:
+    def servers(self) -> tuple[Server, ...]:
+        """Both, as they are now."""
         return (self.kafka, self.timescaledb)
 
     def install(self) -> Runtime:
         """Download what is missing."""
         runtime = install(self._report, self._options.runtime_directory)
-        for server in self._servers:
+        for server in self.servers:
             server.runtime = runtime
         return runtime
 
@@ -83,8 +70,8 @@ class Stack:
         Raises `ConfigurationError` when a port is taken (then nothing was started), `PermanentError` when a
         server dies while starting (then the others that were started here are stopped again).
         """
-        missing = [server for server in self._servers if not server.running]
-        for server in self._servers:
+        missing = [server for server in self.servers if not server.running]
+        for server in self.servers:
             if server not in missing:
                 self._report(f"{server.name} is already running (pid {server.pid}, port {server.port})")
         if not missing:
@@ -92,12 +79,7 @@ class Stack:
         for server in missing:
             server.check_port()
         self.install()
-        try:
-            _start_all(missing)
-        except BaseException:
-            for server in missing:
-                server.stop()
-            raise
+        _start_all(missing)
         for server in missing:
             if detach:
                 server.detach()
@@ -105,30 +87,16 @@ class Stack:
 
     def detach(self) -> None:
         """Let both servers outlive this process, which started them."""
-        for server in self._servers:
+        for server in self.servers:
             server.detach()
 
     def down(self) -> None:
         """Stop both gracefully, whoever started them."""
-        running = [server for server in self._servers if server.running]
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            list(pool.map(lambda server: server.stop(), self._servers))
+        running = [server for server in self.servers if server.running]
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(lambda server: server.stop(), self.servers))
         for server in running:
             self._report(f"{server.name} is stopped")
-
-    def status(self) -> list[ServerStatus]:
-        """Both servers as they are now."""
-        return [
-            ServerStatus(
-                server.name,
-                "running" if server.running else "crashed" if server.crashed else "stopped",
-                server.pid,
-                server.port,
-                server.log_path,
-                server.data_path,
-            )
-            for server in self._servers
-        ]
 
     def __enter__(self) -> Self:
         self.up(detach=False)
@@ -139,7 +107,7 @@ class Stack:
 
 
 def _start_all(servers: list[Server]) -> None:
-    """Start at the same time; the first failure ends the waiting for the others."""
+    """Start at the same time; the first failure stops them all."""
     with ThreadPoolExecutor(len(servers)) as pool:
         starts = [pool.submit(_start_and_wait, server) for server in servers]
         try:

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, read_range
-from services.local.servers import Kafka
+from services.local.kafka import Kafka
 from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import ROOT, free_port, make_stack
 

@@ -67,19 +67,19 @@ def count(options: StackOptions) -> int:
 
 
 def processes(stack: Stack, directory: Path) -> list[psutil.Process]:
-    records = [PidFile.read(directory / f"{status.name}.pid") for status in stack.status()]
+    records = [PidFile.read(directory / f"{status.name}.pid") for status in stack.servers]
     return [psutil.Process(part.pid) for record in records if record for part in (record.supervisor, record.server)]
 
 
 def test_up_is_idempotent_and_says_so(ready: Stack, options: StackOptions) -> None:
     lines: list[str] = []
     again = Stack(options, lines.append)
-    before = [status.pid for status in again.status()]
+    before = [status.pid for status in again.servers]
     again.up(detach=True)
     assert [line.split(" is ")[1].split(" (")[0] for line in lines] == ["already running"] * 2
-    assert [(status.state, status.pid) for status in again.status()] == [("running", pid) for pid in before]
-    assert {status.log_path.name for status in again.status()} == {"kafka.log", "timescaledb.log"}
-    assert all(status.log_path.exists() and status.data_path.is_dir() for status in again.status())
+    assert [(status.state, status.pid) for status in again.servers] == [("running", pid) for pid in before]
+    assert {status.log_path.name for status in again.servers} == {"kafka.log", "timescaledb.log"}
+    assert all(status.log_path.exists() and status.data_path.is_dir() for status in again.servers)
 
 
 def test_servers_listen_on_loopback_only(ready: Stack) -> None:
@@ -117,7 +117,7 @@ def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: St
     server = psutil.Process(record.server.pid)
     psutil.Process(record.supervisor.pid).kill()
     server.wait(10)
-    assert [status.state for status in ready.status()] == ["crashed", "running"]
+    assert [status.state for status in ready.servers] == ["crashed", "running"]
     ready.kafka.start()
     ready.kafka.wait_ready()
 
@@ -160,10 +160,10 @@ def test_recycled_pid_is_not_taken_for_the_server(ready: Stack, options: StackOp
     directory.mkdir()
     record.write(directory / "kafka.pid")
     other = Stack(options_in(directory))
-    assert [status.state for status in other.status()] == ["crashed", "stopped"]
+    assert [status.state for status in other.servers] == ["crashed", "stopped"]
     other.down()
     assert stranger.is_running()
-    assert [status.state for status in other.status()] == ["stopped", "stopped"]
+    assert [status.state for status in other.servers] == ["stopped", "stopped"]
 
 
 @pytest.mark.parametrize("taken", ["kafka_port", "postgre_port"])
@@ -205,13 +205,13 @@ def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(PermanentError) as caught:
         stack.up(detach=False)
     assert str(stack.timescaledb.log_path) in str(caught.value)
-    assert [status.state for status in stack.status()] == ["stopped", "stopped"]
+    assert [status.state for status in stack.servers] == ["stopped", "stopped"]
 
 
 def test_stop_is_graceful(ready: Stack) -> None:
     server: Server = ready.timescaledb
     server.stop()
-    assert not server.crashed
+    assert server.state != "crashed"
     assert server.log_path.read_text().splitlines()[-1].endswith("stopped")
     with pytest.raises(PermanentError, match="not running"):
         server.wait_ready(1)
@@ -243,17 +243,17 @@ def test_who_outlives_whom(ready: Stack, options: StackOptions) -> None:
         starter.kill()
         gone, left = psutil.wait_procs(alive, timeout=20)
     assert (len(gone), left) == (4, [])
-    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
+    assert [status.state for status in observer.servers] == ["stopped", "stopped"]
 
     with started(options, "detach") as starter:
         alive = processes(observer, options.directory)
         assert starter.wait(10) == 0
-        assert [status.state for status in observer.status()] == ["running", "running"]
+        assert [status.state for status in observer.servers] == ["running", "running"]
         assert count(options) == visits + 1
         observer.down()
         gone, left = psutil.wait_procs(alive, timeout=20)
     assert (len(gone), left) == (4, [])
-    assert [status.state for status in observer.status()] == ["stopped", "stopped"]
+    assert [status.state for status in observer.servers] == ["stopped", "stopped"]
 
 
 @contextmanager

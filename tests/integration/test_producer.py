@@ -36,8 +36,8 @@ from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, clie
 from services.core.murmur2 import partition_of
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
+from services.local.kafka import Kafka
 from services.local.runtime import install
-from services.local.servers import Kafka
 from services.producer.encoding import Messages
 from services.producer.progress import progress_topic
 from services.producer.publisher import Publisher

@@ -20,8 +20,8 @@ from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, create_topics
 from services.core.shutdown import Shutdown
 from services.local.certificates import Authority
+from services.local.kafka import Kafka
 from services.local.security import Security, secure
-from services.local.servers import Kafka
 from services.local.stack import Stack
 from tests.fix_services import message, publish, run_cli
 from tests.fix_stack import make_stack, upgrade
