@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +32,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "local down": (),
     "demo --down": (),
 }
+
+Run = Callable[["Settings", argparse.Namespace], int]
+Commands = Any  # what add_subparsers returns; its type is private
 
 log = logging.getLogger("settings")
 
@@ -74,13 +79,19 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="sensor-pipeline", description="Sensor readings from Parquet through Kafka into TimescaleDB.")
     top.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_add_setup, _add_generate, _add_services, _add_views, _add_repairs):
+        add(commands)
+    return top
 
-    migrate = commands.add_parser(
-        "migrate", help="create the tables, or bring them up to this version, then let roles log in as logins does"
-    )
-    migrate.set_defaults(run=run_migrate)
 
-    produce = commands.add_parser("produce", help="send the readings of PARQUET_URL to the Kafka topic")
+def _command(commands: Commands, run: Run, name: str, what: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(name, help=what)
+    made.set_defaults(run=run)
+    return made
+
+
+def _add_services(commands: Commands) -> None:
+    produce = _command(commands, _run_produce, "produce", "send the readings of PARQUET_URL to the Kafka topic")
     produce.add_argument(
         "--resend", action="store_true", help="send files that were sent before once more; they fill gaps only"
     )
@@ -95,100 +106,93 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"stay, and look for new files: every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0",
     )
-    produce.set_defaults(run=run_produce)
 
-    generate = commands.add_parser(
-        "generate", help="write made-up readings to a Parquet file, to try the pipeline with"
-    )
-    generate.add_argument("out", metavar="OUT", type=Path, help="the file")
-    generate.add_argument("--sensors", type=_between("--sensors", 1, 100_000), default=200, help="default: 200")
-    generate.add_argument("--days", type=_between("--days", 0, 100_000, float), default=7, help="default: 7")
-    generate.add_argument(
-        "--interval",
-        type=_between("--interval", 1, 86_400),
-        default=60,
-        help="seconds between two readings of a sensor (default: 60)",
-    )
-    generate.add_argument("--start", type=_start, default="2024-01-01", help="first day, UTC (default: 2024-01-01)")
-    generate.add_argument("--seed", type=_between("--seed", 0, 2**63), default=1, help="default: 1")
-    for name, what in (("gaps", "left out"), ("late", "that come after newer ones"), ("duplicates", "that come twice")):
-        share = _between(f"--{name}", 0, 0.5, float)
-        generate.add_argument(f"--{name}", type=share, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
-    generate.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    generate.set_defaults(run=run_generate)
-
-    consume = commands.add_parser("consume", help="store the topic's readings in sensor_data")
+    consume = _command(commands, _run_consume, "consume", "store the topic's readings in sensor_data")
     consume.add_argument("--until-caught-up", action="store_true", help="end at the topic's end")
-    consume.set_defaults(run=run_consume)
 
-    rewind = commands.add_parser("rewind", help="let consumers read the topic again from an earlier place")
-    place = rewind.add_mutually_exclusive_group(required=True)
-    place.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
-    place.add_argument("--to-time", metavar="TIME", help="what was sent at or after this time, like 2024-01-01T00:00Z")
-    place.add_argument(
-        "--to-offset",
-        metavar="OFFSET",
-        type=_between("--to-offset", 0, 2**63 - 1),
-        help="from this offset of --partition on; a later one than now skips messages",
-    )
-    rewind.add_argument("--partition", type=_between("--partition", 0, 2**31 - 1), help="only this one")
-    rewind.set_defaults(run=run_rewind)
-
-    etl = commands.add_parser("etl", help="keep the summaries equal to the readings")
+    etl = _command(commands, _run_etl, "etl", "keep the summaries equal to the readings")
     etl.add_argument("--once", action="store_true", help="refresh what is queued, then end")
     etl.add_argument(
         "--reconcile",
         action="store_true",
         help="compare all summaries with the raw readings, repair what differs, print how many rows did",
     )
-    etl.set_defaults(run=run_etl)
 
-    logins = commands.add_parser(
-        "logins", help="let the roles of the services log in, with the passwords in SENSOR_*_PASSWORD"
+
+def _add_generate(commands: Commands) -> None:
+    what = "write made-up readings to a Parquet file, to try the pipeline with"
+    generate = _command(commands, _run_generate, "generate", what)
+    generate.add_argument("out", metavar="OUT", type=Path, help="the file")
+    _number(generate, "--sensors", 1, 100_000, default=200, help="default: 200")
+    _number(generate, "--days", 0, 100_000, float, default=7, help="default: 7")
+    what = "seconds between two readings of a sensor (default: 60)"
+    _number(generate, "--interval", 1, 86_400, dest="interval_s", default=60, help=what)
+    generate.add_argument(
+        "--start", type=partial(_time, "--start"), default="2024-01-01", help="first day, UTC (default: 2024-01-01)"
     )
-    logins.set_defaults(run=run_logins)
+    _number(generate, "--seed", 0, 2**63, default=1, help="default: 1")
+    for name, what in (("gaps", "left out"), ("late", "that come after newer ones"), ("duplicates", "that come twice")):
+        _number(generate, f"--{name}", 0, 0.5, float, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
+    generate.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
-    status = commands.add_parser("status", help="how everything is; exit code 1 if something needs a person")
+
+def _add_setup(commands: Commands) -> None:
+    what = "create the tables, or bring them up to this version, then let roles log in as logins does"
+    _command(commands, _run_migrate, "migrate", what)
+
+    what = "let the roles of the services log in, with the passwords in SENSOR_*_PASSWORD"
+    _command(commands, _run_logins, "logins", what)
+
+    local = _command(commands, _run_local, "local", "Kafka and TimescaleDB on this machine, without Docker")
+    local.add_argument("action", choices=["up", "down", "status"])
+    local.add_argument("--tls", action="store_true", help="up: with TLS, and passwords for Kafka (SASL)")
+
+    demo = _command(commands, _run_demo, "demo", "the whole pipeline over real readings, checked")
+    demo.add_argument("--keep", action="store_true", help="leave everything running")
+    demo.add_argument("--down", action="store_true", help="stop a demo that was left running")
+    demo.add_argument("--tls", action="store_true", help="with TLS and SASL, and certificates that are verified")
+
+
+def _add_views(commands: Commands) -> None:
+    status = _command(commands, _run_status, "status", "how everything is; exit code 1 if something needs a person")
     status.add_argument("--json", action="store_true", help="as one JSON object")
-    status.set_defaults(run=run_status)
 
-    dashboard = commands.add_parser("dashboard", help="a page with live rates, and the intervals of each sensor")
+    what = "a page with live rates, and the intervals of each sensor"
+    dashboard = _command(commands, _run_dashboard, "dashboard", what)
     dashboard.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    dashboard.add_argument("--port", type=_between("--port", 1, 65_535), default=8050, help="default: 8050")
-    dashboard.set_defaults(run=run_dashboard)
+    _number(dashboard, "--port", 1, 65_535, default=8050, help="default: 8050")
 
-    letters = commands.add_parser(
-        "dead-letters", help="messages that were not stored: list them, send them again, delete them"
-    )
+
+def _add_repairs(commands: Commands) -> None:
+    rewind = _command(commands, _run_rewind, "rewind", "let consumers read the topic again from an earlier place")
+    place = rewind.add_mutually_exclusive_group(required=True)
+    place.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
+    place.add_argument("--to-time", metavar="TIME", help="what was sent at or after this time, like 2024-01-01T00:00Z")
+    what = "from this offset of --partition on; a later one than now skips messages"
+    _number(place, "--to-offset", 0, 2**63 - 1, metavar="OFFSET", help=what)
+    _number(rewind, "--partition", 0, 2**31 - 1, help="only this one")
+
+    what = "messages that were not stored: list them, send them again, delete them"
+    letters = _command(commands, _run_dead_letters, "dead-letters", what)
     letters.add_argument("action", choices=["list", "replay", "delete"])
     letters.add_argument("--reason", help="list or replay only those with this reason, for example too_late")
     letters.add_argument("--json", action="store_true", help="list as JSON, one object a line")
     letters.add_argument(
         "--overwrite", action="store_true", help="replay: let them overwrite what is stored, instead of filling gaps"
     )
-    letters.add_argument(
-        "--up-to",
-        metavar="OFFSET",
-        type=_between("--up-to", 0, 2**63 - 1),
-        help="delete or replay those up to this offset, the first column of the list",
-    )
-    letters.set_defaults(run=run_dead_letters)
-
-    local = commands.add_parser("local", help="Kafka and TimescaleDB on this machine, without Docker")
-    local.add_argument("action", choices=["up", "down", "status"])
-    local.add_argument("--tls", action="store_true", help="up: with TLS, and passwords for Kafka (SASL)")
-    local.set_defaults(run=run_local)
-
-    demo = commands.add_parser("demo", help="the whole pipeline over real readings, checked")
-    demo.add_argument("--keep", action="store_true", help="leave everything running")
-    demo.add_argument("--down", action="store_true", help="stop a demo that was left running")
-    demo.add_argument("--tls", action="store_true", help="with TLS and SASL, and certificates that are verified")
-    demo.set_defaults(run=run_demo)
-    return top
+    what = "delete or replay those up to this offset, the first column of the list"
+    _number(letters, "--up-to", 0, 2**63 - 1, metavar="OFFSET", help=what)
 
 
-def _between(option: str, least: float, most: float, kind: type[int | float] = int) -> Callable[[str], float]:
-    """A parser of numbers; what is none of those allowed raises ConfigurationError."""
+def _number(
+    to: argparse._ActionsContainer,
+    option: str,
+    least: float,
+    most: float,
+    kind: type[int | float] = int,
+    **more: Any,
+) -> None:
+    """Add an option with a number; what is none of those allowed raises ConfigurationError."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
@@ -198,11 +202,7 @@ def _between(option: str, least: float, most: float, kind: type[int | float] = i
         what = "whole number" if kind is int else "number"
         raise ConfigurationError(f"{option}={text} is not allowed (a {what}, {least:,} to {most:,})")
 
-    return parse
-
-
-def _start(text: str) -> datetime:
-    return _time("--start", text)
+    to.add_argument(option, type=parse, **more)
 
 
 def _time(option: str, text: str) -> datetime:
@@ -213,8 +213,7 @@ def _time(option: str, text: str) -> datetime:
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def run_migrate(settings: Settings, _: argparse.Namespace) -> int:
-    """``migrate``."""
+def _run_migrate(settings: Settings, _: argparse.Namespace) -> int:
     from services.core.logins import let_in
     from services.core.schema import upgrade
 
@@ -224,8 +223,7 @@ def run_migrate(settings: Settings, _: argparse.Namespace) -> int:
     return 0
 
 
-def run_produce(settings: Settings, options: argparse.Namespace) -> int:
-    """``produce``."""
+def _run_produce(settings: Settings, options: argparse.Namespace) -> int:
     from services.producer.pace import parse_speed
     from services.producer.worker import run
 
@@ -235,20 +233,10 @@ def run_produce(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings, Shutdown().listen(), resend=options.resend, overwrite=options.overwrite, speed=speed)
 
 
-def run_generate(settings: Settings, options: argparse.Namespace) -> int:
-    """``generate``."""
+def _run_generate(settings: Settings, options: argparse.Namespace) -> int:
     from services.producer.generate import Plan, generate
 
-    plan = Plan(
-        sensors=options.sensors,
-        days=options.days,
-        interval_s=options.interval,
-        seed=options.seed,
-        start=options.start,
-        gaps=options.gaps,
-        late=options.late,
-        duplicates=options.duplicates,
-    )
+    plan = Plan(**{each.name: getattr(options, each.name) for each in dataclasses.fields(Plan)})
     counts = generate(settings, plan, options.out, Shutdown().listen(), force=options.force)
     print(
         f"{options.out}: {counts.rows:,} rows, of which {counts.duplicates:,} are duplicates and {counts.late:,} late; "
@@ -257,8 +245,7 @@ def run_generate(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def run_consume(settings: Settings, options: argparse.Namespace) -> int:
-    """``consume``."""
+def _run_consume(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.command import run
 
     shutdown = Shutdown().listen()
@@ -266,8 +253,7 @@ def run_consume(settings: Settings, options: argparse.Namespace) -> int:
     return STOPPED if options.until_caught_up and shutdown.requested else code
 
 
-def run_rewind(settings: Settings, options: argparse.Namespace) -> int:
-    """``rewind``."""
+def _run_rewind(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.positions import rewind
 
     if options.to_offset is not None and options.partition is None:
@@ -280,8 +266,7 @@ def run_rewind(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def run_etl(settings: Settings, options: argparse.Namespace) -> int:
-    """``etl``."""
+def _run_etl(settings: Settings, options: argparse.Namespace) -> int:
     from services.etl.worker import run, run_reconcile
 
     if options.reconcile:
@@ -293,8 +278,7 @@ def run_etl(settings: Settings, options: argparse.Namespace) -> int:
     return STOPPED if options.once and shutdown.requested else code
 
 
-def run_logins(settings: Settings, _: argparse.Namespace) -> int:
-    """``logins``."""
+def _run_logins(settings: Settings, _: argparse.Namespace) -> int:
     from services.core.logins import let_in
 
     done = let_in(settings, Shutdown().listen())
@@ -302,15 +286,13 @@ def run_logins(settings: Settings, _: argparse.Namespace) -> int:
     return 0
 
 
-def run_status(settings: Settings, options: argparse.Namespace) -> int:
-    """``status``."""
+def _run_status(settings: Settings, options: argparse.Namespace) -> int:
     from services.status.command import run
 
     return run(settings, as_json=options.json)
 
 
-def run_dashboard(settings: Settings, options: argparse.Namespace) -> int:
-    """``dashboard``."""
+def _run_dashboard(settings: Settings, options: argparse.Namespace) -> int:
     try:
         from services.dashboard.command import run
     except ModuleNotFoundError as error:
@@ -322,8 +304,7 @@ def run_dashboard(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings_as("sensor_dashboard", settings), Shutdown().listen(), host=options.host, port=options.port)
 
 
-def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
-    """``dead-letters list | replay | delete``."""
+def _run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.replay import delete, list_letters, replay
 
     shutdown = Shutdown().listen()
@@ -346,16 +327,14 @@ def run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def run_local(settings: Settings, options: argparse.Namespace) -> int:
-    """``local up | down | status``."""
+def _run_local(settings: Settings, options: argparse.Namespace) -> int:
     from services.local.command import run
 
     handle_interrupts(signal.default_int_handler)
     return run(settings, options.action, LOCAL_DIRECTORY, tls=options.tls)
 
 
-def run_demo(settings: Settings, options: argparse.Namespace) -> int:
-    """``demo``."""
+def _run_demo(settings: Settings, options: argparse.Namespace) -> int:
     from services.local.demo import down, run
 
     handle_interrupts(signal.default_int_handler)
