@@ -16,7 +16,7 @@ from confluent_kafka import TopicCollection
 from confluent_kafka.admin import TopicDescription
 
 from services.core.config import Settings
-from services.core.database import connect, queries, translated
+from services.core.database import connect, one, queries, translated
 from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, topic_id
 from services.core.offsets import Offsets
@@ -52,10 +52,10 @@ class Positions:
         """The positions of the partitions of the topic with this id. Raises TransientError or PermanentError."""
         arguments = {"topic": topic, "partitions": sorted(partitions)}
         with translated(), connect(self._settings) as connection:
-            row = connection.execute(SQL["knows_another_topic"], {"topic": topic}).fetchone()
+            (fills_gaps,) = one(connection, SQL["knows_another_topic"], {"topic": topic})
             connection.execute(SQL["add_partitions"], arguments)
             positions: dict[int, int] = dict(connection.execute(SQL["read_positions"], arguments).fetchall())
-        return Places(topic, row is not None and row[0], positions)
+        return Places(topic, fills_gaps, positions)
 
     def topic_was_replaced(self, topic: str) -> bool:
         """Whether the topic has another id by now. Looks now and then, and never waits for the answer."""

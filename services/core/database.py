@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import Connection, sql
@@ -217,8 +217,8 @@ def require_tables(connection: Connection, settings: Settings) -> None:
 
 def missing_measurements(connection: Connection, settings: Settings) -> list[str]:
     """Those of MEASUREMENTS that no migration has added."""
-    row = connection.execute("SELECT measurements()").fetchone()
-    return [name for name in settings.measurements if row is None or name not in row[0]]
+    (there,) = one(connection, "SELECT measurements()")
+    return [name for name in settings.measurements if name not in there]
 
 
 def cut(connection: Connection) -> None:
@@ -245,6 +245,15 @@ def translated(*, by_row: bool = False) -> Iterator[None]:
             raise
         hint = f" ({MIGRATE})" if state in SCHEMA_STATES else ""
         raise PermanentError(text + hint) from error
+
+
+def one(
+    connection: Connection, query: LiteralString | sql.SQL | sql.Composed, arguments: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """The row of a query that always has one."""
+    row = connection.execute(query, arguments).fetchone()
+    assert row is not None
+    return row
 
 
 @cache

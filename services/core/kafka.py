@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -266,10 +268,12 @@ def translated_kafka(what: str) -> Iterator[None]:
         raise kind(f"{what}: {cause.str()}") from error
 
 
-def read_range(settings: Settings, topic: str, partition: int, first: int, end: int) -> Iterator[Message]:
+def read_range(
+    settings: Settings, topic: str, partition: int, first: int, end: int, deadline: float = math.inf
+) -> Iterator[Message]:
     """The messages of a partition from offset ``first`` up to before ``end``, as far as they exist, without a group.
 
-    Raises TransientError when Kafka does not answer.
+    Ends at ``deadline``. Raises TransientError when Kafka does not answer before.
     """
     consumer = Consumer(
         client_settings(settings, "reader")
@@ -278,12 +282,15 @@ def read_range(settings: Settings, topic: str, partition: int, first: int, end: 
             "enable.auto.commit": False,
             "auto.offset.reset": "earliest",
             "enable.partition.eof": True,
+            "log_level": 0,
         }
     )
     try:
         consumer.assign([TopicPartition(topic, partition, first)])
-        while first < end:
-            message = consumer.poll(SILENCE_S)
+        while first < end and (left_s := deadline - time.monotonic()) > 0:
+            message = consumer.poll(min(left_s, SILENCE_S))
+            if message is None and left_s <= SILENCE_S:
+                return
             if message is None:
                 raise TransientError(f"Kafka topic {topic} cannot be read: no broker answers")
             error = message.error()

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
-from types import TracebackType
 
 import psycopg
 from confluent_kafka import KafkaException
@@ -65,10 +65,6 @@ class Server:
     def is_up(self) -> bool:
         """Whether it is connected and the last try did not fail."""
         return self._connected and not self._failing
-
-    def value(self) -> float:
-        """``is_up`` as a sample."""
-        return float(self.is_up)
 
     def note_connected(self, connected: bool) -> None:
         """The probe has seen whether it is connected."""
@@ -164,15 +160,18 @@ class Monitoring:
         self._threads: list[threading.Thread] = []
         if not settings.metrics_port:
             return
-        self._server = HealthServer(
-            settings, {"/metrics": self._metrics, "/livez": self._livez, "/readyz": self._readyz}
-        )
+        pages = {
+            "/metrics": lambda: Page(generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST),
+            "/livez": lambda: page("alive", self._hung()),
+            "/readyz": lambda: page("ready", self._problems()),
+        }
+        self._server = HealthServer(settings, pages)
         self._probes = [probe() for probe in probes]
         BUILD.info({"service": service, "version": version()})
         READY.set_function(lambda: not self._problems())
         SILENT.set_function(lambda: self._shutdown.silent_s)
         for server in (probe.server for probe in self._probes):
-            CONNECTED.labels(server.name).set_function(server.value)
+            CONNECTED.labels(server.name).set_function(partial(getattr, server, "is_up"))
             for counter in (OUTAGES, RETRIES):
                 counter.labels(server.name)
 
@@ -184,9 +183,7 @@ class Monitoring:
                 thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._server is not None:
             self._server.stop()
@@ -206,15 +203,6 @@ class Monitoring:
     def _hung(self) -> list[str]:
         silent_s = self._shutdown.silent_s
         return [f"the main loop has been busy for {silent_s:.0f} s"] if silent_s > self._hung_after_s else []
-
-    def _metrics(self) -> Page:
-        return Page(generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST)
-
-    def _livez(self) -> Page:
-        return page("alive", self._hung())
-
-    def _readyz(self) -> Page:
-        return page("ready", self._problems())
 
 
 def page(state: str, problems: list[str]) -> Page:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
@@ -37,6 +37,8 @@ NO_DATABASE = "waiting for the database"
 
 UNCHANGED = (no_update,) * 5
 
+Part = TypeVar("Part")
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}</head>
@@ -60,39 +62,24 @@ def make_page(monitor: Monitor, summaries: Summaries, host: str = "127.0.0.1") -
     )
     app.layout = layout(summaries.measurements)
     filler = Filler(monitor, summaries)
-    app.callback(
-        Output("banner", "children"),
-        Output("banner", "hidden"),
-        Output("tiles", "children"),
-        Output("rates", "figure"),
-        Output("lag", "figure"),
-        Output("freshness", "figure"),
-        Input("tick", "n_intervals"),
-    )(filler.live)
-    app.callback(
-        Output("sensor", "options"),
-        Output("sensor", "value"),
-        Output("known", "data"),
-        Input("tick", "n_intervals"),
-        State("known", "data"),
-        State("sensor", "value"),
-    )(filler.sensors)
-    app.callback(
-        Output("chart", "figure"),
-        Output("chart-box", "hidden"),
-        Output("chart-text", "children"),
-        Output("joined", "children"),
-        Output("shown", "data"),
-        Input("sensor", "value"),
-        Input("measurement", "value"),
-        Input("range", "value"),
-        Input("chart-tick", "n_intervals"),
-        State("shown", "data"),
-    )(filler.chart)
+    shown = "banner.children banner.hidden tiles.children rates.figure lag.figure freshness.figure"
+    app.callback(parts(Output, shown), parts(Input, "tick.n_intervals"))(filler.live)
+    shown = "sensor.options sensor.value known.data"
+    app.callback(parts(Output, shown), parts(Input, "tick.n_intervals"), parts(State, "known.data sensor.value"))(
+        filler.sensors
+    )
+    shown = "chart.figure chart-box.hidden chart-text.children joined.children shown.data"
+    chosen = "sensor.value measurement.value range.value chart-tick.n_intervals"
+    app.callback(parts(Output, shown), parts(Input, chosen), parts(State, "shown.data"))(filler.chart)
     allow_own_content_only(app)
     if is_loopback(host):
         refuse_other_hosts(app)
     return app
+
+
+def parts(kind: Callable[[str, str], Part], names: str) -> list[Part]:
+    """Properties of the page's parts, as callbacks take them."""
+    return [kind(*name.split(".")) for name in names.split()]
 
 
 def refuse_other_hosts(app: Dash) -> None:

@@ -12,7 +12,7 @@ from typing import Self
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import connect, missing_measurements, queries, translated
+from services.core.database import connect, missing_measurements, one, queries, translated
 from services.core.measurements import measurement
 
 SQL = queries("services.dashboard")
@@ -61,9 +61,8 @@ class Summaries:
     def queue(self) -> tuple[int, float]:
         """Rows of the refresh queue, and the age of the oldest in seconds."""
         with self._connected() as connection:
-            row = connection.execute(SQL["queue"]).fetchone()
-            assert row is not None
-            return row[0], row[1]
+            rows, age_s = one(connection, SQL["queue"])
+            return rows, age_s
 
     def sensors(self) -> list[str]:
         """The sensors that have a summary, at most MOST_SENSORS."""

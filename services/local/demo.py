@@ -22,7 +22,7 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from services.core.config import LOGINS, Settings
-from services.core.database import connect
+from services.core.database import connect, one
 from services.core.errors import STOPPED, ConfigurationError, PermanentError
 from services.core.logins import settings_as
 from services.core.measurements import DEFAULT, measurement
@@ -331,9 +331,7 @@ def is_free(port: int) -> bool:
 
 def fetch(connection: psycopg.Connection, table: str) -> int:
     """The number of rows."""
-    row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table))).fetchone()
-    assert row is not None
-    return int(row[0])
+    return int(one(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table)))[0])
 
 
 def show_summary(connection: psycopg.Connection, summary: str) -> None:

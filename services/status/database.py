@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import psycopg
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import connect, cut, missing_measurements, queries, translated
+from services.core.database import connect, cut, missing_measurements, one, queries, translated
 from services.core.measurements import measurement
 from services.core.schema import newest_revision
 
@@ -101,16 +100,16 @@ def read_database(settings: Settings, where: str) -> Database:
 
 def _read(connection: Connection, settings: Settings, where: str) -> Database:
     connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
-    postgresql, timescaledb, migrated = _row(connection, SQL["versions"])
-    revision = _row(connection, SQL["revision"])[0] if migrated else None
+    postgresql, timescaledb, migrated = one(connection, SQL["versions"])
+    revision = one(connection, SQL["revision"])[0] if migrated else None
     newest = newest_revision()
     tables = _read_tables(connection, settings) if revision == newest else None
     return Database(where, postgresql, timescaledb, revision, newest, tables)
 
 
 def _read_tables(connection: Connection, settings: Settings) -> Tables:
-    chunks, compressed, size = _row(connection, SQL["chunks"])
-    oldest, newest = _row(connection, SQL["time_range"])
+    chunks, compressed, size = one(connection, SQL["chunks"])
+    oldest, newest = one(connection, SQL["time_range"])
     readings = Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size)
     widths = {name: (aggregate, minutes) for name, aggregate, minutes in connection.execute(SQL["widths"])}
     checks = {row[0]: Check(round(row[1], 1), *row[2:]) for row in connection.execute(SQL["checks"])}
@@ -120,17 +119,17 @@ def _read_tables(connection: Connection, settings: Settings) -> Tables:
         if name in missing:
             continue
         table = measurement(name).summary
-        (size,) = _row(connection, SQL["table_size"].format(table=sql.Literal(table)))
+        (size,) = one(connection, SQL["table_size"].format(table=sql.Literal(table)))
         rows = _count(connection, table, size)
         summaries.append(Summary(name, rows, *widths.get(name, (None, None)), checks.get(name)))
-    queue_rows, age_s = _row(connection, SQL["queue"])
+    queue_rows, age_s = one(connection, SQL["queue"])
     return Tables(
         readings,
         summaries,
         [name for (name,) in connection.execute(SQL["aggregates"])],
         queue_rows,
         round(age_s, 3),
-        _row(connection, SQL["is_led"])[0],
+        one(connection, SQL["is_led"])[0],
         missing,
         _read_positions(connection),
     )
@@ -145,18 +144,10 @@ def _read_positions(connection: Connection) -> dict[str, dict[int, int]]:
 
 def _count(connection: Connection, table: str, size_bytes: int) -> Rows:
     """Exact when the table is small, or when the server has no statistics of it and can count in time."""
-    (about,) = _row(connection, SQL["count_about"].format(table=sql.Literal(table)))
+    (about,) = one(connection, SQL["count_about"].format(table=sql.Literal(table)))
     if size_bytes >= EXACT_BELOW_BYTES and about > 0:
         return Rows(about, exact=False)
     try:
-        return Rows(_row(connection, SQL["count_exactly"].format(table=sql.Identifier(table)))[0], exact=True)
+        return Rows(one(connection, SQL["count_exactly"].format(table=sql.Identifier(table)))[0], exact=True)
     except psycopg.errors.QueryCanceled:
         return Rows(max(about, 0), exact=False)
-
-
-def _row(
-    connection: Connection, query: sql.SQL | sql.Composed, arguments: dict[str, Any] | None = None
-) -> tuple[Any, ...]:
-    row = connection.execute(query, arguments).fetchone()
-    assert row is not None
-    return row

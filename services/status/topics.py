@@ -6,13 +6,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from confluent_kafka import Consumer, ConsumerGroupState, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupState, KafkaError
 from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import REASON_HEADER, client_settings, headers_of, raise_if_refused, topic_id
-from services.core.letters import name_of, replaced_by
+from services.core.kafka import client_settings, raise_if_refused, read_range, topic_id, translated_kafka
+from services.core.letters import name_of, reason_of, replaced_by
 from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
 
 MOST_LETTERS = 10_000
@@ -119,11 +119,9 @@ def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, s
     """The number of brokers, who consumes which partition, and whether the group is sharing them out just now."""
     cluster = admin.describe_cluster(request_timeout=ANSWER_WITHIN_S)
     (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_WITHIN_S).values()
-    try:
+    with translated_kafka(f"Kafka at {settings.bootstrap_servers} does not answer"):
         described = group.result()
         brokers = len(cluster.result().nodes)
-    except KafkaException as error:
-        raise TransientError(f"Kafka at {settings.bootstrap_servers} does not answer: {error.args[0].str()}") from error
     owners = {
         place.partition: f"{member.client_id} at {member.host.removeprefix('/')}"
         for member in described.members
@@ -136,27 +134,14 @@ def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, s
 def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> DeadLetters:
     """Read the newest letters of each partition, for a few seconds at most."""
     share = MOST_LETTERS // len(partitions)
-    starts = {each.partition: max(each.first, each.end - share) for each in partitions}
-    wanted = sum(each.end - starts[each.partition] for each in partitions)
+    deadline = time.monotonic() + READ_LETTERS_FOR_S
     reasons: dict[bytes, str] = {}  # by the letter's name
     older: set[bytes | None] = set()
-    if wanted:
-        consumer = Consumer(
-            client_settings(settings, "status") | {"group.id": "not-used", "enable.auto.commit": False, "log_level": 0}
-        )
-        try:
-            consumer.assign(
-                [TopicPartition(settings.dead_letter_topic, number, start) for number, start in starts.items()]
-            )
-            deadline = time.monotonic() + READ_LETTERS_FOR_S
-            while len(reasons) < wanted and time.monotonic() < deadline:
-                for letter in consumer.consume(min(1000, wanted - len(reasons)), timeout=0.2):
-                    if letter.error() is None:
-                        reason = dict(headers_of(letter)).get(REASON_HEADER) or b"unknown"
-                        reasons[name_of(letter)] = reason.decode("utf-8", "replace")
-                        older.add(replaced_by(letter))
-        finally:
-            consumer.close()
+    for each in partitions:
+        start = max(each.first, each.end - share)
+        for letter in read_range(settings, settings.dead_letter_topic, each.partition, start, each.end, deadline):
+            reasons[name_of(letter)] = reason_of(letter)
+            older.add(replaced_by(letter))
     count = sum(each.end - each.first for each in partitions) - len(reasons.keys() & older)
     by_reason = Counter(reason for name, reason in reasons.items() if name not in older)
     return DeadLetters(count, by_reason.total(), dict(by_reason.most_common()))
