@@ -1,7 +1,7 @@
 """Readings as sensors send them, made up: Parquet files to try the pipeline with, of any size.
 
-Each sensor has a place of its own (mean, yearly and daily cycle, weather of some days, an offset that drifts, noise).
-Its humidity follows from the temperature: the dew point changes slowly, so the air is driest in the afternoon.
+Each sensor has a place of its own (its mean and its daily cycle); all have one year, spells of warm days, and noise.
+The air is driest in the afternoon.
 Rows are in the order of time and written one row group after the other, so memory does not grow with their
 number. The same options and the same version of pyarrow give the same rows.
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,7 +32,8 @@ from services.producer.encoding import Columns
 
 GROUP_ROWS = 100_000
 BLOCK_STEPS = 10  # gaps and late rows come in runs: a sensor is silent, or cut off and sends later
-YEAR_DAYS = 365.25
+YEAR_DAYS, SPELL_DAYS = 365.25, 5.3
+WARMEST_DAY, WARMEST_HOUR = 200.0, 15.0
 LAST_YEAR = 9999
 
 
@@ -209,23 +211,15 @@ class _Generator:
         """Degrees Celsius and per cent, with two digits; ``day``: days since the start."""
         of = {name: values.take(sensor) for name, values in self._sensors.items()}
         start = self._plan.start
-        year_day = start.timetuple().tm_yday + (start.hour * 60 + start.minute) / 1440
-        now = pc.add(day, year_day)
-        slow = _sum(
-            of["mean"],
-            _cosine(now, YEAR_DAYS, pa.scalar(200.0), of["yearly"]),  # warmest in the second half of July
-            _cosine(day, 5.3, of["weather_phase"], of["weather"]),
-            _cosine(day, 11.7, of["weather_phase"], of["weather"]),
-        )
-        air = pc.add(slow, _cosine(now, 1.0, of["warmest"], of["daily"]))
-        dew_point = pc.subtract(slow, of["dryness"])
-        rows = len(day)
-        air = pc.add(air, pc.multiply(self._noise(first, TEMPERATURE, rows), 0.15))
-        humidity = pc.multiply(pc.divide(_vapour(dew_point), _vapour(air)), 100.0)
-        humidity = pc.add(humidity, pc.multiply(self._noise(first, HUMIDITY, rows), 0.8))
-        humidity = pc.min_element_wise(pc.max_element_wise(humidity, 1.0), 100.0)
-        measured = pc.add(air, pc.multiply(of["drift"], day))  # the sensor's fault, not the air's
-        return {TEMPERATURE: pc.round(measured, 2), HUMIDITY: pc.round(humidity, 2)}
+        now = pc.add(day, start.timetuple().tm_yday + (start.hour * 60 + start.minute) / 1440)
+        summer = pc.multiply(_cycle(now, YEAR_DAYS, WARMEST_DAY), 8.0)
+        spell = pc.multiply(_cycle(day, SPELL_DAYS, 0.0), 2.0)
+        afternoon = pc.multiply(_cycle(now, 1.0, WARMEST_HOUR / 24), of["daily"])
+        noise = {name: self._noise(first, name, len(day)) for name in (TEMPERATURE, HUMIDITY)}
+        air = reduce(pc.add, (of["mean"], summer, spell, afternoon, pc.multiply(noise[TEMPERATURE], 0.15)))
+        dry = pc.add(pc.multiply(afternoon, 4.0), noise[HUMIDITY])  # when it is warm
+        humidity = pc.min_element_wise(pc.max_element_wise(pc.subtract(of["humid"], dry), 1.0), 100.0)
+        return {TEMPERATURE: pc.round(air, 2), HUMIDITY: pc.round(humidity, 2)}
 
     def _other(self, first: int, name: str, rows: int) -> pa.Array:
         """Of what we know nothing about: numbers around 500."""
@@ -234,7 +228,7 @@ class _Generator:
     def _noise(self, first: int, purpose: str, rows: int) -> pa.Array:
         """Nearly normal, of mean 0 and deviation 1: three uniform numbers together."""
         parts = [self._random(first, f"{purpose} {part}", rows) for part in range(3)]
-        return pc.multiply(pc.subtract(_sum(*parts), 1.5), 2.0)
+        return pc.multiply(pc.subtract(reduce(pc.add, parts), 1.5), 2.0)
 
     def _random(self, first: int, purpose: str, rows: int) -> pa.Array:
         """Uniform in [0, 1): the same for the same seed, step and purpose."""
@@ -244,33 +238,12 @@ class _Generator:
 
 
 def _characters(plan: Plan) -> dict[str, pa.Array]:
-    """What is special about each sensor: arrays by sensor number; degrees, days, or degrees a day."""
-    ranges = {
-        "mean": (7.0, 15.0),
-        "yearly": (6.0, 10.0),
-        "daily": (2.0, 6.0),
-        "warmest": (14 / 24, 16 / 24),
-        "weather": (0.5, 2.0),
-        "weather_phase": (0.0, 2.0),
-        "dryness": (3.0, 9.0),
-        "drift": (-0.02, 0.02),
-    }
+    """What is special about each sensor: degrees, degrees and per cent, by its number."""
+    ranges = {"mean": (7.0, 15.0), "daily": (2.0, 6.0), "humid": (55.0, 75.0)}
     numbers = [random.Random(f"{plan.seed} {sensor}") for sensor in range(plan.sensors)]  # noqa: S311 - repeatable
     return {name: pa.array([number.uniform(*bounds) for number in numbers]) for name, bounds in ranges.items()}
 
 
-def _sum(first: pa.Array, *others: pa.Array) -> pa.Array:
-    total = first
-    for other in others:
-        total = pc.add(total, other)
-    return total
-
-
-def _cosine(day: pa.Array, period: float, peak: pa.Array | pa.Scalar, amplitude: pa.Array) -> pa.Array:
-    """A cycle of ``period`` days that is highest on day ``peak``."""
-    return pc.multiply(amplitude, pc.cos(pc.multiply(pc.subtract(day, peak), 2 * math.pi / period)))
-
-
-def _vapour(degrees: pa.Array) -> pa.Array:
-    """Pressure of saturated water vapour, but for a constant factor: Magnus' formula with Alduchov's numbers."""
-    return pc.power(math.e, pc.divide(pc.multiply(degrees, 17.625), pc.add(degrees, 243.04)))
+def _cycle(day: pa.Array, period: float, peak: float) -> pa.Array:
+    """Between -1 and 1 every ``period`` days, highest on day ``peak``."""
+    return pc.cos(pc.multiply(pc.subtract(day, peak), 2 * math.pi / period))
