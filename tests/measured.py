@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, cast
 
+import msgspec
 from pydantic import SecretStr
 
 from services.core.config import Settings, settings_type
@@ -27,6 +28,11 @@ def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: f
     """A reading; ``values`` are of temperature, humidity and so on."""
     made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, *values, **named)
     return made
+
+
+def encode(reading: Reading) -> bytes:
+    """The message value of a reading."""
+    return msgspec.json.encode(reading)
 
 
 def of_default(names: Iterable[str]) -> set[str]:

@@ -53,10 +53,15 @@ class Replayed:
     ``is_known``: consumers have met all that was sent; what is not ``refused`` is stored.
     """
 
-    sent: int = 0
+    names: list[bytes] = field(default_factory=list)  # of those that were sent
     refused: Counter[str] = field(default_factory=Counter)
     hopeless: Counter[str] = field(default_factory=Counter)
     is_known: bool = True
+
+    @property
+    def sent(self) -> int:
+        """How many were sent."""
+        return len(self.names)
 
     def lines(self, settings: Settings) -> Iterator[str]:
         """What a person wants to know."""
@@ -119,34 +124,35 @@ def replay(
     """
     admin = connect_admin(settings, shutdown)
     result = Replayed()
-    names: set[bytes] = set()
     mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
-
-    def outgoing() -> Iterator[Outgoing]:
-        for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
-            hopeless = why_hopeless(letter, settings.measurements)
-            if hopeless:
-                result.hopeless[hopeless] += 1
-                continue
-            name = name_of(letter)
-            names.add(name)
-            theirs: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
-            yield letter.key(), letter.value(), [*theirs, *mark, (LETTER_HEADER, name)]
-
+    letters = read_letters(settings, shutdown, reason=reason, up_to=up_to)
     producer = Producer(
         client_settings(settings, "replay")
         | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
     )
-    answers = deliver(producer, settings.kafka_topic, outgoing(), FLUSH_TIMEOUT_S)
-    result.sent = len(answers)
+    messages = _outgoing(letters, mark, result, settings.measurements)
+    answers = deliver(producer, settings.kafka_topic, messages, FLUSH_TIMEOUT_S)
     failed = [answer for answer in answers if isinstance(answer, KafkaError)]
     if failed:
         raise PermanentError(f"{len(failed)} of {result.sent} dead letters were not sent: {failed[0].str()}")
     places = dict(sorted(answer for answer in answers if not isinstance(answer, KafkaError)))  # the last of each
     result.is_known = not places or (_has_members(admin, settings) and _wait_until_met(settings, places, shutdown))
     if result.is_known and places:
-        result.refused = _refused_again(settings, shutdown, names)
+        result.refused = _refused_again(settings, shutdown, result.names)
     return result
+
+
+def _outgoing(
+    letters: Iterator[Message], mark: list[Header], result: Replayed, measurements: tuple[str, ...]
+) -> Iterator[Outgoing]:
+    """What is sent for each letter, noted in ``result``."""
+    for letter in letters:
+        if hopeless := why_hopeless(letter, measurements):
+            result.hopeless[hopeless] += 1
+        else:
+            theirs: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
+            result.names.append(name_of(letter))
+            yield letter.key(), letter.value(), [*theirs, *mark, (LETTER_HEADER, result.names[-1])]
 
 
 def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
@@ -187,12 +193,11 @@ def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdo
     return False
 
 
-def _refused_again(settings: Settings, shutdown: Shutdown, names: set[bytes]) -> Counter[str]:
+def _refused_again(settings: Settings, shutdown: Shutdown, names: list[bytes]) -> Counter[str]:
     """The reasons of the letters that replace those with these names; one may be there twice after a crash."""
-    reasons = {
-        name: reason_of(letter) for letter in read_letters(settings, shutdown) if (name := replaced_by(letter)) in names
-    }
-    return Counter(reasons.values())
+    sent = set(names)
+    found = {replaced_by(letter): reason_of(letter) for letter in read_letters(settings, shutdown)}
+    return Counter(reason for name, reason in found.items() if name in sent)
 
 
 def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:

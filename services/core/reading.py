@@ -45,14 +45,6 @@ def reading_type(measurements: tuple[str, ...]) -> type[Reading]:
     return cast("type[Reading]", msgspec.defstruct("Reading", fields, bases=(Reading,), frozen=True, gc=False))
 
 
-_encoder = msgspec.json.Encoder()
-
-
-def encode(reading: Reading) -> bytes:
-    """The message value of a reading."""
-    return _encoder.encode(reading)
-
-
 def _ago(now: datetime, age: timedelta | None) -> datetime:
     return EARLIEST if age is None or now - EARLIEST < age else now - age
 

@@ -17,18 +17,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-import psycopg
-from psycopg import sql
 from pydantic import SecretStr
 
 from services.core.config import LOGINS, Settings
-from services.core.database import connect, one
+from services.core.database import connect
 from services.core.errors import STOPPED, ConfigurationError, PermanentError
 from services.core.logins import settings_as
 from services.core.measurements import DEFAULT, measurement
 from services.core.offsets import group_lag
-from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
 from services.local.command import stack_options
+from services.local.report import fetch, report, say
 from services.local.runtime import make_writable
 from services.local.security import Security, secure, write_settings
 from services.local.servers import free_port
@@ -40,7 +38,6 @@ DEMO_INTERVALS = {measurement(name).interval_setting: 180 * (1 + at) for at, nam
 CLIENT_SETTINGS = "client.env"  # of a demo that is kept
 FINISH_WITHIN_S = 120
 LOOK_EVERY_S = 0.5
-SHOWN_DIFFERENCES = 10
 NO_PASSWORD = SecretStr("")
 
 
@@ -77,11 +74,6 @@ def down(settings: Settings, directory: Path) -> int:
     Demo(settings, directory / "demo").down()
     say("the demo is stopped; the next one begins with empty servers")
     return 0
-
-
-def say(line: str) -> None:
-    """Tell the person at the terminal."""
-    print(line, flush=True)  # noqa: T201
 
 
 class Demo:
@@ -134,7 +126,7 @@ class Demo:
             self._start(name)
         self._wait_until_done()
         took = time.monotonic() - started
-        right = self._report(took)
+        right = report(self._settings, took)
         if keep:
             self._keep(stack)
         else:
@@ -228,40 +220,6 @@ class Demo:
                 time.sleep(LOOK_EVERY_S)
         raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
 
-    def _report(self, took_s: float) -> bool:
-        settings = self._settings
-        with connect(self._settings) as connection:
-            summaries = [measurement(name).summary for name in settings.measurements]
-            for summary in summaries:
-                show_summary(connection, summary)
-            say("")
-            for table in ("sensor_data", *summaries):
-                say(f"{table:20} {fetch(connection, table):>7,} rows")
-            found = self._differences(connection)
-        say("")
-        for line in found[:SHOWN_DIFFERENCES]:
-            say(f"  {line}")
-        verdict = "every row is right" if not found else f"{len(found):,} rows are WRONG"
-        say(f"check: {verdict} (recomputed from {settings.parquet_url} without our SQL)")
-        say(f"took {took_s:.1f} s")
-        return not found
-
-    def _differences(self, connection: psycopg.Connection) -> list[str]:
-        settings = self._settings
-        measured = {name: settings.column_of(name) for name in settings.measurements}
-        columns = Columns(
-            settings.data_feature_date,
-            measured,
-            settings.data_feature_sensor,
-            settings.data_feature_timezone,
-            settings.data_feature_date_unit,
-        )
-        rows = read_rows([Path(settings.parquet_url)], columns)
-        found = differences_in_readings(connection, rows, settings.measurements)
-        for at, name in enumerate(settings.measurements):
-            found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
-        return found
-
     def _keep(self, stack: Stack) -> None:
         settings = self._settings
         stack.detach()
@@ -327,28 +285,3 @@ def is_free(port: int) -> bool:
     """Whether nothing listens on the loopback port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def fetch(connection: psycopg.Connection, table: str) -> int:
-    """The number of rows."""
-    return int(one(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table)))[0])
-
-
-def show_summary(connection: psycopg.Connection, summary: str) -> None:
-    """Print the first rows of a summary as psql would."""
-    query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(sql.Identifier(summary))
-    cursor = connection.execute(query)
-    names = [column.name for column in cursor.description or ()]
-    rows = [[show_value(value) for value in row] for row in cursor]
-    widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
-    say("")
-    say(summary)
-    for cells in (names, *rows):
-        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-def show_value(value: object) -> str:
-    """A value as a person reads it."""
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return str(value).removesuffix("+00:00") if not isinstance(value, str | int) else str(value)

@@ -22,13 +22,13 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.core.measurements import DEFAULT
-from services.core.reading import encode, reading_type
+from services.core.reading import reading_type
 from services.local.runtime import KAFKA_VERSION
 from tests.benchmarks.goals import KEYS
 from tests.benchmarks.history import BATCH, COPY, History, Row
 from tests.fix_services import Service, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
-from tests.measured import MEASUREMENTS
+from tests.measured import MEASUREMENTS, encode
 
 PATIENCE_S = 600.0
 

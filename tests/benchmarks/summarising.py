@@ -13,12 +13,11 @@ from confluent_kafka import Producer
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings
-from services.core.reading import encode
 from services.etl.worker import Leader
 from tests.benchmarks.history import SENSORS, START, History
 from tests.benchmarks.servers import PATIENCE_S, Bench, disk_mb, is_queued, source_of
 from tests.fix_services import wait_until
-from tests.measured import reading_of
+from tests.measured import encode, reading_of
 
 RATE = 20_000
 END_S = 20  # of the stream at the end of an interval

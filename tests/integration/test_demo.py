@@ -20,7 +20,7 @@ import pytest
 
 from services.core.database import connect
 from services.local.command import stack_options
-from services.local.demo import fetch
+from services.local.report import fetch
 from services.local.security import secure
 from services.local.stack import Stack
 from services.local.supervisor import ProcessRecord

@@ -20,9 +20,8 @@ from services.core.reading import (
     LATEST,
     LONGEST_SENSOR_ID,
     Decoder,
-    encode,
 )
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, encode, reading_of
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MAX_BYTES = 1000

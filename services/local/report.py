@@ -1,0 +1,81 @@
+"""What a demo shows in the end: the first rows of each summary, and whether every row is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from services.core.config import Settings
+from services.core.database import connect, one
+from services.core.measurements import measurement
+from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
+
+SHOWN_DIFFERENCES = 10
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal."""
+    print(line, flush=True)  # noqa: T201
+
+
+def report(settings: Settings, took_s: float) -> bool:
+    """Show what is stored, and say whether every row is right."""
+    with connect(settings) as connection:
+        summaries = [measurement(name).summary for name in settings.measurements]
+        for summary in summaries:
+            show_summary(connection, summary)
+        say("")
+        for table in ("sensor_data", *summaries):
+            say(f"{table:20} {fetch(connection, table):>7,} rows")
+        found = differences(connection, settings)
+    say("")
+    for line in found[:SHOWN_DIFFERENCES]:
+        say(f"  {line}")
+    verdict = "every row is right" if not found else f"{len(found):,} rows are WRONG"
+    say(f"check: {verdict} (recomputed from {settings.parquet_url} without our SQL)")
+    say(f"took {took_s:.1f} s")
+    return not found
+
+
+def differences(connection: psycopg.Connection, settings: Settings) -> list[str]:
+    """What differs from what the files say, one line each."""
+    measured = {name: settings.column_of(name) for name in settings.measurements}
+    columns = Columns(
+        settings.data_feature_date,
+        measured,
+        settings.data_feature_sensor,
+        settings.data_feature_timezone,
+        settings.data_feature_date_unit,
+    )
+    rows = read_rows([Path(settings.parquet_url)], columns)
+    found = differences_in_readings(connection, rows, settings.measurements)
+    for at, name in enumerate(settings.measurements):
+        found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
+    return found
+
+
+def fetch(connection: psycopg.Connection, table: str) -> int:
+    """The number of rows."""
+    return int(one(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table)))[0])
+
+
+def show_summary(connection: psycopg.Connection, summary: str) -> None:
+    """Print the first rows of a summary as psql would."""
+    query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(sql.Identifier(summary))
+    cursor = connection.execute(query)
+    names = [column.name for column in cursor.description or ()]
+    rows = [[show_value(value) for value in row] for row in cursor]
+    widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
+    say("")
+    say(summary)
+    for cells in (names, *rows):
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def show_value(value: object) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value).removesuffix("+00:00") if not isinstance(value, str | int) else str(value)
