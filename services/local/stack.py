@@ -79,7 +79,12 @@ class Stack:
         for server in missing:
             server.check_port()
         self.install()
-        _start_all(missing)
+        try:
+            _start_all(missing)
+        except BaseException:
+            for server in missing:  # one that was about to start may have missed the first stop
+                server.stop()
+            raise
         for server in missing:
             if detach:
                 server.detach()
@@ -107,7 +112,7 @@ class Stack:
 
 
 def _start_all(servers: list[Server]) -> None:
-    """Start at the same time; the first failure stops them all."""
+    """Start at the same time; the first failure ends the waiting for the others."""
     with ThreadPoolExecutor(len(servers)) as pool:
         starts = [pool.submit(_start_and_wait, server) for server in servers]
         try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from services.core.block import KEY, block_schema, encode_block
 from services.core.murmur2 import partition_of
-from services.producer.encoding import Chosen, Columns, Example, choose
+from services.producer.columns import Columns
+from services.producer.encoding import Chosen, Encoded, choose
 
 BLOCK_ROWS = 1000
 BLOCK_BYTES = 500_000  # half of what a broker takes by default; only very long ids make a thousand rows reach it
@@ -19,27 +20,17 @@ BLOCK_BYTES = 500_000  # half of what a broker takes by default; only very long 
 NAN = pa.scalar(float("nan"), pa.float64())
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows(Encoded):
     """Readings that become blocks as soon as it is known how many partitions there are.
 
     ``content``: the bytes of each column, wherever it was cut.
     """
 
-    rows: int
-    skipped: dict[str, int]
     keys: list[bytes]
     sensor: pa.Array  # where in ``keys`` the id of each reading is
     measurements: tuple[str, ...]
     columns: list[pa.Array]  # of times and of measurements
-    content: Sequence[pa.Buffer | bytes]
-    doubtful: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, Example] = field(default_factory=dict)
-
-    @property
-    def sent(self) -> int:
-        """How many readings there are."""
-        return len(self.sensor)
 
     def blocks(self, partitions: int) -> Iterator[tuple[int, int, bytes]]:
         """For each block the partition, the number of its readings, and the message's value.
@@ -86,15 +77,14 @@ class RowsDigest:
 
 def choose_rows(batch: pa.RecordBatch, columns: Columns) -> Rows:
     """The readings of ``batch``, in its order, the same that would be sent as JSON."""
-    found = choose(batch, columns)
-    time = found.time.cast(dict(KEY)["time"])
-    numbers = [_doubles(number) for number in found.numbers.values()]
-    sensor, content = found.sensor, _content(found, time, numbers)
-    if found.young is not None:
-        sensor, time, *numbers = (column.filter(found.young) for column in (sensor, time, *numbers))
-    sent = [time, *numbers]
-    names = tuple(found.numbers)
-    return Rows(found.rows, found.skipped, found.keys, sensor, names, sent, content, found.doubtful, found.examples)
+    chosen = choose(batch, columns)
+    time = chosen.time.cast(dict(KEY)["time"])
+    numbers = [_doubles(number) for number in chosen.numbers.values()]
+    sensor, content = chosen.sensor, _content(chosen, time, numbers)
+    if chosen.young is not None:
+        sensor, time, *numbers = (column.filter(chosen.young) for column in (sensor, time, *numbers))
+    names, sent = tuple(chosen.numbers), [time, *numbers]
+    return Rows(keys=chosen.keys, sensor=sensor, measurements=names, columns=sent, content=content, **chosen.counts)
 
 
 def _doubles(numbers: pa.Array) -> pa.Array:

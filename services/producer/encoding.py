@@ -12,143 +12,48 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import reduce
-from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.config import Settings
-from services.core.errors import ConfigurationError
-from services.core.measurements import DEFAULT, measurement
 from services.core.reading import LARGEST_VALUE, LONGEST_SENSOR_ID
-from services.producer.times import DEFAULT_TIMES, TimeFormat, Times, is_number, is_text, nowhere
+from services.producer.columns import Columns, decoded
+from services.producer.times import Times, nowhere
 
-LONGEST_LIST = 1000  # characters of the names of a file's columns
 LONGEST_VALUE = 100  # characters of an example
 DEFAULT_SENSOR = "default"
 
 Example = tuple[int, str]  # the number of a row in its batch, from 0, and what is in it
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What ``rows`` of a source became: messages, or rows for blocks.
 
-    Readings that are older than ``max_past`` (None: any) are not sent, since no consumer takes them. ``blocks``: they
-    are sent in blocks (blocks.py).
+    ``skipped``: how many were no readings, by reason; ``examples``: the first row of each reason. ``doubtful``: of how
+    many readings the local time came twice or never, by kind. ``content``: all readings, with those that are only too
+    old by now: it depends on the rows and on nothing else.
     """
 
-    time: str
-    measurements: tuple[tuple[str, str], ...]  # name and column of each that has one
-    sensor: str
-    max_past: timedelta | None = None
-    blocks: bool = False
-    times: TimeFormat = DEFAULT_TIMES
-
-    @classmethod
-    def of(cls, settings: Settings) -> Columns:
-        """The mapping that DATA_FEATURE_* says. Raises ConfigurationError where no measurement has a column."""
-        measurements = tuple((name, column) for name in settings.measurements if (column := settings.column_of(name)))
-        if not measurements:
-            names = (measurement(name).column_setting.upper() for name in settings.measurements)
-            raise ConfigurationError(f"no measurement has a column of the Parquet files: set {' or '.join(names)}")
-        return cls(
-            settings.data_feature_date,
-            measurements,
-            settings.data_feature_sensor,
-            timedelta(days=settings.max_past_days),
-            settings.producer_format == "arrow",
-            TimeFormat(settings.data_feature_timezone, settings.data_feature_date_unit),
-        )
-
-    @property
-    def names(self) -> list[str]:
-        """Each column to read, once."""
-        return list(dict.fromkeys(filter(None, (self.time, *dict(self.measurements).values(), self.sensor))))
-
-    @property
-    def identity(self) -> list[str]:
-        """What stands for the mapping in a fingerprint. A measurement that has no column makes no difference."""
-        named = dict(self.measurements)
-        defaults = [named.pop(name, "") for name in DEFAULT]
-        others = [f"{name}={column}" for name, column in sorted(named.items())]
-        return [self.time, *defaults, *others, self.sensor]
-
-    def identity_of_times(self, schema: pa.Schema) -> list[str]:
-        """What of ``times`` makes a difference to a file, beyond the defaults."""
-        return self.times.identity(_plain(schema.field(self.time).type))
-
-    def check(self, schema: pa.Schema, url: str) -> None:
-        """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
-        for setting, name, fits, wanted in (
-            ("DATA_FEATURE_DATE", self.time, self.times.fits, "a timestamp, a date or ISO 8601 text"),
-            *(
-                (measurement(name).column_setting.upper(), column, is_number, "a number")
-                for name, column in self.measurements
-            ),
-            ("DATA_FEATURE_SENSOR", self.sensor, _is_identifier, "text or an integer"),
-        ):
-            if not name:
-                continue
-            found = schema.get_all_field_indices(name)
-            if len(found) != 1:
-                there = shorten(", ".join(schema.names), LONGEST_LIST, placeholder=" ...")
-                problem = "no column" if not found else f"{len(found)} columns"
-                raise ConfigurationError(
-                    f"{setting}={name}: {url} has {problem} of this name; its columns are: {there}"
-                )
-            kind = schema.field(name).type
-            if not (fits(_plain(kind)) or pa.types.is_null(kind)):  # null: a file with no value here
-                is_count = setting == "DATA_FEATURE_DATE" and is_number(_plain(kind))
-                hint = " (numbers since 1970: set DATA_FEATURE_DATE_UNIT to s, ms, us or ns)" if is_count else ""
-                raise ConfigurationError(f"{setting}={name}: this column of {url} is {kind}, not {wanted}{hint}")
-
-
-class Encoded(Protocol):
-    """What rows of a source became: messages, or rows for blocks."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows there were: ``sent`` plus the counts in ``skipped``."""
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many were no readings, by reason."""
-
-    @property
-    def doubtful(self) -> dict[str, int]:
-        """How many of the readings have a local time that came twice or never, by kind."""
-
-    @property
-    def examples(self) -> dict[str, Example]:
-        """The first row that was skipped for each reason."""
-
-    @property
-    def sent(self) -> int:
-        """How many readings there are."""
-
-    @property
-    def content(self) -> Any:
-        """All readings, with those that are only too old by now: it depends on the rows and on nothing else."""
-
-
-@dataclass(frozen=True, slots=True)
-class Messages:
-    """A key and a value for each reading. Equal keys are one object; ``content`` is all values."""
-
     rows: int
-    keys: list[bytes]
-    values: list[bytes]
-    skipped: dict[str, int]
-    content: bytes = b""
+    skipped: dict[str, int] = field(default_factory=dict)
     doubtful: dict[str, int] = field(default_factory=dict)
     examples: dict[str, Example] = field(default_factory=dict)
+    content: Any = b""
 
     @property
     def sent(self) -> int:
         """How many readings there are."""
-        return len(self.keys)
+        return self.rows - sum(self.skipped.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages(Encoded):
+    """A key and a value for each reading. Equal keys are one object; ``content`` is all values."""
+
+    keys: list[bytes]
+    values: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +62,15 @@ class Chosen:
 
     ``sensor``: where in ``keys`` the id of each is; ``time``: timestamps without a zone; ``numbers``: those of each
     measurement that has a column, as they were but for NaN, which is null. ``young``: which are not too old (None:
-    all). ``doubtful`` and ``examples`` as in Encoded.
+    all). ``counts``: of Encoded.
     """
 
-    rows: int
-    skipped: dict[str, int]
     keys: list[bytes]
     sensor: pa.Array
     time: pa.Array
     numbers: dict[str, pa.Array]
     young: pa.Array | None
-    doubtful: dict[str, int]
-    examples: dict[str, Example]
+    counts: dict[str, Any]
 
 
 def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
@@ -180,9 +82,9 @@ def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
     printed), ``value_out_of_range`` (beyond 1e100 or infinite), ``no_measurement`` (no value at all); and
     ``time_out_of_range`` again, for what is too old.
     """
-    times = columns.times.read(_decoded(batch.column(columns.time)))
-    numbers = {name: _numbers(_decoded(batch.column(column))) for name, column in columns.measurements}
-    sensor = _Sensors.of(_decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
+    times = columns.times.read(decoded(batch.column(columns.time)))
+    numbers = {name: _numbers(decoded(batch.column(column))) for name, column in columns.measurements}
+    sensor = _Sensors.of(decoded(batch.column(columns.sensor)) if columns.sensor else None, batch.num_rows)
     rows, skipped, first = _choose(
         ("bad_time", times.bad),
         ("time_out_of_range", times.far),
@@ -203,28 +105,29 @@ def choose(batch: pa.RecordBatch, columns: Columns) -> Chosen:
     examples = {reason: _example(batch, columns, reason, row, times) for reason, row in first.items()}
     doubtful = _count_sent(times.doubtful, rows, young)
     chosen = dict(zip(numbers, found, strict=True))
-    return Chosen(batch.num_rows, skipped, sensor.keys, index, time, chosen, young, doubtful, examples)
+    counts = {"rows": batch.num_rows, "skipped": skipped, "doubtful": doubtful, "examples": examples}
+    return Chosen(sensor.keys, index, time, chosen, young, counts)
 
 
 def encode_batch(batch: pa.RecordBatch, columns: Columns) -> Messages:
     """A message for each reading of ``batch``, as services/core/reading.py defines it; a null field is left out."""
-    found = choose(batch, columns)
-    prefixes = pa.array([_prefix(key) for key in found.keys], pa.string())
+    chosen = choose(batch, columns)
+    prefixes = pa.array([_prefix(key) for key in chosen.keys], pa.string())
     values = pc.binary_join_element_wise(
-        prefixes.take(found.sensor),
-        pc.binary_replace_slice(found.time.cast(pa.string()), 10, 11, "T"),
+        prefixes.take(chosen.sensor),
+        pc.binary_replace_slice(chosen.time.cast(pa.string()), 10, 11, "T"),
         'Z"',
-        *(_member(name, number.cast(pa.string())) for name, number in found.numbers.items()),
+        *(_member(name, number.cast(pa.string())) for name, number in chosen.numbers.items()),
         "}",
         "",
     )
     texts = values.cast(pa.binary()).to_pylist()
     content = b"".join(texts)
-    sensor = found.sensor
-    if found.young is not None:
-        sensor, texts = sensor.filter(found.young), values.filter(found.young).cast(pa.binary()).to_pylist()
-    keys = [found.keys[i] for i in sensor.to_pylist()]
-    return Messages(found.rows, keys, texts, found.skipped, content, found.doubtful, found.examples)
+    sensor = chosen.sensor
+    if chosen.young is not None:
+        sensor, texts = sensor.filter(chosen.young), values.filter(chosen.young).cast(pa.binary()).to_pylist()
+    keys = [chosen.keys[i] for i in sensor.to_pylist()]
+    return Messages(keys=keys, values=texts, content=content, **chosen.counts)
 
 
 def _young(time: pa.Array, max_past: timedelta | None) -> pa.Array | None:
@@ -279,7 +182,7 @@ def _example(batch: pa.RecordBatch, columns: Columns, reason: str, row: int, tim
 
 def _shown(column: pa.Array, row: int) -> str:
     """A value as text."""
-    cell = _decoded(column.slice(row, 1))
+    cell = decoded(column.slice(row, 1))
     if pa.types.is_timestamp(cell.type):
         cell = cell.cast(pa.timestamp(cell.type.unit))  # a zone is no part of the instant
     text = cell.cast(pa.string()).cast(pa.binary())[0].as_py()
@@ -289,23 +192,7 @@ def _shown(column: pa.Array, row: int) -> str:
 
 def event_times(batch: pa.RecordBatch, columns: Columns) -> pa.Array:
     """The time of each row in microseconds since 1970, UTC; null where it has none that can be sent."""
-    return columns.times.read(_decoded(batch.column(columns.time))).instants.cast(pa.int64())
-
-
-# --- types -------------------------------------------------------------------------------------------------
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values, dictionary-encoded or not."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _decoded(column: pa.Array) -> pa.Array:
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-
-
-def _is_identifier(kind: pa.DataType) -> bool:
-    return bool(is_text(kind) or pa.types.is_integer(kind))
+    return columns.times.read(decoded(batch.column(columns.time))).instants.cast(pa.int64())
 
 
 # --- numbers -----------------------------------------------------------------------------------------------

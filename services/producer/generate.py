@@ -28,7 +28,7 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, StoppedError
 from services.core.measurements import HUMIDITY, TEMPERATURE
 from services.core.shutdown import Shutdown
-from services.producer.encoding import Columns
+from services.producer.columns import Columns
 
 GROUP_ROWS = 100_000
 BLOCK_STEPS = 10  # gaps and late rows come in runs: a sensor is silent, or cut off and sends later

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
-from services.producer.encoding import Columns, Encoded, event_times
+from services.producer.columns import Columns
+from services.producer.encoding import Encoded, event_times
 
 TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
 MOST_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst

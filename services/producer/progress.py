@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 import msgspec
 from confluent_kafka import (
@@ -25,7 +26,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core import kafka
-from services.core.backoff import pauses
+from services.core.backoff import at_start, pauses
 from services.core.config import Settings
 from services.core.errors import PermanentError, TransientError
 from services.core.kafka import client_settings, new_topic
@@ -74,20 +75,15 @@ def progress_topic(settings: Settings) -> NewTopic:
     return new_topic(settings, f"{settings.kafka_topic}.progress", 1, cleanup_policy="compact")
 
 
-def topic_id(admin: AdminClient, settings: Settings) -> str:
+def topic_id(admin: AdminClient, settings: Settings, shutdown: Shutdown) -> str:
     """The id that Kafka gave the topic of readings: once deleted and created again, it has another one.
 
     It is part of a record's key, so that a new topic is filled from the start.
     """
-    deadline = time.monotonic() + settings.startup_timeout_seconds
-    for pause in pauses():
-        try:
-            return kafka.topic_id(admin, settings)
-        except TransientError as error:  # a new topic is not known to all brokers at once
-            if time.monotonic() + pause > deadline:
-                raise PermanentError(str(error)) from error
-            time.sleep(pause)
-    raise AssertionError("pauses() has no end")
+    # A new topic is not known to all brokers at once.
+    where = ("kafka", "Kafka", settings.bootstrap_servers)
+    ask = partial(kafka.topic_id, admin, settings)
+    return at_start(ask, settings, shutdown, where, lambda error: PermanentError(str(error)))
 
 
 def encode_progress(progress: Progress) -> bytes:

@@ -8,13 +8,10 @@ that of its row groups.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs
@@ -23,17 +20,13 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.shutdown import Shutdown
 from services.producer.blocks import Rows, RowsDigest, choose_rows
-from services.producer.encoding import Columns, Encoded, Messages, encode_batch
+from services.producer.columns import Columns
+from services.producer.encoding import Encoded, Messages, encode_batch
+from services.producer.finding import Place, one_line
 from services.producer.progress import Stopped
 from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 
-LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
 MAGIC = b"PAR1"
-# Up to the last @ before the options: half of all AWS keys have a slash in them.
-SECRET = re.compile(r"://(?:[^?\s]*:[^?\s]*|[^/@?\s]+)@")
-STORES = frozenset({"s3", "gs", "gcs"})
-GLOB = re.compile(r"[*?\[]")
-QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 
 class Digest(Protocol):
@@ -99,7 +92,7 @@ class SourceFile:
                     )
         except (OSError, pa.ArrowException) as error:
             raise UnreadableFileError(
-                f"{self.url} cannot be read beyond row {row} of {self.rows}: {_one_line(error)}"
+                f"{self.url} cannot be read beyond row {row} of {self.rows}: {one_line(error)}"
             ) from error
 
     def digest(self, end: int) -> Digest:
@@ -173,124 +166,6 @@ def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     return Source(place.url, tuple(files), tuple(unreadable))
 
 
-# --- finding -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one.
-
-    ``scheme`` is empty for local files, ``s3://`` and so on for others.
-    """
-
-    given: str
-    scheme: str
-    path: str
-    filesystem: pa.fs.FileSystem
-
-    @classmethod
-    def of(cls, given: str) -> Place:
-        """Raises ConfigurationError where it is no URL."""
-        try:
-            scheme, separator, rest = given.partition("://")
-            masked = _masked(given)
-            if scheme in STORES and masked != given and not rest.startswith("anonymous@"):
-                raise ConfigurationError(
-                    f"PARQUET_URL={masked}: no keys in the URL, please: they are read from AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or from the file that GOOGLE_APPLICATION_CREDENTIALS names"
-                )
-            given = masked
-            if not separator:
-                # Path.resolve() would follow links: which file a name stands for may change, the name stays.
-                path = os.path.abspath(Path(given).expanduser())  # noqa: PTH100
-                return cls(given, "", path, pa.fs.LocalFileSystem())
-            location, *options = QUERY.split(rest, maxsplit=1)
-            base = location[: _glob_start(location)]
-            query = options[0] if options else ""
-            if scheme in {"gs", "gcs"} and "retry_limit_seconds" not in query:
-                query = "&".join(filter(None, (query, "retry_limit_seconds=15")))
-            uri = f"{scheme}://{quote(base, safe='/:@%')}" + (f"?{query}" if query else "")
-            filesystem, root = pa.fs.FileSystem.from_uri(uri)
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise ConfigurationError(f"PARQUET_URL={given}: {_one_line(error)}") from error
-        if base.endswith("/") and root != "/":
-            root = root.rstrip("/") + location[len(base) - 1 :]
-        scheme = "" if isinstance(filesystem, pa.fs.LocalFileSystem) else f"{scheme}://"
-        return cls(given, scheme, root.rstrip("/") or "/", filesystem)
-
-    @property
-    def url(self) -> str:
-        """The URL in full, without its options."""
-        return self.scheme + self.path
-
-    def find(self) -> list[str]:
-        """Paths of the files, sorted. Raises ConfigurationError when there is none."""
-        states = self.list_states(must_exist=True)
-        if not states:
-            missing = (
-                "no file matches this glob" if GLOB.search(self.path) else "this directory holds no *.parquet file"
-            )
-            raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
-        return sorted(states)
-
-    def list_states(self, *, must_exist: bool = False) -> dict[str, FileState]:
-        """The files by path, as they are now; ``must_exist``: what is no glob has to name something.
-
-        Raises ConfigurationError when they cannot be listed.
-        """
-        try:
-            return self._list_states(must_exist=must_exist)
-        except (OSError, pa.ArrowException) as error:
-            raise ConfigurationError(f"PARQUET_URL={self.given}: {_one_line(error)}") from error
-
-    def _list_states(self, *, must_exist: bool) -> dict[str, FileState]:
-        info = self.filesystem.get_file_info(self.path)
-        if info.type == pa.fs.FileType.File:
-            return {self.path: FileState.of(info)}
-        if info.type == pa.fs.FileType.Directory:
-            states = self._list(self.path)
-            return {path: state for path, state in states.items() if _is_data(path[len(self.path) :])}
-        if GLOB.search(self.path):
-            pattern = _glob_pattern(self.path)
-            states = self._list(self.path[: _glob_start(self.path)].rstrip("/") or "/")
-            return {path: state for path, state in states.items() if pattern.fullmatch(path)}
-        if must_exist:
-            raise ConfigurationError(f"PARQUET_URL={self.given}: there is no such file or directory ({self.url})")
-        return {}
-
-    def _list(self, base: str) -> dict[str, FileState]:
-        selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
-        found = self.filesystem.get_file_info(selector)
-        return {info.path: FileState.of(info) for info in found if info.type == pa.fs.FileType.File}
-
-
-def _is_data(path: str) -> bool:
-    """Whether ``path``, below the directory that was named, is a file to read."""
-    return path.endswith(".parquet") and not any(part[:1] in "._" for part in PurePosixPath(path).parts[1:])
-
-
-def _glob_start(path: str) -> int:
-    """Length of the part of ``path`` before the first component with a glob character."""
-    found = GLOB.search(path)
-    return path.rfind("/", 0, found.start()) + 1 if found else len(path)
-
-
-def _glob_pattern(glob: str) -> re.Pattern[str]:
-    """The regular expression of a glob, as a shell with globstar reads it."""
-    pieces = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])", glob)
-    return re.compile(
-        "".join(
-            pieces.get(part)
-            or (f"[{part[1:].replace('!', '^', 1)}" if part.startswith("[") and len(part) > 2 else re.escape(part))
-            for part in parts
-        )
-    )
-
-
-# --- checking ----------------------------------------------------------------------------------------------
-
-
 def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | None = None) -> SourceFile:
     """The file at ``path``, when it can be read and has the columns.
 
@@ -331,22 +206,12 @@ def _damage(place: Place, path: str, error: Exception) -> str:
     """Why a file is not one that can be read, in one line."""
     url = place.scheme + path
     if not isinstance(error, pa.ArrowInvalid):
-        return f"{url} cannot be read: {_one_line(error)}"
+        return f"{url} cannot be read: {one_line(error)}"
     try:
         with place.filesystem.open_input_file(path) as stream:
             size, start = stream.size(), stream.read(len(MAGIC))
     except OSError:
-        return f"{url} cannot be read: {_one_line(error)}"
+        return f"{url} cannot be read: {one_line(error)}"
     if start == MAGIC:
-        return f"{url} is a Parquet file that was cut off or damaged ({size} bytes): {_one_line(error)}"
+        return f"{url} is a Parquet file that was cut off or damaged ({size} bytes): {one_line(error)}"
     return f"{url} is not a Parquet file ({size} bytes, begins with {start!r})"
-
-
-def _masked(text: str) -> str:
-    """``text`` without the keys that a URL may hold before an ``@``."""
-    return SECRET.sub("://***@", text)
-
-
-def _one_line(error: Exception) -> str:
-    text = _masked(" ".join(str(error).split()))
-    return text if len(text) <= LONGEST_DETAIL else f"{text[:LONGEST_DETAIL]} ..."

@@ -13,10 +13,11 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PipelineError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
-from services.producer.encoding import Columns
+from services.producer.columns import Columns
+from services.producer.finding import Place
 from services.producer.instruments import FILES_UNREADABLE
 from services.producer.reader import FileState
-from services.producer.source import Place, Source, SourceFile, check_file
+from services.producer.source import Source, SourceFile, check_file
 
 log = logging.getLogger("producer")
 

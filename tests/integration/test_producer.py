@@ -511,7 +511,9 @@ def send_forever(publisher: Publisher, messages: Messages) -> None:
 def test_a_fenced_client_ends_when_all_that_it_sent_was_answered(settings: Settings) -> None:
     """Or the answers could damage the memory of the process."""
     create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
-    messages = Messages(20_000, [f"s{number}".encode() for number in range(20_000)], [b"x" * 300] * 20_000, {})
+    messages = Messages(
+        rows=20_000, keys=[f"s{number}".encode() for number in range(20_000)], values=[b"x" * 300] * 20_000
+    )
     older = Noting(settings)
     with Publisher(settings, "source", Shutdown()) as newer, older:
         older.start()

@@ -24,7 +24,8 @@ from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
 from services.core.reading import EPOCH, LARGEST_VALUE, Decoder, Reading, reading_type
 from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
-from services.producer.encoding import Columns, encode_batch
+from services.producer.columns import Columns
+from services.producer.encoding import encode_batch
 from tests.measured import MEASUREMENTS, reading_of
 
 BLOCK_SCHEMA = block_schema(DEFAULT)

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pytest
 
 from services.core.errors import ConfigurationError
-from services.producer.encoding import Columns, Messages
+from services.producer.columns import Columns
+from services.producer.encoding import Messages
 from services.producer.pace import AtOnce, FixedRate, Replay, choose_pace, parse_speed
 from tests.measured import make_settings
 
-NOTHING = Messages(0, [], [], {})
+NOTHING = Messages(rows=0, keys=[], values=[])
 
 
 def batch(*seconds: float | None) -> pa.RecordBatch:
@@ -24,7 +25,7 @@ def batch(*seconds: float | None) -> pa.RecordBatch:
 
 
 def messages(count: int) -> Messages:
-    return Messages(count, [b"a"] * count, [b"{}"] * count, {})
+    return Messages(rows=count, keys=[b"a"] * count, values=[b"{}"] * count)
 
 
 @pytest.mark.parametrize(("rate", "rows"), [(0.1, 1), (99, 1), (1000, 10), (10_000_000, 20_000)])

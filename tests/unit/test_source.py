@@ -27,9 +27,11 @@ from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading, reading_type
 from services.producer.blocks import Rows
-from services.producer.encoding import Columns, Messages, encode_batch
+from services.producer.columns import Columns
+from services.producer.encoding import Messages, encode_batch
+from services.producer.finding import Place
 from services.producer.reader import BATCH_ROWS, READER
-from services.producer.source import Place, Source, SourceFile, UnreadableFileError, check_file, open_source
+from services.producer.source import Source, SourceFile, UnreadableFileError, check_file, open_source
 from tests.measured import MEASUREMENTS, make_settings, reading_of
 
 COLUMNS = Columns("time", (("temperature", "temp"), ("humidity", "humid")), "sensor")

@@ -20,7 +20,8 @@ from services.core.errors import ConfigurationError
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
 from services.local.check import instants
 from services.producer.blocks import Rows, choose_rows
-from services.producer.encoding import Columns, Encoded, Messages, encode_batch, event_times
+from services.producer.columns import Columns
+from services.producer.encoding import Encoded, Messages, encode_batch, event_times
 from services.producer.times import TimeFormat
 from tests.measured import make_settings
 
