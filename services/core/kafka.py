@@ -17,7 +17,7 @@ from services.core.backoff import at_start
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.handshake import find_problem
-from services.core.logs import fields
+from services.core.logs import OnceInAWhile, fields
 from services.core.shutdown import Shutdown
 
 log = logging.getLogger("kafka")
@@ -56,8 +56,6 @@ NOT_ALLOWED = frozenset(
 )
 
 DAY_MS = 24 * 60 * 60 * 1000
-REPEAT_AFTER_S = 30.0
-ROUTINE = "GETPID "  # librdkafka's word before "Coordinator load in progress: retrying"
 CREATE_WITHIN_S = 5.0
 SILENCE_S = 10.0
 
@@ -76,24 +74,6 @@ ClientSettings = dict[str, Any]
 Place = tuple[int, int]  # partition and offset
 Header = tuple[str, str | bytes | None]
 Outgoing = tuple[str | bytes | None, str | bytes | None, list[Header]]  # key, value, headers
-
-
-class OnceInAWhile(logging.Filter):
-    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect.
-
-    None of ROUTINE: the first producer of a new cluster is too early each time. What lasts is an error of the call.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = -REPEAT_AFTER_S
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is logged."""
-        if record.created - self._last < REPEAT_AFTER_S or record.getMessage().startswith(ROUTINE):
-            return False
-        self._last = record.created
-        return True
 
 
 def client_settings(settings: Settings, role: str) -> ClientSettings:

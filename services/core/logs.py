@@ -13,6 +13,9 @@ from typing import Any, TextIO
 
 from services.core.printable import printable
 
+REPEAT_AFTER_S = 30.0
+ROUTINE = "GETPID "  # librdkafka's word before "Coordinator load in progress: retrying"
+
 
 def fields(**values: object) -> dict[str, Any]:
     """Fields of one log line, for ``extra=``."""
@@ -45,6 +48,24 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class OnceInAWhile(logging.Filter):
+    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect.
+
+    None of ROUTINE: the first producer of a new cluster is too early each time. What lasts is an error of the call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -REPEAT_AFTER_S
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is logged."""
+        if record.created - self._last < REPEAT_AFTER_S or record.getMessage().startswith(ROUTINE):
+            return False
+        self._last = record.created
+        return True
 
 
 def configure_logging(level: str, style: str, stream: TextIO = sys.stderr) -> None:

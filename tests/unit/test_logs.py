@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.core.kafka import OnceInAWhile
-from services.core.logs import configure_logging, fields
+from services.core.logs import OnceInAWhile, configure_logging, fields
 
 
 class Terminal(io.StringIO):
