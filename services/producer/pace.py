@@ -11,7 +11,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Protocol
 
 import pyarrow as pa
 
@@ -28,39 +27,26 @@ LONG_AGO = -(2**62)
 SPEED = re.compile(r"(\d+(?:\.\d+)?)x", re.ASCII)
 
 
-class Pace(Protocol):
-    """``transaction_s``: age at which a transaction is committed, so that readers see what was sent."""
+class Pace:
+    """As fast as Kafka takes them."""
 
-    transaction_s: float
+    # Age at which a transaction is committed, so that readers see what was sent. A slow broker gets smaller
+    # transactions, so that none grows too old.
+    transaction_s = 5.0
 
     def begin(self) -> None:
         """Called before the first part of a run of files: time that has passed before it is not made up for."""
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """``batch`` in parts, in order; each is to be asked for only when the one before was sent."""
-
-    def due(self, messages: Encoded) -> float:
-        """When to send the newest part, which became ``messages``: seconds of time.monotonic()."""
-
-
-class AtOnce:
-    """As fast as Kafka takes them."""
-
-    transaction_s = 5.0  # a slow broker gets smaller transactions, so that none grows too old
-
-    def begin(self) -> None:
-        """Nothing is timed."""
-
-    def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """The batch as it is."""
         yield batch
 
     def due(self, messages: Encoded) -> float:
-        """Always overdue."""
+        """When to send the newest part, which became ``messages``: seconds of time.monotonic()."""
         return -math.inf
 
 
-class FixedRate:
+class FixedRate(Pace):
     """``rate`` readings a second; rows that are skipped take no time."""
 
     transaction_s = 0.5
@@ -86,7 +72,7 @@ class FixedRate:
         return due
 
 
-class Replay:
+class Replay(Pace):
     """The gaps between the readings' times, divided by ``speed``, become the gaps between sending.
 
     The clock of the replay starts with the first reading and never goes back: a reading that is older than one
@@ -102,9 +88,6 @@ class Replay:
         self._began: tuple[float, int] | None = None  # time.monotonic() and the first reading's microseconds
         self._newest = LONG_AGO
         self._due = -math.inf
-
-    def begin(self) -> None:
-        """The clock goes on."""
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         """Readings whose moments lie within a hundredth of a second."""
@@ -146,7 +129,7 @@ def parse_speed(text: str) -> float:
 def choose_pace(settings: Settings, speed: float | None) -> Pace:
     """The pace that PRODUCER_RATE or ``--speed`` asks for. Raises ConfigurationError for both."""
     if speed is None:
-        return FixedRate(settings.producer_rate) if settings.producer_rate else AtOnce()
+        return FixedRate(settings.producer_rate) if settings.producer_rate else Pace()
     if settings.producer_rate:
         raise ConfigurationError(
             f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot both hold: "
