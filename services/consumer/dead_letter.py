@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-from confluent_kafka import KafkaError, Message, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.config import Settings
 from services.core.errors import PermanentError, Reason, TransientError
@@ -119,7 +119,7 @@ class DeadLetterTopic:
             for start in range(0, len(letters), SEND_AT_ONCE):
                 for letter in self._send_and_wait(letters[start : start + SEND_AT_ONCE]):
                     self._send_truncated(letter)
-        except TransientError as error:
+        except (KafkaException, TransientError) as error:
             # What the producer still holds must not go out later, between other letters.
             producer, self._producer = self._producer, None
             if producer is not None:
