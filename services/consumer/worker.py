@@ -2,7 +2,7 @@
 
 The order is the guarantee:
 
-1. ask the database where each partition goes on (positions.py), and fetch from there,
+1. ask the database where each partition goes on (positions.py), and fetch from there (partitions.py),
 2. store the readings, and the ranges they touch, in one database transaction (sink.py),
 3. send the dead letters and wait for the broker (dead_letter.py),
 4. advance the positions, if they are still where the batch began: in the transaction of step 2 where there are no
