@@ -6,9 +6,12 @@ READY := .venv/ready
 # KEEP=0 and KEEP=no mean what they say.
 yes = $(filter-out 0 no false off,$(1))
 
-.PHONY: setup demo demo-down test chaos load bench lint types lock sbom clean secrets
+.PHONY: help setup demo demo-down unit test chaos load bench lint types fmt docs wheel lock sbom clean secrets
 
-setup: $(READY)
+help: ## this list; what plain "make" prints
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## .venv with the pinned packages; PYTHON=python3.12 names another Python
 
 $(READY): requirements/dev.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON); name one: make PYTHON=python3.12 setup"; exit 2; }
@@ -25,6 +28,9 @@ demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, 
 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
+
+unit: setup ## the tests that need no servers
+	@$(BIN)/python -m pytest tests/unit
 
 # Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
 WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
@@ -46,12 +52,23 @@ load: setup ## a long load of history on native servers, then every summary is c
 bench: setup ## ratios to a bare COPY in the same run
 	@$(BIN)/python -m tests.benchmarks.bench
 
-lint: setup
+lint: setup ## ruff: mistakes, style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: setup
+types: setup ## mypy
 	@$(BIN)/mypy
+
+fmt: setup ## format the code, and fix what ruff can fix
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+docs: setup ## generate docs/settings.md and .env.example from the settings again
+	@$(BIN)/python -m tests.documents
+
+wheel: setup ## dist/: the wheel that "pip install" takes
+	@rm -rf build dist
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 # Containers read the files as users of their own, so each is readable; others here cannot enter the directory.
 SECRETS := postgre sensor_consumer sensor_etl sensor_grafana sensor_dashboard grafana_admin
@@ -81,4 +98,4 @@ sbom: ## sbom.json (CycloneDX): every Python package of the image, with its vers
 		requirements/runtime.txt
 
 clean: ## remove everything that make created
-	@rm -rf .venv .local sbom.json build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .local sbom.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,11 +40,11 @@ def of_default(names: Iterable[str]) -> set[str]:
     return {name for name in names if not name.startswith(tuple(f"{more}_" for more in MEASUREMENTS[len(DEFAULT) :]))}
 
 
-def documented_settings() -> list[tuple[str, str, str | None]]:
-    """Name, default and description of each setting there is by default, as the documents have them, by name."""
+def documented_settings() -> list[tuple[str, str, str]]:
+    """Name, default and description of each setting there is by default, as the documents have them, in order."""
     found = []
     for name, field in settings_type(DEFAULT).model_fields.items():
         value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
         text = ",".join(value) if isinstance(value, tuple) else str(value)
-        found.append((name.upper(), text, field.description))
-    return sorted(found)
+        found.append((name.upper(), text, field.description or ""))
+    return found

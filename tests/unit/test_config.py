@@ -12,6 +12,7 @@ from pydantic import SecretStr, ValidationError
 from services.core.config import default_settings, find_unknown_names, load_settings, settings_type
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT
+from tests.documents import GENERATED
 from tests.fix_stack import ROOT
 from tests.measured import documented_settings
 
@@ -278,20 +279,15 @@ def test_a_log_level_may_be_in_lower_case(monkeypatch: pytest.MonkeyPatch, level
     assert load_settings().log_level == "INFO"
 
 
-def documented() -> list[tuple[str, str, str]]:
-    """Name, value and description of each entry in .env.example, by name."""
-    found = []
-    before = ""
-    for line in (ROOT / ".env.example").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            name, value = line.split("=", 1)
-            found.append((name, value, before.removeprefix("# ")))
-        before = line
-    return sorted(found)
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_is_generated_from_the_settings_is_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text(encoding="utf-8") == GENERATED[name](), "run make docs"
 
 
-def test_env_example_equals_the_settings() -> None:
-    assert documented() == documented_settings()
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_is_generated_has_every_setting_once(name: str) -> None:
+    named = re.findall(r"^(?:\| `)?([A-Z_]+)(?:` \||=)", GENERATED[name](), re.MULTILINE)
+    assert sorted(named) == sorted(each for each, _, _ in documented_settings())
 
 
 def test_env_example_as_it_is_gives_the_defaults(tmp_path: Path) -> None:

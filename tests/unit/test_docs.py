@@ -29,7 +29,8 @@ SOURCES = (
     "pyproject.toml",
     ".env.example",
 )
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 SETTINGS = {name.upper() for name in settings_type(DEFAULT).model_fields}
 OF_COMPOSE_AND_TESTS = set(
     re.findall(r"\b[A-Z]+_[A-Z_]+\b", (ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -126,7 +127,7 @@ def test_every_setting_exists(document: str) -> None:
             read(document),
         )
     )
-    added_by_a_recipe = set(re.findall(r"^\+([A-Z_]+)=", read(document), re.MULTILINE))
+    added_by_a_recipe = set(re.findall(r"^\+ *([A-Z_]+)[=:]", read(document), re.MULTILINE))
     assert named <= SETTINGS | OF_COMPOSE_AND_TESTS | added_by_a_recipe
 
 
@@ -144,9 +145,15 @@ def test_every_make_target_exists(document: str) -> None:
     assert {target for targets in found for target in targets.split()} <= TARGETS
 
 
+def test_every_make_target_has_a_line_of_help() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert set(phony.split()) == TARGETS
+    assert set(re.findall(r"^([a-z-]+):.*## \S", MAKEFILE, re.MULTILINE)) == TARGETS
+
+
 def test_every_path_exists(document: str) -> None:
     named = re.findall(
-        r"`((?:services|migrations|tests|data|deploy|docs|requirements|\.ci)/[\w./-]*)`", prose(read(document))
+        r"`((?:services|migrations|tests|data|deploy|docs|requirements|\.ci|\.github)/[\w./-]*)`", prose(read(document))
     )
     assert not [path for path in named if not (ROOT / path).exists()]
 
