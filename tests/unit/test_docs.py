@@ -133,7 +133,7 @@ def test_every_setting_exists(document: str) -> None:
 
 def test_every_command_is_one(document: str) -> None:
     for command in re.findall(
-        rf"{SHELL}sensor-pipeline ([a-z-]+(?: [A-Za-z][\w.-]*)?(?: --[a-z-]+(?: [\d.]+x?)?)*)",
+        rf"{SHELL}sensor-pipeline ([a-z][a-z-]*(?: [A-Za-z][\w.-]*)?(?: --[a-z-]+(?: [\d.]+x?)?)*)",
         read(document),
         re.MULTILINE,
     ):
@@ -185,14 +185,16 @@ def test_every_alert_has_its_runbook() -> None:
 
 def test_every_decision_is_listed_in_order() -> None:
     listed = re.findall(r"^(\d)\. \[.*\]\(decisions/(\d{4})-[a-z-]+\.md\)$", read("docs/architecture.md"), re.MULTILINE)
-    written = sorted(path.name[:4] for path in Path(ROOT / "docs/decisions").glob("*.md"))
+    written = sorted(path.name[:4] for path in Path(ROOT / "docs/decisions").glob("[0-9]*.md"))
     assert [number for _, number in listed] == written
     assert [f"{int(place):04}" for place, _ in listed] == written
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs/decisions").glob("*.md")), ids=lambda path: path.name[:4])
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/decisions").glob("[0-9]*.md")), ids=lambda path: path.name[:4])
 def test_a_decision_has_its_parts(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"# {int(path.name[:4])}. ")
-    parts = re.findall(r"^\*\*(Context|Decision|Consequences|Measured)", text, re.MULTILINE)
-    assert parts == ["Context", "Decision", "Consequences", "Measured"]
+    parts = re.findall(r"^\*\*(Status|Context|Decision|Consequences|Measured)", text, re.MULTILINE)
+    assert parts == ["Status", "Context", "Decision", "Consequences", "Measured"]
+    status = re.findall(r"^\*\*Status\.\*\* (?:Accepted|Superseded by .*), \d{4}-\d\d-\d\d\.$", text, re.MULTILINE)
+    assert len(status) == 1

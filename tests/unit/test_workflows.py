@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from services.local.runtime import KAFKA_VERSION
 from tests.documents import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -73,6 +74,7 @@ def test_the_oldest_and_the_newest_servers_are_those_of_the_documents() -> None:
     assert oldest["timescaledb"].startswith(f"timescale/timescaledb:{supported}.0-pg")
     assert newest["timescaledb"].partition("-pg")[0] in COMPOSE["timescaledb"]["image"]
     assert newest["kafka"] in COMPOSE["kafka"]["image"]
+    assert newest["kafka"] == f"apache/kafka:{KAFKA_VERSION}"
     defaults = read("servers.yml")[True]["workflow_call"]["inputs"]  # type: ignore[index]
     assert {name: defaults[name]["default"] for name in ("timescaledb", "kafka")} == {
         name: newest[name] for name in ("timescaledb", "kafka")
