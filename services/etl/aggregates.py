@@ -52,13 +52,15 @@ class Aggregates:
         self.is_new = True  # as far as we know, nothing is summarised yet
 
     def prepare(self) -> None:
-        """Create what the summaries cannot do without.
+        """Create what the summaries cannot do without, and note which fall behind because they are not configured.
 
-        What the database has summarised without is behind: it is compared with its history (reconcile.py).
+        One that is new beside others is behind as well; it catches up later (summaries.py).
         """
         self._read_bases()
         stored = stored_rollups(self._connection)
-        self._set_aside(stored)
+        with self._lease.transaction():
+            for rollup in self._set_aside():
+                self._connection.execute(statement("write_behind", rollup), {"edge": "infinity"})
         for rollup in self.configured:
             with self._lease.transaction():
                 current = stored.get(rollup.name, rollup)
@@ -78,17 +80,10 @@ class Aggregates:
                     self._connection.execute(statement("queue_all", current))
             self.current[rollup.name] = current
 
-    def _set_aside(self, stored: dict[str, Rollup]) -> None:
-        """Drop the aggregates of what is off the list: TimescaleDB would note each change for them, for ever.
-
-        The summary stays, and the live view shows it. What it misses is caught up with when it is put back.
-        """
-        for name in stored.keys() - {rollup.name for rollup in self.configured}:
-            with self._lease.transaction():
-                self._connection.execute(statement("show_summary_live", stored[name]))
-                self._connection.execute(statement("write_behind", stored[name]), {"edge": "infinity"})
-                for aggregate in self._of([name]):
-                    self._drop(aggregate)
+    def _set_aside(self) -> list[Rollup]:
+        """What is stored and no longer configured."""
+        names = {rollup.name for rollup in self.configured}
+        return [rollup for name, rollup in stored_rollups(self._connection).items() if name not in names]
 
     def suit_first_readings(self) -> None:
         """As long as nothing is summarised, what the summaries are made of can change at once."""
@@ -122,7 +117,17 @@ class Aggregates:
         return None if row is None else row[0]
 
     def show_live(self) -> Iterator[None]:
-        """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it."""
+        """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it.
+
+        That of a measurement that is no longer configured shows it again, and its aggregates go: TimescaleDB would
+        note each change for them, for ever.
+        """
+        for rollup in self._set_aside():
+            for aggregate in self._of([rollup.name]):
+                with self._lease.transaction():
+                    self._connection.execute(statement("show_summary_live", rollup))
+                    self._drop(aggregate)
+                yield
         for rollup in self.current.values():
             row = self._connection.execute(statement("live_view_shows", rollup)).fetchone()
             if row is not None and not row[0]:

@@ -146,7 +146,7 @@ UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < clo
 
 -- name: expired_edges
 -- Where the whole intervals begin after what has expired: a chunk of which every interval, at every width, ended long
--- enough ago; and whether that is still to be closed.
+-- enough ago; and whether that is still to be closed. Nothing while a summary that is refreshed is behind its readings.
 SELECT measurement, edge::text, edge > closed_before
 FROM summary_state, LATERAL (
     SELECT time_bucket(width, max(range_end) + width - interval '1 microsecond') AS edge
@@ -155,7 +155,10 @@ FROM summary_state, LATERAL (
       AND (SELECT max(time_bucket(each.width, range_end + each.width - interval '1 microsecond'))
            FROM summary_state AS each) <= now() - %(keep)s
 ) AS expired
-WHERE edge IS NOT NULL ORDER BY measurement
+WHERE edge IS NOT NULL AND NOT EXISTS (
+    SELECT FROM summary_state AS each JOIN timescaledb_information.continuous_aggregates ON view_name = each.aggregate
+    WHERE each.behind_before > '-infinity')
+ORDER BY measurement
 
 -- name: is_closing
 -- Whether something is closed and not frozen, and whether any of it waits for its summaries.

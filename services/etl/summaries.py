@@ -169,11 +169,11 @@ class Summaries:
             raise
         REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
 
-    def refresh_all(self, rollup: Rollup, start: datetime, end: datetime) -> None:
-        """Refresh what is out of date, by TimescaleDB's own notes, and what it is made of."""
+    def refresh_all(self, rollup: Rollup, start: datetime, end: datetime, *, force: bool = False) -> None:
+        """Refresh an aggregate, and before it of what it is made of what TimescaleDB knows to be out of date."""
         if rollup.of_minutes:
             self.refresh(self._aggregates.base_of(rollup), start, end)
-        self.refresh(rollup.aggregate, start, end)
+        self.refresh(rollup.aggregate, start, end, force=force)
 
     def catch_up(self) -> Iterator[None]:
         """Bring up the summary of what is new or was off the list, piece by piece, the newest first.
@@ -185,7 +185,7 @@ class Summaries:
             while (row := self._connection.execute(statement("read_behind", rollup)).fetchone()) is not None:
                 piece = piece_before(self._connection, rollup, row[0])
                 if piece is not None:
-                    self.refresh_all(rollup, *piece)
+                    self.refresh_all(rollup, *piece, force=True)
                 with suppress(ChunkDroppedError), self._mirroring() as materialized:
                     if piece is not None:
                         self._mirror(rollup, materialized[rollup.aggregate], [piece])

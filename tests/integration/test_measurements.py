@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from psycopg import sql
 from services.consumer.sink import Sink
 from services.core.config import Settings, settings_type
 from services.core.database import connect
+from services.core.errors import TransientError
 from services.core.measurements import KEYWORDS
 from services.core.reading import Reading, reading_type
 from services.core.shutdown import Shutdown
 from services.etl.reconcile import reconcile
+from services.etl.retention import Retention
 from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
@@ -212,6 +214,42 @@ def test_what_is_taken_off_the_list_stays_and_catches_up_when_it_is_put_back(
     assert len(summary(connection, "noise")) == len(before) - 1
     assert changes(connection) == refreshed
     assert connection.execute("SELECT bool_and(behind_before = '-infinity') FROM summary_state").fetchone() == (True,)
+
+
+@pytest.mark.usefixtures("native")
+def test_readers_of_what_is_taken_off_the_list_hold_nothing_else_up(
+    added: Settings, settings: Settings, connection: psycopg.Connection
+) -> None:
+    store(added, *(a_reading(at, 40.0 + at, 20.0) for at in range(30)))
+    Leader(connection, added).run_once()
+    with connect(settings) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM noise_summary_live")
+        leader = Leader(connection, settings)
+        store(added, a_reading(31, 99.0, 30.0))
+        with pytest.raises(TransientError, match="lock timeout"):
+            leader.run_once()
+        assert summary(connection)[-1][2] == 30.0
+        store(added, a_reading(32, 98.0))
+        Leader(connection, added).run_once()  # put back before anything could be dropped
+    assert differences(connection, added) == []
+
+
+def test_nothing_is_dropped_before_its_summary_has_caught_up(
+    added: Settings, settings: Settings, connection: psycopg.Connection
+) -> None:
+    keep = added.model_copy(update={"raw_retention_days": 30})
+    Leader(connection, added).run_once()
+    Leader(connection, settings).run_once()
+    store(added, a_reading(0, 1.0))
+    Leader(connection, settings).run_once()
+    leader = Leader(connection, keep)
+    for _ in Retention(connection, leader._lease, timedelta(days=30)).steps():
+        pass
+    assert stored(connection, ("noise",)) == {("s1", minutes(0)): (1.0,)}
+    leader.run_once()
+    assert stored(connection, ("noise",)) == {}
+    assert [row[2] for row in summary(connection, "noise")] == [1.0]
 
 
 def test_an_etl_that_dies_while_it_catches_up_goes_on_where_it_was(
