@@ -26,11 +26,11 @@ from services.etl.lease import KEY, Lease, LeaseLostError
 from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
-from tests.measured import reading_of
+from tests.measured import MEASUREMENTS, reading_of
 
 pytestmark = pytest.mark.usefixtures("native")
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
-NOTHING = {"temperature": 0, "humidity": 0}
+NOTHING = dict.fromkeys(MEASUREMENTS, 0)
 
 
 def ago(days: float) -> datetime:
