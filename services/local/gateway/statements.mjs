@@ -1,76 +1,94 @@
-// What the gateway must know about a statement before one backend, shared by all connections, runs it.
-//
-// Text is looked at, not parsed, and its bytes are left alone (latin1), whatever the client's encoding. A mark
-// set too often costs a query at the end of the statement, and the few statements that reach across
-// connections (DEALLOCATE, DISCARD, UNLISTEN) are rewritten only in the plain form that clients send.
+// What one client's messages become before they reach the backend that all share: names of prepared statements
+// get the connection's prefix, and what a statement may change is noted.
 
-const LEAD = String.raw`(?:\s|--[^\n]*\n|/\*[\s\S]*?\*/)*`;
-const NAME = String.raw`"(?:[^"]|"")+"|[A-Za-z_\x80-\xff][\w$\x80-\xff]*`;
-const BEGINS = String.raw`(?:^|;|\*/|\n)\s*`;
-
-const SETTINGS = new RegExp(
-  `${BEGINS}(?:set(?!\\s+(?:transaction|constraints)\\b)|reset|discard)\\b|\\bset_config\\b`,
-  'i',
-);
-const LOCAL = new RegExp(`^${LEAD}set\\s+local\\b[^;]*;?\\s*$`, 'i');
-const CUSTOM = /\b[a-z_][\w$]*\.[a-z_][\w$]*\b/gi;
-const TEMPORARY =
-  /\b(?:create|into)\s+(?:or\s+replace\s+)?(?:local\s+|global\s+)?temp(?:orary)?\b|\bpg_temp\./i;
-const ROLES = /\b(?:create|alter|drop)\s+(?:role|user|group)\b/i;
-const LISTEN = new RegExp(`^${LEAD}(un)?listen\\s+(\\*|${NAME})\\s*;?\\s*$`, 'i');
-const PREPARED = new RegExp(
-  `^(${LEAD}(?:explain\\b[^;]*?\\s)?)(prepare|execute|deallocate(?:\\s+prepare)?)\\s+(${NAME})`,
-  'i',
-);
-const DISCARD = new RegExp(`^${LEAD}discard\\s+(all|temp(?:orary)?)\\s*;?\\s*$`, 'i');
-
-const lower = (name) => name.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
-const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : lower(name));
-const quoted = (name) => `"${name.replaceAll('"', '""')}"`;
+import { CLIENT, message } from './wire.mjs';
+import { marksOf, rewrite } from './workarounds.mjs';
 
 /**
- * The statement as it is sent to the backend, and its marks (null when there are none):
- * settings (session settings may change), local (only until the transaction ends), custom (names with a dot
- * that may be settings), temporary, roles, discard ('all' or 'temp'), deallocateAll, listen, unlisten.
+ * @typedef {import('./types.d.ts').Marks} Marks
+ * @typedef {{ bytes: Buffer, marks: Marks | null }} Rewritten
  */
-export function inspect(sql, prefix) {
-  const marks = {};
-  if (SETTINGS.test(sql)) {
-    marks[LOCAL.test(sql) ? 'local' : 'settings'] = true;
-    marks.custom = sql.match(CUSTOM) ?? [];
-  }
-  if (TEMPORARY.test(sql)) marks.temporary = true;
-  if (ROLES.test(sql)) marks.roles = true;
-  const rewritten = rewrite(sql, prefix, marks);
-  return { sql: rewritten, marks: Object.keys(marks).length ? marks : null };
-}
 
-function rewrite(sql, prefix, marks) {
-  const discard = DISCARD.exec(sql);
-  if (discard) {
-    marks.discard = discard[1].toLowerCase() === 'all' ? 'all' : 'temp';
-    marks.deallocateAll = marks.discard === 'all';
-    return 'DISCARD PLANS'; // harmless, and an error in a failed transaction as it should be
-  }
-  const listen = LISTEN.exec(sql);
-  if (listen) {
-    if (!listen[1]) marks.listen = folded(listen[2]);
-    else marks.unlisten = listen[2] === '*' ? '*' : folded(listen[2]);
-    return listen[1] ? 'UNLISTEN gateway_nobody' : sql; // others may be listening to the same channel
-  }
-  const prepared = PREPARED.exec(sql);
-  if (!prepared) return sql;
-  const [head, before, verb, name] = prepared;
-  if (/^prepare$/i.test(verb) && /^transaction$/i.test(name)) return sql;
-  if (/^deallocate/i.test(verb) && /^all$/i.test(name)) {
-    marks.deallocateAll = true;
-    return 'DISCARD SEQUENCES';
-  }
-  return `${before}${verb} ${quoted(prefix + folded(name))}${sql.slice(head.length)}`;
-}
+const PASSED = new Set([CLIENT.EXECUTE, CLIENT.SYNC, CLIENT.FLUSH]);
+const latin1 = (/** @type {string} */ string) => Buffer.from(string, 'latin1');
 
-/** Both statements' marks in one. */
-export function merge(one, other) {
-  if (!one || !other) return one ?? other;
-  return { ...one, ...other, custom: [...(one.custom ?? []), ...(other.custom ?? [])] };
+export class Statements {
+  #prefix;
+  /** @type {Map<string, Marks>} */
+  #prepared = new Map(); // marks by the statement's name; '' is the unnamed one
+
+  /** @param {string} prefix */
+  constructor(prefix) {
+    this.#prefix = prefix;
+  }
+
+  /**
+   * The message as the backend gets it; null if clients do not send such a message.
+   * @param {number} type
+   * @param {Buffer} whole
+   * @returns {Rewritten | null}
+   */
+  rewrite(type, whole) {
+    switch (type) {
+      case CLIENT.QUERY:
+        return this.#query(whole);
+      case CLIENT.PARSE:
+        return this.#parse(whole);
+      case CLIENT.BIND:
+        return this.#bind(whole);
+      case CLIENT.DESCRIBE:
+      case CLIENT.CLOSE:
+        return this.#target(whole);
+      default:
+        return PASSED.has(type) ? { bytes: whole, marks: null } : null;
+    }
+  }
+
+  /** @type {(whole: Buffer) => Rewritten} */
+  #query(whole) {
+    const sql = whole.toString('latin1', 5, whole.length - 1);
+    const rewritten = rewrite(sql, this.#prefix);
+    return { bytes: rewritten === sql ? whole : message('Q', latin1(`${rewritten}\0`)), marks: marksOf(sql) };
+  }
+
+  /** @type {(whole: Buffer) => Rewritten} */
+  #parse(whole) {
+    const nameEnd = whole.indexOf(0, 5);
+    const sqlEnd = whole.indexOf(0, nameEnd + 1);
+    const name = whole.toString('latin1', 5, nameEnd);
+    const sql = whole.toString('latin1', nameEnd + 1, sqlEnd);
+    const marks = marksOf(sql);
+    if (marks) this.#prepared.set(name, marks);
+    else this.#prepared.delete(name);
+    const rewritten = rewrite(sql, this.#prefix);
+    if (!name && rewritten === sql) return { bytes: whole, marks: null };
+    const head = latin1(`${this.#named(name)}\0${rewritten}\0`);
+    return { bytes: message('P', head, whole.subarray(sqlEnd + 1)), marks: null };
+  }
+
+  /** @type {(whole: Buffer) => Rewritten} */
+  #bind(whole) {
+    const portalEnd = whole.indexOf(0, 5);
+    const nameEnd = whole.indexOf(0, portalEnd + 1);
+    const name = whole.toString('latin1', portalEnd + 1, nameEnd);
+    const marks = this.#prepared.get(name) ?? null;
+    if (!name) return { bytes: whole, marks };
+    const portal = whole.subarray(5, portalEnd + 1);
+    return { bytes: message('B', portal, latin1(this.#named(name)), whole.subarray(nameEnd)), marks };
+  }
+
+  /**
+   * Describe or Close: of a statement ('S') or of a portal.
+   * @type {(whole: Buffer) => Rewritten}
+   */
+  #target(whole) {
+    const name = whole.toString('latin1', 6, whole.length - 1);
+    if (whole[5] !== 'S'.charCodeAt(0) || !name) return { bytes: whole, marks: null };
+    return { bytes: message(String.fromCharCode(whole[0]), latin1(`S${this.#named(name)}\0`)), marks: null };
+  }
+
+  /** @param {string} name */
+  #named(name) {
+    return name && this.#prefix + name;
+  }
 }

@@ -1,0 +1,125 @@
+// On the real engine: whether PostgreSQL does what the gateway makes of it cannot be told without it.
+
+import assert from 'node:assert/strict';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { after, before, beforeEach, test } from 'node:test';
+import { Engine, QueryError } from '../engine.mjs';
+import { Sessions } from '../sessions.mjs';
+import { marksOf } from '../workarounds.mjs';
+
+const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'gateway-'));
+/** @type {Engine} */
+let engine;
+/** @type {Sessions} */
+let sessions;
+let pid = 1000;
+
+before(async () => {
+  engine = await Engine.open(directory, 'sensors', path.join(directory, 'template'));
+  engine.query('CREATE ROLE keeper SUPERUSER LOGIN; CREATE ROLE reader LOGIN');
+  sessions = new Sessions(engine);
+});
+
+after(async () => {
+  await engine.close();
+  fs.rmSync(directory, { recursive: true });
+});
+
+beforeEach(() => {
+  if (sessions.current) sessions.close(sessions.current);
+});
+
+/** @type {(user?: string, ...settings: [string, string][]) => number} */
+function open(user = 'keeper', ...settings) {
+  pid += 1;
+  sessions.open({ pid, user, settings });
+  return pid;
+}
+
+/**
+ * Run statements as a connection; returns the first column of the first row.
+ * @param {number} session
+ * @param {string} sql
+ */
+function run(session, sql) {
+  sessions.activate(session, marksOf(sql));
+  const rows = engine.query(sql);
+  sessions.settle();
+  return rows[0]?.[0];
+}
+
+test('settings are those of the connection', () => {
+  const [one, two] = [open('keeper', ['TimeZone', 'Asia/Tokyo']), open()];
+  run(one, "SET work_mem = '8MB'");
+  assert.equal(run(two, 'SHOW work_mem'), '4MB');
+  assert.equal(run(two, 'SHOW timezone'), 'UTC');
+  assert.equal(run(one, 'SHOW work_mem'), '8MB');
+  run(one, 'RESET ALL');
+  assert.equal(run(one, 'SHOW timezone'), 'Asia/Tokyo');
+  assert.equal(run(one, 'SHOW work_mem'), '4MB');
+  sessions.close(one);
+  sessions.close(two);
+});
+
+test('a setting that a transaction took back is not kept', () => {
+  const one = open();
+  run(one, 'BEGIN');
+  run(one, "SET work_mem = '8MB'");
+  run(one, 'ROLLBACK');
+  sessions.activate(open(), null);
+  assert.equal(run(one, 'SHOW work_mem'), '4MB');
+});
+
+test('a role ends with the transaction, or when it is reset, and never changes the user', () => {
+  const one = open('reader');
+  assert.equal(run(one, 'SELECT session_user'), 'reader');
+  assert.throws(() => run(one, 'CREATE ROLE other'), QueryError);
+  run(one, 'RESET SESSION AUTHORIZATION');
+  assert.equal(run(one, 'SELECT session_user'), 'reader');
+  const two = open();
+  run(two, 'SET ROLE reader');
+  assert.equal(run(one, 'SELECT current_user'), 'reader');
+  assert.equal(run(two, "SELECT current_user || ' ' || session_user"), 'reader keeper');
+  run(two, 'RESET ROLE');
+  assert.equal(run(two, 'SELECT current_user'), 'keeper');
+});
+
+test("what the gateway does as superuser is not done by the connection's statements", () => {
+  const one = open('reader');
+  run(one, 'SELECT 1');
+  assert.deepEqual(sessions.asSuperuser('SELECT session_user'), [['postgres']]);
+  assert.equal(run(one, 'SELECT session_user'), 'reader');
+});
+
+test('a setting that is wrong from the start is refused with the first statement', () => {
+  const one = open('keeper', ['nonsense', '1']);
+  assert.throws(() => sessions.activate(one, null), { state: '42704' });
+  assert.equal(run(open(), 'SELECT 1'), '1');
+});
+
+test('watched settings are reported when they may have changed, and only then', () => {
+  const one = open();
+  sessions.activate(one, marksOf('SELECT 1'));
+  assert.equal(sessions.settle().parameters, null);
+  sessions.activate(one, marksOf("SET timezone = 'Asia/Tokyo'"));
+  engine.query("SET timezone = 'Asia/Tokyo'");
+  assert.equal(sessions.settle().parameters?.TimeZone, 'Asia/Tokyo');
+});
+
+test('a connection that goes leaves no transaction, no prepared statement and no lock', () => {
+  const [one, two] = [open(), open()];
+  run(two, `PREPARE "${two}:mine" AS SELECT 1`);
+  run(one, `PREPARE "${one}:mine" AS SELECT 1`);
+  run(one, 'SELECT pg_try_advisory_lock_shared(7, 5)');
+  sessions.locked(7, 5);
+  run(one, 'BEGIN');
+  run(one, 'CREATE TABLE unfinished (a int)');
+  sessions.close(one);
+  assert.equal(engine.status, 'I');
+  assert.equal(run(two, "SELECT to_regclass('unfinished')"), null);
+  assert.deepEqual(engine.query('SELECT name FROM pg_prepared_statements'), [[`${two}:mine`]]);
+  assert.equal(run(two, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"), '0');
+  sessions.close(two);
+});
