@@ -75,8 +75,8 @@ export class Login {
 
   /** The same socket begins again, as a TLS socket with a login of its own. */
   #encrypt() {
-    if (this.#bytes.length) return void this.#socket.destroy(); // sent before our answer: not by this client
     this.#over();
+    if (this.#bytes.length) return void this.#socket.destroy(); // sent before our answer: not by this client
     this.#socket.write('S');
     this.#hub.encrypt(this.#socket);
   }

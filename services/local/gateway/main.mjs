@@ -22,12 +22,8 @@ const FAILED = 70;
 /** @param {string} what */
 const die = (what) => (/** @type {unknown} */ error) => {
   const stack = String(error instanceof Error ? error.stack : error).split('\n');
-  log(
-    `${what}: ${stack
-      .filter((line) => !line.includes('wasm://'))
-      .slice(0, 5)
-      .join('\n')}`,
-  );
+  const ours = stack.filter((line) => !line.includes('wasm://')).slice(0, 5);
+  log(`${what}: ${ours.join('\n')}`);
   process.exit(FAILED);
 };
 
