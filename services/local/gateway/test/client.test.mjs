@@ -40,9 +40,14 @@ beforeEach(async () => {
     roles: {},
     tls: null,
   });
-  interrupted = [];
-  hub.interrupt = async (pid) => void interrupted.push(pid); // it would need a worker thread
-  const admit = (/** @type {net.Socket} */ socket) => hub.admit(socket, 'keeper', role, [], Buffer.alloc(0));
+  /** @type {number[]} */
+  const mine = [];
+  interrupted = mine;
+  hub.interrupt = async (pid) => void mine.push(pid); // it would need a worker thread
+  const admit = (/** @type {net.Socket} */ socket) => {
+    socket.on('error', () => {});
+    hub.admit(socket, 'keeper', role, [], Buffer.alloc(0));
+  };
   server = net.createServer(admit).listen(0, '127.0.0.1');
   await once(server, 'listening');
 });
@@ -129,7 +134,7 @@ test('a waiting statement that is cancelled is answered and never runs', async (
   hub.cancel(two.pid, two.key + 1);
   assert.ok(hub.contended);
   hub.cancel(two.pid, two.key);
-  await until(() => two.received.length);
+  await until(() => two.received.subarray(-6).equals(readyForQuery('I')));
   const [error, ready] = messages(two.received);
   assert.equal(fields(error).C, '57014');
   assert.deepEqual(ready, readyForQuery('I'));
