@@ -42,10 +42,10 @@ test('messages of a client are found wherever the network cuts', () => {
 
 test('COPY data is handed on before its message is complete, and what is missing is known', () => {
   const frames = new ClientFrames();
-  const [first] = frames.cut(copyData.subarray(0, 7));
+  const [first] = [...frames.cut(copyData.subarray(0, 7))];
   assert.deepEqual(first, { type: CLIENT.COPY_DATA, bytes: copyData.subarray(0, 7) });
   assert.equal(frames.copyRest, copyData.length - 7);
-  const [second] = frames.cut(copyData.subarray(7));
+  const [second] = [...frames.cut(copyData.subarray(7))];
   assert.deepEqual(second.bytes, copyData.subarray(7));
   assert.equal(frames.copyRest, 0);
 });

@@ -12,8 +12,9 @@ const hmac = (key, data) => createHmac('sha256', key).update(data).digest();
  * @param {string} bare
  * @param {string} serverFirst
  */
-function answer(password, bare, serverFirst) {
-  const [, nonce, salt, iterations] = /^r=(.+),s=(.+),i=(\d+)$/.exec(serverFirst) ?? [];
+function answer(password, bare, serverFirst, ownNonce = '') {
+  const [, given, salt, iterations] = /^r=(.+),s=(.+),i=(\d+)$/.exec(serverFirst) ?? [];
+  const nonce = ownNonce || given;
   const salted = pbkdf2Sync(password, Buffer.from(salt, 'base64'), Number(iterations), 32, 'sha256');
   const clientKey = hmac(salted, 'Client Key');
   const withoutProof = `c=biws,r=${nonce}`;
@@ -60,6 +61,12 @@ test('an answer to another exchange proves nothing', () => {
   const { final } = answer('correct horse', 'n=,r=abc', one.first('n,,n=,r=abc') ?? '');
   two.first('n,,n=,r=abc');
   assert.equal(two.final(final), null);
+});
+
+test('a proof for another nonce than the one that was given is refused', () => {
+  const exchange = new Exchange(verifier('correct horse'));
+  const { final } = answer('correct horse', 'n=,r=abc', exchange.first('n,,n=,r=abc') ?? '', 'abcmine');
+  assert.equal(exchange.final(final), null);
 });
 
 test('channel binding and malformed messages are refused', () => {

@@ -86,6 +86,15 @@ test('a role ends with the transaction, or when it is reset, and never changes t
   assert.equal(run(two, 'SELECT current_user'), 'keeper');
 });
 
+test('another user lasts no longer than the transaction', () => {
+  const one = open();
+  run(one, 'BEGIN');
+  run(one, 'SET SESSION AUTHORIZATION reader');
+  assert.equal(run(one, 'SELECT session_user'), 'reader');
+  run(one, 'COMMIT');
+  assert.equal(run(one, 'SELECT session_user'), 'keeper');
+});
+
 test("what the gateway does as superuser is not done by the connection's statements", () => {
   const one = open('reader');
   run(one, 'SELECT 1');
