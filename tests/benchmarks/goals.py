@@ -138,6 +138,8 @@ GROUPS: dict[str, tuple[Key, ...]] = {
         Key("wide_floor_ratio", "binary COPY of rows with ten measurements, over that of two", RATIO),
         Key("wide_drain_ratio", "one consumer drains readings with ten, over two, JSON", RATIO),
         Key("wide_ratio", "— over what it costs COPY", RATIO, at_least(1)),
+        Key("wide_drain_blocks_ratio", "the same, Arrow blocks", RATIO),
+        Key("wide_blocks_ratio", "— over what it costs COPY", RATIO, at_least(1)),
     ),
 }  # fmt: skip
 
