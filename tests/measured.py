@@ -24,6 +24,13 @@ def make_settings(**given: Any) -> Settings:
     return ALL_SETTINGS(_env_file=None, **given)
 
 
+def with_measurement(settings: Settings, name: str) -> Settings:
+    """The settings with a measurement more, which files do not have."""
+    names = (*settings.measurements, name)
+    values: dict[str, Any] = dict(settings) | {"measurements": names}
+    return settings_type(names)(_env_file=None, **values)
+
+
 def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: float | None) -> Reading:
     """A reading; ``values`` are of temperature, humidity and so on."""
     made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, *values, **named)

@@ -23,7 +23,7 @@ import pytest
 from psycopg import sql
 
 from services.consumer.sink import Sink
-from services.core.config import Settings, settings_type
+from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
 from services.core.measurements import KEYWORDS
@@ -38,15 +38,14 @@ from tests.fix_services import NOWHERE, StartService, minutes, publish, run_cli,
 from tests.fix_stack import ROOT, as_environment, remove_measurement, upgrade
 from tests.integration.test_etl import aggregates, summary
 from tests.integration.test_recipe import NOT_COPIED
-from tests.measured import MEASUREMENTS
+from tests.measured import MEASUREMENTS, with_measurement
 
 NAMES = (*MEASUREMENTS, "noise")
 
 
-def more(settings: Settings, **changes: object) -> Settings:
-    """The settings with a measurement more."""
-    values = dict(settings) | {"measurements": NAMES, "noise_interval": 10, "data_feature_noise": ""} | changes
-    return settings_type(NAMES).model_construct(**values)
+def more(settings: Settings) -> Settings:
+    """The settings with noise."""
+    return with_measurement(settings, "noise")
 
 
 @pytest.fixture

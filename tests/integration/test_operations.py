@@ -11,7 +11,7 @@ import pytest
 from psycopg.errors import UndefinedColumn
 
 from services.consumer.sink import Sink
-from services.core.config import Settings, settings_type
+from services.core.config import Settings
 from services.core.database import connect
 from services.core.reading import reading_type
 from services.core.shutdown import Shutdown
@@ -19,7 +19,8 @@ from services.etl.reconcile import reconcile
 from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, minutes
-from tests.fix_stack import ROOT, empty, upgrade
+from tests.fix_stack import ROOT, remove_measurement, upgrade
+from tests.measured import with_measurement
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -39,10 +40,7 @@ def clean(settings: Settings) -> Iterator[None]:
     """Leaves the schema as it was."""
     yield
     with connect(settings) as connection:
-        connection.execute("DROP VIEW IF EXISTS radon_summary_live")
-        empty(connection)
-        connection.execute("DROP TABLE IF EXISTS radon_summary")
-        connection.execute("ALTER TABLE sensor_data DROP COLUMN IF EXISTS radon")
+        remove_measurement(connection, "radon")
 
 
 @pytest.mark.usefixtures("clean")
@@ -53,10 +51,8 @@ def test_the_data_of_a_measurement_is_removed_and_nothing_else(
     """Also where its minutes are in one aggregate with those of the others."""
     if of:
         request.getfixturevalue("in_minutes")
-    names = (*settings.measurements, "radon")
-    given = dict(settings) | {"measurements": names, "radon_interval": 10, "data_feature_radon": ""}
-    added = settings_type(names).model_construct(**given)
-    make: Any = reading_type(names)
+    added = with_measurement(settings, "radon")
+    make: Any = reading_type(added.measurements)
     upgrade(added)
     sink = Sink(added)
     sink.write([make("attic", minutes(at), temperature=20.0 + at, radon=5.0) for at in range(60)], NOWHERE)

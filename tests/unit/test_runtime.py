@@ -55,6 +55,12 @@ def test_the_checksums_are_of_the_versions_that_are_asked_for() -> None:
     assert {f"kafka_2.13-{KAFKA_VERSION}.jar", f"log4j-slf4j-impl-{LOG4J_VERSION}.jar"} <= names
 
 
+@pytest.mark.parametrize("name", ["package.json", "package-lock.json", ".npmrc"])
+def test_what_npm_reads_names_no_host(name: str) -> None:
+    """npm writes where packages ask for money into the lock file; take it out again."""
+    assert "://" not in (ROOT / "services/local/gateway" / name).read_text(encoding="utf-8")
+
+
 def test_servers_get_nobody_s_secrets() -> None:
     kept = {"PATH": "/bin", "HOME": "/root", "JAVA_TOOL_OPTIONS": "", "KEYBOARD": "us"}
     secrets = ("POSTGRE_PASSWORD", "KAFKA_SASL_PASSWORD", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "API_KEY", "Api_Key")
