@@ -26,7 +26,7 @@ LOCK = """
         version_num varchar(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num));
     LOCK TABLE alembic_version IN SHARE ROW EXCLUSIVE MODE
 """
-LOCKED_WITHIN_S = 60.0
+LOCKED_TIMEOUT_S = 60.0
 
 log = logging.getLogger("migrations")
 
@@ -35,7 +35,7 @@ def run() -> None:
     """Run the migrations that Alembic asked for, again while others hold what they have to lock."""
     settings = load_settings()
     configure_logging(settings.log_level, settings.log_format)
-    deadline = time.monotonic() + LOCKED_WITHIN_S
+    deadline = time.monotonic() + LOCKED_TIMEOUT_S
     for pause in pauses():
         try:
             migrate(connect_at_start(settings, Shutdown()), settings.measurements)

@@ -224,7 +224,7 @@ def _run_migrate(settings: Settings, _: argparse.Namespace) -> int:
 
 
 def _run_produce(settings: Settings, options: argparse.Namespace) -> int:
-    from services.producer.pace import parse_speed
+    from services.producer.pacing import parse_speed
     from services.producer.worker import run
 
     speed = None if options.speed is None else parse_speed(options.speed)

@@ -47,8 +47,8 @@ class Plan:
     signal: str = "SIGKILL"
     until: str = ""
     librdkafka: dict[str, int] = field(default_factory=dict)
-    hand_over_within_s: float = worker.HAND_OVER_WITHIN_S
-    most_doubtful_tries: int = backoff.MOST_DOUBTFUL_TRIES
+    hand_over_timeout_s: float = worker.HAND_OVER_TIMEOUT_S
+    most_doubtful_tries: int = backoff.MAX_DOUBTFUL_TRIES
     hung_after_s: float = command.HUNG_AFTER_S
 
     def strike(self) -> None:
@@ -116,8 +116,8 @@ def main() -> int:
         return real_settings(settings, protocol) | plan.librdkafka
 
     worker.consumer_settings = consumer_settings
-    worker.HAND_OVER_WITHIN_S = plan.hand_over_within_s
-    backoff.MOST_DOUBTFUL_TRIES = plan.most_doubtful_tries
+    worker.HAND_OVER_TIMEOUT_S = plan.hand_over_timeout_s
+    backoff.MAX_DOUBTFUL_TRIES = plan.most_doubtful_tries
     command.HUNG_AFTER_S = etl_worker.HUNG_AFTER_S = plan.hung_after_s
     return cli.main(sys.argv[2:])
 

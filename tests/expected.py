@@ -48,13 +48,13 @@ class Expected:
             values.append(message(sensor, minutes(minute), temperature, humidity))
         return values
 
-    def wait_until_read(self, within_s: float = PATIENCE_S) -> None:
+    def wait_until_read(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait for the group to have committed the topic's end."""
-        wait_until(lambda: group_lag(self.settings) == 0, f"{self.sensors}: the group is at the end", within_s)
+        wait_until(lambda: group_lag(self.settings) == 0, f"{self.sensors}: the group is at the end", timeout_s)
 
-    def wait_until_stored(self, within_s: float = PATIENCE_S, dead_letters: int | None = 0) -> None:
+    def wait_until_stored(self, timeout_s: float = PATIENCE_S, dead_letters: int | None = 0) -> None:
         """Wait for the group to be at the topic's end; then every row is exact, and so many are dead letters."""
-        self.wait_until_read(within_s)
+        self.wait_until_read(timeout_s)
         with connect(self.settings) as connection:
             assert differences_in_readings(connection, self.rows, DEFAULT) == []
         if dead_letters is not None:
@@ -68,9 +68,9 @@ class Expected:
         assert row is not None
         return int(row[0])
 
-    def wait_until_summarised(self, within_s: float = PATIENCE_S) -> None:
+    def wait_until_summarised(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait for an empty queue; then every summary row is exact."""
-        wait_until(self._is_queue_empty, "the queue is empty", within_s)
+        wait_until(self._is_queue_empty, "the queue is empty", timeout_s)
         settings = self.settings
         with connect(settings) as connection:
             for at, name in enumerate(DEFAULT):

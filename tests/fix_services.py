@@ -34,13 +34,13 @@ NOWHERE = Move("", {}, {})  # of no partition
 START = datetime(2024, 3, 1, tzinfo=UTC)
 
 
-def wait_until(condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S) -> None:
-    """Wait for a condition that another process brings about; fails with ``what`` after ``within_s``."""
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Wait for a condition that another process brings about; fails with ``what`` after ``timeout_s``."""
     pause = threading.Event()
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {within_s} s: {what}")
+            raise AssertionError(f"not within {timeout_s} s: {what}")
         pause.wait(0.05)
 
 
@@ -65,7 +65,7 @@ class Service:
         found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
         return [line for line in found if line["event"] == name]
 
-    def wait_for(self, event: str, count: int = 1, within_s: float = PATIENCE_S) -> dict[str, Any]:
+    def wait_for(self, event: str, count: int = 1, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the ``count``-th log line of an event and return it."""
 
         def seen() -> bool:
@@ -73,12 +73,12 @@ class Service:
                 raise AssertionError(f"the service ended: {self.log_path.read_text(encoding='utf-8')[-2000:]}")
             return len(self.events(event)) >= count
 
-        wait_until(seen, f"{count} x {event} in {self.log_path.name}", within_s)
+        wait_until(seen, f"{count} x {event} in {self.log_path.name}", timeout_s)
         return self.events(event)[count - 1]
 
-    def wait(self, within_s: float = PATIENCE_S) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for the end; the exit code."""
-        return self.process.wait(within_s)
+        return self.process.wait(timeout_s)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process."""

@@ -7,10 +7,10 @@ from types import ModuleType
 from prometheus_client import REGISTRY
 from prometheus_client.registry import Collector
 
-from services.consumer import instruments as consumer
+from services.consumer import metrics as consumer
 from services.core import monitoring
-from services.etl import instruments as etl
-from services.producer import instruments as producer
+from services.etl import metrics as etl
+from services.producer import metrics as producer
 
 MODULES = {"Every service": monitoring, "Producer": producer, "Consumer": consumer, "Etl": etl}
 SUFFIXES = {"counter": ["_total"], "info": ["_info"], "histogram": ["_bucket", "_sum", "_count"]}

@@ -13,14 +13,14 @@ from typing import Any
 from services import cli
 from services.producer import publisher
 
-LONGEST_STEP_S = 0.5
+MAX_STEP_S = 0.5
 _clock = {"real": time.monotonic(), "shown": time.monotonic()}
 
 
 def monotonic() -> float:
     """Seconds during which the process ran."""
     now = time.monotonic()
-    _clock["shown"] += min(now - _clock["real"], LONGEST_STEP_S)
+    _clock["shown"] += min(now - _clock["real"], MAX_STEP_S)
     _clock["real"] = now
     return _clock["shown"]
 

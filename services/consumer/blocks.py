@@ -14,7 +14,7 @@ from confluent_kafka import Message
 from services.consumer.columns import measured, microseconds
 from services.core.errors import MalformedMessage, Reason
 from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
-from services.core.reading import EPOCH, LARGEST_VALUE, LONGEST_SENSOR_ID, Decoder
+from services.core.reading import EPOCH, MAX_SENSOR_ID, MAX_VALUE, Decoder
 
 
 def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatch, dict[int, tuple[Reason, str]]]:
@@ -71,7 +71,7 @@ def _unusual(rows: pa.RecordBatch, decoder: Decoder) -> pa.Array:
     earliest, latest = map(microseconds, decoder.bounds)
     in_time = pc.and_(pc.greater_equal(rows["time"], earliest), pc.less_equal(rows["time"], latest))
     numbers = [rows[name] for name in measured(rows)]
-    in_range = [pc.fill_null(pc.less_equal(pc.abs(number), LARGEST_VALUE), True) for number in numbers]  # not NaN
+    in_range = [pc.fill_null(pc.less_equal(pc.abs(number), MAX_VALUE), True) for number in numbers]  # not NaN
     has_any = reduce(pc.or_, (number.is_valid() for number in numbers))
     usual = reduce(pc.and_, (_are_ids(rows["sensor_id"]), pc.fill_null(in_time, False), has_any, *in_range))
     return pc.invert(usual)
@@ -80,12 +80,10 @@ def _unusual(rows: pa.RecordBatch, decoder: Decoder) -> pa.Array:
 def _are_ids(column: pa.Array) -> pa.Array:
     """Which are sensors' ids. What is not ASCII is left to Python, as in a JSON message, each distinct id once."""
     length = pc.binary_length(column)
-    plain = pc.and_(
-        pc.ascii_is_printable(column), pc.and_(pc.greater(length, 0), pc.less(length, LONGEST_SENSOR_ID + 1))
-    )
+    plain = pc.and_(pc.ascii_is_printable(column), pc.and_(pc.greater(length, 0), pc.less(length, MAX_SENSOR_ID + 1)))
     plain = pc.fill_null(plain, False)
     if plain.true_count == len(plain):
         return plain
     others = column.filter(pc.invert(plain)).unique().to_pylist()
-    good = [text for text in others if text and len(text) <= LONGEST_SENSOR_ID and text.isprintable()]
+    good = [text for text in others if text and len(text) <= MAX_SENSOR_ID and text.isprintable()]
     return pc.or_(plain, pc.is_in(column, value_set=pa.array(good, pa.string())))

@@ -37,9 +37,9 @@ pack = msgspec.msgpack.Encoder().encode
 # A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
 # split where its times jump, but not into so many transactions that late readings slow the others down.
 JUMP = timedelta(hours=1)
-MOST_TRANSACTIONS = 4
+MAX_TRANSACTIONS = 4
 # Each week may be a chunk to create, and a transaction locks all its chunks in a table of limited size.
-MOST_WEEKS = 100
+MAX_WEEKS = 100
 
 # COPY's binary form: https://www.postgresql.org/docs/current/sql-copy.html#SQL-COPY-FILE-FORMATS
 COPY_HEADER, COPY_TRAILER = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
@@ -157,7 +157,7 @@ def touched_ranges(times: pa.Array) -> Multirange[datetime]:
 def split_at_jumps(times: pa.Array) -> list[pa.Array]:
     """Positions of the readings by time, in parts whose times do not jump; equal times keep their order.
 
-    At most MOST_TRANSACTIONS parts, split at the widest jumps; more only where a part has more than MOST_WEEKS weeks.
+    At most MAX_TRANSACTIONS parts, split at the widest jumps; more only where a part has more than MAX_WEEKS weeks.
     """
     if not len(times):
         return []
@@ -167,7 +167,7 @@ def split_at_jumps(times: pa.Array) -> list[pa.Array]:
         return [order]
     gaps = pc.subtract(times[1:], times[:-1])
     jumps = pc.indices_nonzero(pc.greater(gaps, JUMP // MICROSECOND)).to_pylist()
-    widest = sorted(jumps, key=lambda at: gaps[at].as_py(), reverse=True)[: MOST_TRANSACTIONS - 1]
+    widest = sorted(jumps, key=lambda at: gaps[at].as_py(), reverse=True)[: MAX_TRANSACTIONS - 1]
     edges = [0, *sorted(at + 1 for at in widest), len(order)]
     return [
         order[start:end]
@@ -177,7 +177,7 @@ def split_at_jumps(times: pa.Array) -> list[pa.Array]:
 
 
 def split_by_weeks(times: pa.Array, start: int, end: int) -> list[int]:
-    """Where to split the times (in order) from ``start`` to ``end``: no part has more than MOST_WEEKS weeks."""
+    """Where to split the times (in order) from ``start`` to ``end``: no part has more than MAX_WEEKS weeks."""
     weeks = periods(times, WEEK)
     changes = pc.indices_nonzero(pc.not_equal(weeks[1:], weeks[:-1])).to_pylist()
-    return [start, *(start + at + 1 for at in changes[MOST_WEEKS - 1 :: MOST_WEEKS]), end]
+    return [start, *(start + at + 1 for at in changes[MAX_WEEKS - 1 :: MAX_WEEKS]), end]

@@ -32,7 +32,7 @@ from services.core.kafka import (
 
 FLUSH_TIMEOUT_S = 10
 SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
-LONGEST_KEY = 1024  # of a truncated letter
+MAX_KEY_BYTES = 1024  # of a truncated letter
 PUT_REASONS = frozenset({Reason.REFUSED_BY_DATABASE, Reason.TOO_LATE})
 ORIGINAL_BYTES_HEADER = "sensor_pipeline.original_bytes"
 CONNECT_HEADERS = (
@@ -154,4 +154,4 @@ class DeadLetterTopic:
             return message.key(), message.value(), letter.headers(group)
         value = message.value() or b""
         headers = [*letter.own_headers(group), (ORIGINAL_BYTES_HEADER, str(len(value)).encode())]
-        return (message.key() or b"")[:LONGEST_KEY], value[:at_most], headers
+        return (message.key() or b"")[:MAX_KEY_BYTES], value[:at_most], headers

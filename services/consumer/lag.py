@@ -10,16 +10,16 @@ from contextlib import suppress
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
-from services.consumer.instruments import EXPIRING, LAG
+from services.consumer.metrics import EXPIRING, LAG
 from services.core.errors import PermanentError
 from services.core.kafka import NOT_ALLOWED
 from services.core.logs import fields
 
 log = logging.getLogger("consumer")
 
-LOOK_EVERY_S = 1.0
-ASK_EVERY_S, ANSWER_WITHIN_S = 5.0, 1.0
-EXPIRY_EVERY_S, EXPIRY_WITHIN_S = 30.0, 5.0
+SAMPLE_INTERVAL_S = 1.0
+ASK_INTERVAL_S, ANSWER_TIMEOUT_S = 5.0, 1.0
+EXPIRY_INTERVAL_S, EXPIRY_TIMEOUT_S = 30.0, 5.0
 SAFE_SHARE = 0.25  # of the topic's retention: a message that has waited longer than this is reported
 
 
@@ -37,17 +37,17 @@ class Expiry:
         waiting = dict(self.waiting)
         with suppress(KafkaException):
             EXPIRING.set(self._count(topic, admin, waiting) if waiting else 0)
-            self._next_look = time.monotonic() + (EXPIRY_EVERY_S if waiting else 0)
+            self._next_look = time.monotonic() + (EXPIRY_INTERVAL_S if waiting else 0)
 
     def _count(self, topic: str, admin: AdminClient, waiting: Mapping[int, tuple[int, int]]) -> int:
         resource = ConfigResource(ResourceType.TOPIC, topic)
-        settings = admin.describe_configs([resource], request_timeout=EXPIRY_WITHIN_S)[resource].result()
+        settings = admin.describe_configs([resource], request_timeout=EXPIRY_TIMEOUT_S)[resource].result()
         retention_ms = int(settings["retention.ms"].value)
         if retention_ms < 0:
             return 0
         since = OffsetSpec.for_timestamp(int(time.time() * 1000 - retention_ms * SAFE_SHARE))
         answers = admin.list_offsets(
-            {TopicPartition(topic, partition): since for partition in waiting}, request_timeout=EXPIRY_WITHIN_S
+            {TopicPartition(topic, partition): since for partition in waiting}, request_timeout=EXPIRY_TIMEOUT_S
         )
         count = 0
         for place, answer in answers.items():
@@ -124,11 +124,11 @@ class Commits:
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + (ASK_EVERY_S if paused else LOOK_EVERY_S)
+        self._next_look = now + (ASK_INTERVAL_S if paused else SAMPLE_INTERVAL_S)
         with suppress(KafkaException):  # it stays what it was
             for partition, committed in self._committed.items():
                 place = TopicPartition(self._topic, partition)
-                ends = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S, cached=not paused)
+                ends = self._consumer.get_watermark_offsets(place, timeout=ANSWER_TIMEOUT_S, cached=not paused)
                 if ends is not None and ends[1] >= 0:
                     self._note(partition, committed, ends[1])
 

@@ -12,14 +12,14 @@ from collections.abc import Collection
 from queue import SimpleQueue
 
 from services.consumer.batch import Batch
-from services.consumer.instruments import MESSAGES_LEFT
+from services.consumer.metrics import MESSAGES_LEFT
 from services.consumer.positions import Positions
 from services.consumer.writer import Outcome, Writer
 from services.core.config import Settings
 
 FIRST_BATCH_ROWS = 5000  # the database begins to work while the rest is fetched; each batch may be twice as large
-MOST_BATCH_BYTES = 8 * 1024 * 1024  # of all lanes: three batches, and what is fetched ahead, fit a small container
-CHECK_EVERY_S = 5.0
+MAX_BATCH_BYTES = 8 * 1024 * 1024  # of all lanes: three batches, and what is fetched ahead, fit a small container
+CHECK_INTERVAL_S = 5.0
 NEARLY_FULL = 0.9  # no polls for a handful of messages that would still fit
 
 
@@ -36,16 +36,16 @@ class Lane:
         self.ready: Batch | None = None
         self.paused = False
         self._blocked_since = math.inf
-        self._next_check = time.monotonic() + CHECK_EVERY_S
+        self._next_check = time.monotonic() + CHECK_INTERVAL_S
         self._most_rows = settings.consumer_batch_rows
-        self._most_bytes = MOST_BATCH_BYTES // settings.consumer_writers
+        self._max_bytes = MAX_BATCH_BYTES // settings.consumer_writers
         self._most_age_s = settings.consumer_batch_seconds
         self._rows = min(FIRST_BATCH_ROWS, self._most_rows)
 
     @property
     def room(self) -> int:
         """How many more readings the batch may take."""
-        return self._rows - len(self.filling) if self.filling.size_bytes < self._most_bytes else 0
+        return self._rows - len(self.filling) if self.filling.size_bytes < self._max_bytes else 0
 
     @property
     def is_full(self) -> bool:
@@ -94,7 +94,7 @@ class Lane:
         now = time.monotonic()
         is_due = now >= self._next_check
         if is_due:
-            self._next_check = now + CHECK_EVERY_S
+            self._next_check = now + CHECK_INTERVAL_S
         return is_due
 
     def forget(self, new: Batch) -> None:

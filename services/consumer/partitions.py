@@ -17,15 +17,15 @@ from collections.abc import Collection, Iterable, Sequence
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from services.consumer.batch import Batch
-from services.consumer.instruments import MESSAGES_EXPIRED
 from services.consumer.lag import Commits
 from services.consumer.lane import Lane
+from services.consumer.metrics import MESSAGES_EXPIRED
 from services.consumer.positions import Places
 from services.core.logs import fields
 
 log = logging.getLogger("consumer")
 
-WATERMARKS_WITHIN_S = 5.0
+WATERMARKS_TIMEOUT_S = 5.0
 
 
 class Partitions:
@@ -137,7 +137,7 @@ class Partitions:
         position = self.next[partition]
         try:
             place = TopicPartition(self._topic, partition)
-            first, end = self._consumer.get_watermark_offsets(place, timeout=WATERMARKS_WITHIN_S)
+            first, end = self._consumer.get_watermark_offsets(place, timeout=WATERMARKS_TIMEOUT_S)
         except KafkaException as error:
             log.warning("kafka_unavailable", extra=fields(detail=error.args[0].str()))
             first, end = position, position  # try again from there

@@ -23,7 +23,7 @@ from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
 
 SQL = queries("services.consumer")
-LOOK_EVERY_S, LOOK_WITHIN_S = 10.0, 5.0
+CHECK_INTERVAL_S, CHECK_TIMEOUT_S = 10.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Positions:
         self._settings = settings
         self._admin = connect_admin(settings, shutdown)
         self._look: Future[TopicDescription] | None = None
-        self._next_look = time.monotonic() + LOOK_EVERY_S
+        self._next_look = time.monotonic() + CHECK_INTERVAL_S
 
     def topic_id(self) -> str:
         """The topic's id now: it is another topic once it was deleted and created again. Raises as core.kafka does."""
@@ -63,13 +63,13 @@ class Positions:
         if self._look is None:
             if now >= self._next_look:
                 name = self._settings.kafka_topic
-                looks = self._admin.describe_topics(TopicCollection([name]), request_timeout=LOOK_WITHIN_S)
+                looks = self._admin.describe_topics(TopicCollection([name]), request_timeout=CHECK_TIMEOUT_S)
                 self._look = looks[name]
             return False
         if not self._look.done():
             return False
         look, self._look = self._look, None
-        self._next_look = now + LOOK_EVERY_S
+        self._next_look = now + CHECK_INTERVAL_S
         return look.exception() is None and str(look.result().topic_id) != topic
 
 

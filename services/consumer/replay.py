@@ -32,14 +32,14 @@ from services.core.kafka import (
     read_range,
 )
 from services.core.letters import LETTER_HEADER, name_of, read_headers, reason_of, replaced_by
-from services.core.offsets import COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
+from services.core.offsets import COORDINATOR_TIMEOUT_S, Offsets, PartitionOffsets
 from services.core.printable import printable
 from services.core.reading import EARLIEST, LATEST, Decoder
 from services.core.shutdown import Shutdown
 
 FLUSH_TIMEOUT_S = 60.0
-OUTCOME_WITHIN_S = 30.0  # after the consumers' last step
-LOOK_EVERY_S = 0.2
+OUTCOME_TIMEOUT_S = 30.0  # after the consumers' last step
+POLL_INTERVAL_S = 0.2
 SHOWN_VALUE_BYTES = 200
 NOT_REPLAYED = OUR_HEADERS | {REPEAT_HEADER, LETTER_HEADER}
 
@@ -170,7 +170,7 @@ def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
 
 def _has_members(admin: AdminClient, settings: Settings) -> bool:
     """Whether anybody consumes the topic of readings."""
-    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_WITHIN_S).values()
+    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_TIMEOUT_S).values()
     try:
         return bool(group.result().members)
     except KafkaException:
@@ -179,7 +179,7 @@ def _has_members(admin: AdminClient, settings: Settings) -> bool:
 
 def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdown) -> bool:
     """Whether consumers have got beyond all places, as far as they told Kafka; waits while they come nearer."""
-    left, deadline = -1, time.monotonic() + OUTCOME_WITHIN_S
+    left, deadline = -1, time.monotonic() + OUTCOME_TIMEOUT_S
     with Offsets(settings) as offsets:
         while time.monotonic() < deadline:
             found = offsets.of(settings.kafka_topic, list(places))
@@ -187,8 +187,8 @@ def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdo
             if not left:
                 return True
             if left != before:
-                deadline = time.monotonic() + OUTCOME_WITHIN_S
-            if shutdown.wait(LOOK_EVERY_S):
+                deadline = time.monotonic() + OUTCOME_TIMEOUT_S
+            if shutdown.wait(POLL_INTERVAL_S):
                 raise StoppedError("stopped before consumers have met what was sent")
     return False
 

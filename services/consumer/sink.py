@@ -38,7 +38,7 @@ from services.consumer.columns import (
     split_at_jumps,
     touched_ranges,
 )
-from services.consumer.instruments import READINGS_LATE, READINGS_STORED
+from services.consumer.metrics import READINGS_LATE, READINGS_STORED
 from services.core.config import Settings
 from services.core.database import connect, connect_for_work, queries, translated
 from services.core.errors import HistoryClosedError, PartitionsMovedError, PermanentError, Reason, TransientError
@@ -58,7 +58,7 @@ LEAST_ALL_REFUSED = 10
 # After a unique violation, so many batches are merged without trying COPY first; doubled up to the second
 # figure while violations go on. A replay then costs what merging costs.
 FIRST_MERGES = 1
-MOST_MERGES = 64
+MAX_MERGES = 64
 
 
 log = logging.getLogger("consumer")
@@ -209,7 +209,7 @@ class Sink:
             result = self._copy(rows, move)
         except errors.UniqueViolation:
             self._merges_left = self._merges_next
-            self._merges_next = min(self._merges_next * 2, MOST_MERGES)
+            self._merges_next = min(self._merges_next * 2, MAX_MERGES)
             return self._merge(rows, move, LAST_WINS)
         self._merges_next = FIRST_MERGES
         return result

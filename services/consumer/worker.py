@@ -29,9 +29,9 @@ from queue import Empty, SimpleQueue
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from services.consumer.instruments import MESSAGES_READ
 from services.consumer.lag import Commits
 from services.consumer.lane import Lane
+from services.consumer.metrics import MESSAGES_READ
 from services.consumer.partitions import Partitions
 from services.consumer.positions import Places, Positions
 from services.consumer.writer import Outcome, Stored
@@ -56,12 +56,12 @@ from services.core.shutdown import Shutdown
 log = logging.getLogger("consumer")
 
 POLL_AT_ONCE = 4000  # librdkafka waits until it has this many, or the time is over; what is decoded together
-MOST_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
+MAX_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
 POLL_S = 0.1
-WRITER_LOOK_S = 0.01  # between two looks at the writers while something waits for one
+WRITER_POLL_S = 0.01  # between two looks at the writers while something waits for one
 PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
-FINISH_WITHIN_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
-HAND_OVER_WITHIN_S = 20.0  # well inside the group's session timeout
+FINISH_TIMEOUT_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
+HAND_OVER_TIMEOUT_S = 20.0  # well inside the group's session timeout
 
 
 class Worker:
@@ -153,7 +153,7 @@ class Worker:
             rows += len(lane.filling) - before[0]
             size += lane.filling.size_bytes - before[1]
         self._rows_each = max(1, rows // len(messages))
-        self._poll_at_once = max(1, min(POLL_AT_ONCE, MOST_POLL_BYTES // max(1, size // len(messages))))
+        self._poll_at_once = max(1, min(POLL_AT_ONCE, MAX_POLL_BYTES // max(1, size // len(messages))))
         self._partitions.note_polled()
 
     def _by_lane(self, messages: list[Message]) -> list[tuple[Lane, list[Message]]]:
@@ -167,10 +167,10 @@ class Worker:
 
     def _poll_timeout(self) -> float:
         if not self._partitions.next:
-            return WRITER_LOOK_S  # partitions may be assigned at any moment, and then located
+            return WRITER_POLL_S  # partitions may be assigned at any moment, and then located
         working = [lane for lane in self._lanes if not lane.paused]
         if any(lane.ready is not None for lane in working):
-            return WRITER_LOOK_S
+            return WRITER_POLL_S
         return min([POLL_S, *(lane.left_s() for lane in working if not lane.filling.is_empty)])
 
     def _note_error(self, message: Message) -> None:
@@ -225,10 +225,10 @@ class Worker:
             self._partitions.pause(lane, paused=True)
             log.warning("paused", extra=fields(waiting=lane.waiting))
 
-    def _settle_all(self, within_s: float = 0.0) -> None:
+    def _settle_all(self, timeout_s: float = 0.0) -> None:
         """Take the outcomes that are there; wait that long for the first one."""
         with suppress(Empty):
-            self._settle(*self._outcomes.get(timeout=within_s or None, block=within_s > 0))
+            self._settle(*self._outcomes.get(timeout=timeout_s or None, block=timeout_s > 0))
             while True:
                 self._settle(*self._outcomes.get_nowait())
 
@@ -268,21 +268,21 @@ class Worker:
         """Partitions go to another consumer: let the batches in hand finish first, so that none is repeated."""
         if not self._closing:
             gone = {place.partition for place in partitions}
-            self._finish_jobs([lane for lane in self._lanes if lane.partitions & gone], HAND_OVER_WITHIN_S)
+            self._finish_jobs([lane for lane in self._lanes if lane.partitions & gone], HAND_OVER_TIMEOUT_S)
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         self._partitions.lose({place.partition for place in partitions})
 
-    def _finish_jobs(self, lanes: Sequence[Lane], within_s: float) -> None:
+    def _finish_jobs(self, lanes: Sequence[Lane], timeout_s: float) -> None:
         """Wait for what is being stored; abandon it when it takes too long, and what is not a batch at once."""
-        self._wait_until_stored(lanes, within_s)
+        self._wait_until_stored(lanes, timeout_s)
         for lane in lanes:
             lane.writer.abandon()
         self._wait_until_stored(lanes, POLL_S)
 
-    def _wait_until_stored(self, lanes: Sequence[Lane], within_s: float) -> None:
-        deadline = time.monotonic() + within_s
+    def _wait_until_stored(self, lanes: Sequence[Lane], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
         while any(lane.writer.is_storing for lane in lanes) and (left_s := deadline - time.monotonic()) > 0:
             self._settle_all(left_s)
 
@@ -300,11 +300,11 @@ class Worker:
 
     def _finish(self) -> None:
         """Store what is ready if that is quick; else the group's next member polls it again."""
-        self._finish_jobs(self._lanes, FINISH_WITHIN_S)
+        self._finish_jobs(self._lanes, FINISH_TIMEOUT_S)
         for lane in self._lanes:
             if not lane.writer.busy:
                 lane.submit_ready()
-        self._finish_jobs(self._lanes, FINISH_WITHIN_S)
+        self._finish_jobs(self._lanes, FINISH_TIMEOUT_S)
 
 
 def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:

@@ -19,14 +19,14 @@ from typing import TypeVar
 from services.consumer.batch import Batch
 from services.consumer.blocks import alone
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
-from services.consumer.instruments import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
+from services.consumer.metrics import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
 from services.consumer.positions import Places, Positions
 from services.consumer.sink import Refused, Sink, WriteResult
 from services.core.backoff import Retries
 from services.core.config import Settings
 from services.core.errors import AbandonedError, PartitionsMovedError, TransientError
 from services.core.logs import fields
-from services.core.monitoring import DATABASE, KAFKA, Server
+from services.core.monitoring import DATABASE, KAFKA, Dependency
 
 log = logging.getLogger("consumer")
 
@@ -159,7 +159,7 @@ class Writer:
             for place, each in zip(places, refused, strict=True)
         ]
 
-    def _keep_trying(self, server: Server, step: Callable[[], T]) -> T:
+    def _keep_trying(self, server: Dependency, step: Callable[[], T]) -> T:
         """Run a step until it succeeds. Raises AbandonedError if the job is to be given up instead.
 
         Raises also what is not a TransientError, and PermanentError when a doubtful one keeps coming back.

@@ -20,16 +20,16 @@ from services.core.shutdown import Shutdown
 T = TypeVar("T")
 
 # With the pauses below most of a minute.
-MOST_DOUBTFUL_TRIES = 12
+MAX_DOUBTFUL_TRIES = 12
 NOTE_AFTER_S = 1.5
 
 
-def pauses(first_s: float = 0.1, most_s: float = 10.0) -> Iterator[float]:
-    """Yield pauses in seconds without end: between half and all of 0.1, 0.2, 0.4 ... up to ``most_s``."""
+def pauses(first_s: float = 0.1, max_s: float = 10.0) -> Iterator[float]:
+    """Yield pauses in seconds without end: between half and all of 0.1, 0.2, 0.4 ... up to ``max_s``."""
     ceiling = first_s
     while True:
         yield ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
-        ceiling = min(ceiling * 2, most_s)
+        ceiling = min(ceiling * 2, max_s)
 
 
 def at_start(
@@ -70,6 +70,6 @@ class Retries:
     def pause_after(self, error: TransientError) -> float:
         """Seconds to wait before the next try. Raises PermanentError when a doubtful error keeps coming back."""
         self._doubtful = self._doubtful + 1 if error.doubtful else 0
-        if self._doubtful >= MOST_DOUBTFUL_TRIES:
+        if self._doubtful >= MAX_DOUBTFUL_TRIES:
             raise PermanentError(f"{error} (the same {self._doubtful} times in a row)") from error
         return next(self._pauses)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from services.core.config import Settings
 
-ANSWER_WITHIN_S = 2.0
+ANSWER_TIMEOUT_S = 2.0
 # In TLS 1.3 a server looks at our certificate after the handshake, and then it may still refuse it.
-REFUSED_WITHIN_S = 0.5
+REFUSED_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Problem:
 def find_problem(settings: Settings) -> Problem | None:
     """Why the listener does not answer us; None if nothing takes connections there."""
     try:
-        line = socket.create_connection((settings.kafka_host, settings.kafka_port), ANSWER_WITHIN_S)
+        line = socket.create_connection((settings.kafka_host, settings.kafka_port), ANSWER_TIMEOUT_S)
     except OSError:
         return None
     protocol = settings.kafka_security_protocol
@@ -71,7 +71,7 @@ def _problem_with_tls(line: socket.socket, settings: Settings) -> Problem | None
         )
     try:
         with context.wrap_socket(line, server_hostname=settings.kafka_host) as secure:
-            secure.settimeout(REFUSED_WITHIN_S)
+            secure.settimeout(REFUSED_TIMEOUT_S)
             secure.recv(1)
     except TimeoutError:
         return None

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 
-REQUEST_WITHIN_S = 5.0
+REQUEST_TIMEOUT_S = 5.0
 AT_ONCE = 16  # requests; a probe and a scraper need one each
 PLAIN = "text/plain; charset=utf-8"
 
@@ -80,7 +80,7 @@ class HealthServer(ThreadingMixIn, TCPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """As long as it may take, whatever the client does."""
-        end = threading.Timer(REQUEST_WITHIN_S, cut, [request])
+        end = threading.Timer(REQUEST_TIMEOUT_S, cut, [request])
         end.daemon = True
         end.start()
         try:
@@ -114,7 +114,7 @@ def is_ours(host: str | None) -> bool:
 class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     server_version, sys_version = "sensor-pipeline", ""
-    timeout = REQUEST_WITHIN_S
+    timeout = REQUEST_TIMEOUT_S
 
     def do_GET(self) -> None:
         if self.server.is_for_this_machine and not is_ours(self.headers.get("Host")):

@@ -56,7 +56,7 @@ NOT_ALLOWED = frozenset(
 )
 
 DAY_MS = 24 * 60 * 60 * 1000
-CREATE_WITHIN_S = 5.0
+CREATE_TIMEOUT_S = 5.0
 SILENCE_S = 10.0
 
 NO_ANSWER = frozenset(
@@ -206,9 +206,9 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
 def _create(admin: AdminClient, topics: list[NewTopic]) -> None:
     """Create those topics that do not exist. Raises TransientError when no broker answers for one."""
     with translated_kafka("topics cannot be listed"):
-        existing = admin.list_topics(timeout=CREATE_WITHIN_S).topics
+        existing = admin.list_topics(timeout=CREATE_TIMEOUT_S).topics
     missing = [topic for topic in topics if topic.topic not in existing]
-    futures = admin.create_topics(missing, request_timeout=CREATE_WITHIN_S) if missing else {}
+    futures = admin.create_topics(missing, request_timeout=CREATE_TIMEOUT_S) if missing else {}
     unanswered: TransientError | None = None
     for topic in missing:
         try:
@@ -233,7 +233,7 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
     """
     topic = settings.kafka_topic
     with translated_kafka(f"Kafka topic {topic} cannot be described"):
-        futures = admin.describe_topics(TopicCollection([topic]), request_timeout=CREATE_WITHIN_S)
+        futures = admin.describe_topics(TopicCollection([topic]), request_timeout=CREATE_TIMEOUT_S)
         return str(futures[topic].result().topic_id)
 
 
@@ -287,8 +287,8 @@ def read_range(
         consumer.close()
 
 
-def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], within_s: float) -> list[Place | KafkaError]:
-    """Send messages and wait for the broker, ``within_s`` after the last: where each is now, or why it is not there.
+def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], timeout_s: float) -> list[Place | KafkaError]:
+    """Send messages and wait for the broker, ``timeout_s`` after the last: where each is now, or why it is not there.
 
     Raises TransientError when so many are under way that no more fit, and none arrives.
     """
@@ -305,12 +305,12 @@ def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], within
                 producer.poll(0)
                 break
             except BufferError as error:
-                if not producer.poll(within_s):
+                if not producer.poll(timeout_s):
                     raise TransientError("Kafka does not answer, and the queue to it is full") from error
             except KafkaException as error:  # too large, for example
                 found[at] = error.args[0]
                 break
-    producer.flush(within_s)
+    producer.flush(timeout_s)
     return [found.get(number, KafkaError(KafkaError._TIMED_OUT)) for number in range(at + 1)]
 
 

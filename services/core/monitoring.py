@@ -4,7 +4,7 @@ Alive: the main loop goes round. Each look that a loop takes at its Shutdown is 
 Ready: every server that the service needs is connected now, and the last try to use it did not fail. A probe beside
 the service keeps the connection, so that it is known of an idle service too.
 
-The metrics of one service are in its instruments.py; docs/metrics.md lists all.
+The metrics of one service are in its metrics.py; docs/metrics.md lists all.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from services.core.kafka import client_settings
 from services.core.shutdown import Shutdown
 from services.core.version import version
 
-LOOK_EVERY_S = 1.0
-KAFKA_ANSWERS_WITHIN_S = 3.0
-STOP_WITHIN_S = 1.0
+CHECK_INTERVAL_S = 1.0
+KAFKA_TIMEOUT_S = 3.0
+STOP_TIMEOUT_S = 1.0
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -52,7 +52,7 @@ OUTAGES = Counter("sensor_outages_total", "Times that a server was lost, by the 
 RETRIES = Counter("sensor_retries_total", "Failed tries that are repeated, by the server that failed.", ["server"])
 
 
-class Server:
+class Dependency:
     """One of the servers behind us, as this process knows it."""
 
     def __init__(self, name: str) -> None:
@@ -92,15 +92,15 @@ class Server:
                 OUTAGES.labels(self.name).inc()
 
 
-KAFKA = Server("kafka")
-DATABASE = Server("database")
+KAFKA = Dependency("kafka")
+DATABASE = Dependency("database")
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A server that a service needs, and how to see whether it is connected. ``look`` returns within seconds."""
 
-    server: Server
+    server: Dependency
     look: Callable[[], bool]
 
 
@@ -110,7 +110,7 @@ def kafka_probe(settings: Settings, ask: Callable[[AdminClient], None] | None = 
 
     def look() -> bool:
         try:
-            admin.list_topics(settings.kafka_topic, timeout=KAFKA_ANSWERS_WITHIN_S)
+            admin.list_topics(settings.kafka_topic, timeout=KAFKA_TIMEOUT_S)
             if ask is not None:
                 ask(admin)
         except KafkaException:
@@ -188,12 +188,12 @@ class Monitoring:
         if self._server is not None:
             self._server.stop()
         for thread in self._threads:
-            thread.join(STOP_WITHIN_S)
+            thread.join(STOP_TIMEOUT_S)
 
     def _watch(self, probe: Probe) -> None:
         while not self._end.is_set():
             probe.server.note_connected(probe.look())
-            self._end.wait(LOOK_EVERY_S)
+            self._end.wait(CHECK_INTERVAL_S)
 
     def _problems(self) -> list[str]:
         """Why the service is not ready."""

@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from services.core.config import Settings
 from services.core.kafka import client_settings, translated_kafka
 
-ANSWER_WITHIN_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 PAUSE_S = 0.1
 ON_THE_MOVE = frozenset(
     {
@@ -24,7 +24,7 @@ ON_THE_MOVE = frozenset(
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     }
 )
-COORDINATOR_WITHIN_S = 15.0  # the first question about a group makes a new cluster create a topic
+COORDINATOR_TIMEOUT_S = 15.0  # the first question about a group makes a new cluster create a topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Offsets:
     def partitions(self) -> dict[str, list[int]]:
         """The topics there are, and their partitions."""
         with translated_kafka(self._question):
-            topics = self._consumer.list_topics(timeout=ANSWER_WITHIN_S).topics
+            topics = self._consumer.list_topics(timeout=ANSWER_TIMEOUT_S).topics
         return {name: sorted(topic.partitions) for name, topic in topics.items()}
 
     def of(self, topic: str, partitions: list[int]) -> list[PartitionOffsets]:
@@ -79,7 +79,7 @@ class Offsets:
         with translated_kafka(self._question):
             found = []
             for place in self._committed(places):
-                first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)
+                first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_TIMEOUT_S)
                 found.append(PartitionOffsets(place.partition, first, end, place.offset if place.offset >= 0 else None))
         return found
 
@@ -88,13 +88,13 @@ class Offsets:
         milliseconds = int(moment.timestamp() * 1000)
         with translated_kafka(self._question):
             places = [TopicPartition(topic, partition, milliseconds) for partition in partitions]
-            found = self._consumer.offsets_for_times(places, timeout=ANSWER_WITHIN_S)
+            found = self._consumer.offsets_for_times(places, timeout=ANSWER_TIMEOUT_S)
         ends = {each.partition: each.end for each in self.of(topic, partitions)}
         return {place.partition: place.offset if place.offset >= 0 else ends[place.partition] for place in found}
 
     def _committed(self, places: list[TopicPartition]) -> list[TopicPartition]:
         """The group's offsets. Asks again while its coordinator is on the move: a cluster has just started."""
-        deadline = time.monotonic() + COORDINATOR_WITHIN_S
+        deadline = time.monotonic() + COORDINATOR_TIMEOUT_S
         while True:
             try:
                 found = self._consumer.committed(places, timeout=max(PAUSE_S, deadline - time.monotonic()))

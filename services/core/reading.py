@@ -20,11 +20,11 @@ from services.core.errors import MalformedMessage, Reason
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # the interval of a much earlier time would begin before the year 1
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
-LONGEST_SENSOR_ID = 255
-LARGEST_VALUE = 1e100  # PostgreSQL ends an average whose sum of squares overflows with an error
+MAX_SENSOR_ID = 255
+MAX_VALUE = 1e100  # PostgreSQL ends an average whose sum of squares overflows with an error
 
-SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_SENSOR_ID)]
-Value = Annotated[float, msgspec.Meta(ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
+SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SENSOR_ID)]
+Value = Annotated[float, msgspec.Meta(ge=-MAX_VALUE, le=MAX_VALUE)]
 
 
 class Reading(msgspec.Struct, frozen=True, gc=False):

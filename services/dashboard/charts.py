@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from services.dashboard.monitor import Queue, Topic, rates
+from services.dashboard.monitor import QueueSample, TopicSample, rates
 from services.dashboard.series import Point, Series
 
 Figure = dict[str, Any]
@@ -66,7 +66,7 @@ def live(times: Sequence[datetime], *lines: tuple[str, str, Sequence[float]]) ->
     return {"data": data, "layout": figure}
 
 
-def rate_chart(topics: list[Topic]) -> Figure:
+def rate_chart(topics: list[TopicSample]) -> Figure:
     """Messages a second, published and stored; where both are equal, both are seen."""
     found = rates(topics)
     published = ("published", "solid", [published for _, published, _ in found])
@@ -74,12 +74,12 @@ def rate_chart(topics: list[Topic]) -> Figure:
     return live([at for at, _, _ in found], published, stored)
 
 
-def lag_chart(topics: list[Topic]) -> Figure:
+def lag_chart(topics: list[TopicSample]) -> Figure:
     """Messages that wait to be stored."""
     return live([look.at for look in topics], ("lag", "solid", [look.lag for look in topics]))
 
 
-def freshness_chart(queues: list[Queue]) -> Figure:
+def freshness_chart(queues: list[QueueSample]) -> Figure:
     """Age of the oldest reading that waits to be summarised."""
     return live([look.at for look in queues], ("seconds", "solid", [look.freshness_s for look in queues]))
 

@@ -16,7 +16,7 @@ from services.core.errors import ConfigurationError, TransientError
 from services.core.shutdown import Shutdown
 from services.dashboard.monitor import Monitor
 from services.dashboard.page import make_page
-from services.dashboard.series import Summaries
+from services.dashboard.series import SummaryReader
 
 THREADS = 8
 
@@ -28,7 +28,7 @@ def run(settings: Settings, shutdown: Shutdown, *, host: str, port: int) -> int:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with suppress(TransientError):
         connect(settings).close()
-    with Summaries(settings) as live, Summaries(settings) as charts:
+    with SummaryReader(settings) as live, SummaryReader(settings) as charts:
         monitor = Monitor(settings, live)
         server = listen(make_page(monitor, charts, host), host, port)
         monitor.start(shutdown)

@@ -17,18 +17,18 @@ from services.core.errors import PipelineError
 from services.core.logs import fields
 from services.core.offsets import Offsets
 from services.core.shutdown import Shutdown
-from services.dashboard.series import Summaries
+from services.dashboard.series import SummaryReader
 
-LOOK_EVERY_S = 2.0
+SAMPLE_INTERVAL_S = 2.0
 RATE_OVER_S = 10.0  # a look may fall between two batches
-KEPT_LOOKS = 300  # ten minutes
+KEPT_SAMPLES = 300  # ten minutes
 SENSORS_EVERY = 5  # looks
 
 log = logging.getLogger("dashboard")
 
 
 @dataclass(frozen=True, slots=True)
-class Topic:
+class TopicSample:
     """One look at Kafka; offsets are sums over the partitions."""
 
     at: datetime
@@ -39,7 +39,7 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True)
-class Queue:
+class QueueSample:
     """One look at the refresh queue; ``freshness_s`` is the age of its oldest row."""
 
     at: datetime
@@ -50,9 +50,9 @@ class Queue:
 class Monitor:
     """Looks at both servers, each in a thread of its own, until the end of the process."""
 
-    def __init__(self, settings: Settings, summaries: Summaries) -> None:
-        self.topics: deque[Topic] = deque(maxlen=KEPT_LOOKS)
-        self.queues: deque[Queue] = deque(maxlen=KEPT_LOOKS)
+    def __init__(self, settings: Settings, summaries: SummaryReader) -> None:
+        self.topics: deque[TopicSample] = deque(maxlen=KEPT_SAMPLES)
+        self.queues: deque[QueueSample] = deque(maxlen=KEPT_SAMPLES)
         self.sensors: list[str] | None = None
         self.kafka_problem = ""
         self.database_problem = ""
@@ -69,12 +69,12 @@ class Monitor:
         with Offsets(self._settings) as offsets:
             while not shutdown.requested:
                 self.kafka_problem = attempt(lambda: self.look_at_kafka(offsets), "kafka", self.kafka_problem)
-                shutdown.wait(LOOK_EVERY_S)
+                shutdown.wait(SAMPLE_INTERVAL_S)
 
     def _watch_database(self, shutdown: Shutdown) -> None:
         while not shutdown.requested:
             self.watch_database_once()
-            shutdown.wait(LOOK_EVERY_S)
+            shutdown.wait(SAMPLE_INTERVAL_S)
 
     def watch_database_once(self) -> None:
         """Look, and know what is wrong if that fails."""
@@ -88,7 +88,7 @@ class Monitor:
         readings = offsets.of(self._settings.kafka_topic, topics[self._settings.kafka_topic])
         letters = offsets.of(self._settings.dead_letter_topic, topics.get(self._settings.dead_letter_topic, []))
         self.topics.append(
-            Topic(
+            TopicSample(
                 at=datetime.now(UTC),
                 end=sum(each.end for each in readings),
                 committed=sum(each.end - each.lag for each in readings),
@@ -100,7 +100,7 @@ class Monitor:
     def look_at_database(self) -> None:
         """Add one look to ``queues``, and now and then find the sensors anew."""
         rows, freshness_s = self._summaries.queue()
-        self.queues.append(Queue(datetime.now(UTC), rows, freshness_s))
+        self.queues.append(QueueSample(datetime.now(UTC), rows, freshness_s))
         if not self.sensors or self._looks % SENSORS_EVERY == 0:
             self.sensors = self._summaries.sensors()
         self._looks += 1
@@ -119,7 +119,7 @@ def attempt(look: Callable[[], None], server: str, problem: str) -> str:
     return ""
 
 
-def rates(topics: list[Topic]) -> list[tuple[datetime, float, float]]:
+def rates(topics: list[TopicSample]) -> list[tuple[datetime, float, float]]:
     """For each look but the first, the messages a second that were published and stored, over RATE_OVER_S."""
     found = []
     first = 0

@@ -16,8 +16,8 @@ from flask import Response, abort, request
 from services.core.errors import PipelineError
 from services.core.health import is_loopback, is_ours
 from services.dashboard import charts
-from services.dashboard.monitor import LOOK_EVERY_S, Monitor, rates
-from services.dashboard.series import MOST_SENSORS, Series, Summaries
+from services.dashboard.monitor import SAMPLE_INTERVAL_S, Monitor, rates
+from services.dashboard.series import MAX_SENSORS, Series, SummaryReader
 
 RANGES = {
     "6 hours": timedelta(hours=6),
@@ -28,7 +28,7 @@ RANGES = {
     "all": None,
 }
 TILES = ("published", "stored", "lag", "freshness", "queue", "dead letters", "sensors")
-CHART_EVERY_S = 5.0
+CHART_INTERVAL_S = 5.0
 UNKNOWN = "–"  # noqa: RUF001 - a dash where a number will be
 NO_READINGS = "no readings yet: send some with sensor-pipeline produce, and run sensor-pipeline consume and etl"
 NEVER_SEEN = "Nothing has been seen yet. It begins by itself when this is over:"
@@ -48,7 +48,7 @@ PAGE = """<!DOCTYPE html>
 log = logging.getLogger("dashboard")
 
 
-def make_page(monitor: Monitor, summaries: Summaries, host: str = "127.0.0.1") -> Dash:
+def make_page(monitor: Monitor, summaries: SummaryReader, host: str = "127.0.0.1") -> Dash:
     """The application, to listen on ``host``. ``monitor`` is for the caller to start."""
     app = Dash(
         __name__,
@@ -134,8 +134,8 @@ def layout(measurements: Sequence[str]) -> html.Main:
                 ]
             ),
             html.P("Times are UTC. Values are in the units of the readings.", className="note"),
-            dcc.Interval(id="tick", interval=LOOK_EVERY_S * 1000),
-            dcc.Interval(id="chart-tick", interval=CHART_EVERY_S * 1000),
+            dcc.Interval(id="tick", interval=SAMPLE_INTERVAL_S * 1000),
+            dcc.Interval(id="chart-tick", interval=CHART_INTERVAL_S * 1000),
             dcc.Store(id="known"),
             dcc.Store(id="shown"),
         ]
@@ -178,7 +178,7 @@ def tiles(values: dict[str, str]) -> list[html.Div]:
 class Filler:
     """What the callbacks return. None of them waits for a server that is known to be away."""
 
-    def __init__(self, monitor: Monitor, summaries: Summaries) -> None:
+    def __init__(self, monitor: Monitor, summaries: SummaryReader) -> None:
         self._monitor = monitor
         self._summaries = summaries
 
@@ -209,7 +209,7 @@ class Filler:
             found |= {"freshness": f"{queues[-1].freshness_s:,.1f} s", "queue": f"{queues[-1].rows:,}"}
         if self._monitor.sensors is not None:
             found["sensors"] = f"{len(self._monitor.sensors):,}"
-            if len(self._monitor.sensors) == MOST_SENSORS:
+            if len(self._monitor.sensors) == MAX_SENSORS:
                 found["sensors"] += " or more"
         return found
 

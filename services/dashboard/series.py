@@ -17,9 +17,9 @@ from services.core.measurements import measurement
 
 SQL = queries("services.dashboard")
 
-MOST_SENSORS = 5000
-MOST_POINTS = 1000
-STATEMENT_WITHIN = "5s"
+MAX_SENSORS = 5000
+MAX_POINTS = 1000
+STATEMENT_TIMEOUT = "5s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Series:
     end: datetime
 
 
-class Summaries:
+class SummaryReader:
     """One connection that is opened when it is needed, and again after an error. For one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
@@ -65,13 +65,13 @@ class Summaries:
             return rows, age_s
 
     def sensors(self) -> list[str]:
-        """The sensors that have a summary, at most MOST_SENSORS."""
+        """The sensors that have a summary, at most MAX_SENSORS."""
         found: set[str] = set()
         with self._connected() as connection:
             for name in self._present(connection):
                 query = SQL["sensors"].format(**measurement(name).identifiers())
-                found.update(sensor for (sensor,) in connection.execute(query, {"most": MOST_SENSORS}))
-        return sorted(found)[:MOST_SENSORS]
+                found.update(sensor for (sensor,) in connection.execute(query, {"most": MAX_SENSORS}))
+        return sorted(found)[:MAX_SENSORS]
 
     def series(self, name: str, sensor: str, span: timedelta | None) -> Series | None:
         """The last ``span`` of a sensor's intervals, or all, joined to wider ones if they are too many.
@@ -87,7 +87,7 @@ class Summaries:
                 return None
             first, end, stored = row
             start = first if span is None else max(first, end - span)
-            width = stored * max(1, -(-(end - start) // (stored * MOST_POINTS)))
+            width = stored * max(1, -(-(end - start) // (stored * MAX_POINTS)))
             arguments = {"sensor": sensor, "start": start, "end": end, "width": width}
             points = [Point(*point) for point in connection.execute(SQL["series"].format(**names), arguments)]
             return Series(points, width, stored, end)
@@ -104,7 +104,7 @@ class Summaries:
             try:
                 if self._connection is None:
                     self._connection = connect(self._settings)
-                    self._connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
+                    self._connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
                 yield self._connection
             except BaseException:
                 self._close()

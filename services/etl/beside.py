@@ -14,7 +14,7 @@ from services.core.database import connect_for_work, cut, translated
 from services.core.errors import PipelineError
 from services.core.logs import fields
 
-END_WITHIN_S = 1.0
+END_TIMEOUT_S = 1.0
 
 log = logging.getLogger("etl")
 
@@ -40,7 +40,7 @@ class Beside:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end.set()
-        self._thread.join(END_WITHIN_S)
+        self._thread.join(END_TIMEOUT_S)
         if self._thread.is_alive() and self._connection is not None:
             cut(self._connection)
 

@@ -12,11 +12,11 @@ from services.core.backoff import pauses
 from services.core.database import translated
 from services.core.errors import PipelineError
 from services.core.logs import fields
-from services.etl.instruments import DUTY_FAILURES
 from services.etl.lease import LeaseLostError
+from services.etl.metrics import DUTY_FAILURES
 
 FIRST_RETRY_S = 1.0
-MOST_RETRY_S = 60.0
+MAX_RETRY_S = 60.0
 
 log = logging.getLogger("etl")
 
@@ -30,7 +30,7 @@ class Duty:
         self._every_s = every_s
         self._running: Iterator[None] | None = None
         self._next = time.monotonic()
-        self._retries = pauses(FIRST_RETRY_S, MOST_RETRY_S)
+        self._retries = pauses(FIRST_RETRY_S, MAX_RETRY_S)
         DUTY_FAILURES.labels(name)
 
     @property
@@ -57,7 +57,7 @@ class Duty:
         except StopIteration:
             # One that takes long takes no more than a tenth of the time.
             self._rest(max(self._every_s, 9 * (time.monotonic() - started)))
-            self._retries = pauses(FIRST_RETRY_S, MOST_RETRY_S)
+            self._retries = pauses(FIRST_RETRY_S, MAX_RETRY_S)
         except PipelineError as error:
             self._rest(next(self._retries))
             if connection.closed or isinstance(error, LeaseLostError):

@@ -32,7 +32,7 @@ from services.etl.aggregates import Aggregates, statement
 from services.etl.lease import Lease
 from services.etl.retention import close
 from services.etl.rollup import Rollup
-from services.etl.summaries import Summaries
+from services.etl.summaries import SummaryMirror
 
 SQL = queries("services.etl")
 WHOLE_HISTORY = "-infinity"
@@ -44,7 +44,7 @@ class IntervalChange:
     """Brings the aggregates to the widths that the settings ask for, and to what the readings ask for."""
 
     def __init__(
-        self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: Summaries, keep: timedelta
+        self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: SummaryMirror, keep: timedelta
     ) -> None:
         self._connection = connection
         self._lease = lease

@@ -23,7 +23,7 @@ from services.etl.beside import Beside
 
 SQL = queries("services.etl")
 LASTS_S = 10.0
-RENEW_EVERY_S = 2.0
+RENEW_INTERVAL_S = 2.0
 # Somebody who looks at the moment at which a server that stood still goes on lets the leader renew it first.
 SEEN_EXPIRED_FOR_S = 3.0
 KEY = 0x5E_50_11  # any number of ours: a session shows with an advisory lock of this and its pid that it is there
@@ -81,7 +81,7 @@ def renewal(settings: Settings, connection: Connection) -> Beside:
     arguments = {"holder": connection.info.backend_pid, "lasts": LASTS_S}
 
     def renew(own: Connection, end: threading.Event) -> None:
-        while not end.wait(RENEW_EVERY_S):
+        while not end.wait(RENEW_INTERVAL_S):
             own.execute(SQL["renew_lease"], arguments)
 
-    return Beside(settings, "lease_renewal", renew, RENEW_EVERY_S)
+    return Beside(settings, "lease_renewal", renew, RENEW_INTERVAL_S)

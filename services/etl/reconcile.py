@@ -19,13 +19,13 @@ from services.core.database import queries
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates, statement, stored_rollups
-from services.etl.instruments import SUMMARY_DIFFERENCES
 from services.etl.lease import Lease
+from services.etl.metrics import SUMMARY_DIFFERENCES
 from services.etl.rollup import Rollup
-from services.etl.summaries import PIECE, Summaries, Window, piece_before
+from services.etl.summaries import PIECE, SummaryMirror, Window, piece_before
 
 SQL = queries("services.etl")
-LOOK_EVERY_S = 0.5
+POLL_INTERVAL_S = 0.5
 
 log = logging.getLogger("etl")
 
@@ -33,7 +33,7 @@ log = logging.getLogger("etl")
 class SelfCheck:
     """The leader's own comparison; the table summary_check says how far it has come and what it found."""
 
-    def __init__(self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: Summaries) -> None:
+    def __init__(self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: SummaryMirror) -> None:
         self._connection = connection
         self._lease = lease
         self._aggregates = aggregates
@@ -90,7 +90,7 @@ def queue_differences(connection: Connection, rollup: Rollup, window: Window, ou
 
 
 def reconcile(
-    connection: Connection, names: Collection[str], take_over: Callable[[], Summaries | None], shutdown: Shutdown
+    connection: Connection, names: Collection[str], take_over: Callable[[], SummaryMirror | None], shutdown: Shutdown
 ) -> dict[str, int]:
     """Queue what differs and wait until it is repaired; the number of rows that differed, by measurement.
 
@@ -111,7 +111,7 @@ def reconcile(
         summaries = take_over()
         if summaries is not None and summaries.refresh_queued():
             continue
-        if shutdown.wait(LOOK_EVERY_S):
+        if shutdown.wait(POLL_INTERVAL_S):
             break
     return differing
 

@@ -32,12 +32,12 @@ from services.core.database import queries
 from services.core.logs import fields
 from services.etl.beside import Beside
 from services.etl.duties import Duty
-from services.etl.instruments import CHUNKS_COMPRESSED, CHUNKS_DROPPED
 from services.etl.lease import Lease
+from services.etl.metrics import CHUNKS_COMPRESSED, CHUNKS_DROPPED
 from services.etl.rollup import BASE
 
 SQL = queries("services.etl")
-RUN_EVERY_S = 600.0
+RUN_INTERVAL_S = 600.0
 RECONNECT_AFTER_S = 10.0
 
 log = logging.getLogger("etl")
@@ -104,7 +104,7 @@ def compression(settings: Settings) -> AbstractContextManager[None]:
     age = timedelta(days=settings.compress_after_days)
 
     def run(connection: Connection, end: threading.Event) -> None:
-        duty = Duty("compression", partial(compress, connection, age), RUN_EVERY_S)
+        duty = Duty("compression", partial(compress, connection, age), RUN_INTERVAL_S)
         while not end.is_set():
             if duty.is_due:
                 duty.step(connection)

@@ -26,22 +26,22 @@ from services.core.database import queries
 from services.core.logs import fields
 from services.core.monitoring import DATABASE
 from services.etl.aggregates import Aggregates, statement
-from services.etl.instruments import (
+from services.etl.lease import Lease
+from services.etl.metrics import (
     INTERVALS_REFRESHED,
     MIRROR_SECONDS,
     QUEUE_ROWS_DONE,
     REFRESH_SECONDS,
     SUMMARY_ROWS_CHANGED,
 )
-from services.etl.lease import Lease
 from services.etl.rollup import BASE_WIDTH, Rollup
 
 SQL = queries("services.etl")
 
 # A step: this much time, in this many windows. It is less where a step takes long, and more where one is quick.
 STEP = timedelta(days=1)
-MOST_TIME = timedelta(days=7)
-MOST_WINDOWS = 32
+MAX_TIME = timedelta(days=7)
+MAX_WINDOWS = 32
 SLOW_S, QUICK_S = 20.0, 2.0
 PIECE = timedelta(days=1)  # this much is compared or caught up with at once, or one interval if that is longer
 # A refresh of what lies between two windows that are this near costs less than another call.
@@ -79,7 +79,7 @@ class Step:
     rest_end: datetime | None = None  # where the last of what is left before the cut ends
 
 
-class Summaries:
+class SummaryMirror:
     """Keeps the summary tables equal to the readings."""
 
     def __init__(self, connection: Connection, aggregates: Aggregates, lease: Lease, keep: timedelta) -> None:
@@ -211,7 +211,7 @@ class Summaries:
         if took_s > SLOW_S:
             self.step = max(self.step / 2, BASE_WIDTH)
         elif took_s < QUICK_S:
-            self.step = min(self.step * 2, MOST_TIME)
+            self.step = min(self.step * 2, MAX_TIME)
 
     def _read_queue(self, *, settled: bool) -> Queued | None:
         row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
@@ -296,14 +296,14 @@ def join_near(windows: list[Window], near: timedelta = NEAR) -> list[Window]:
     return joined
 
 
-def take_newest(minutes: list[Window], most_time: timedelta) -> Step:
+def take_newest(minutes: list[Window], max_time: timedelta) -> Step:
     """From the newest on as much as makes one step; what is left ends before the step's cut."""
     taken: list[Window] = []
-    left = most_time
+    left = max_time
     windows = join_near(minutes)
-    if len(windows) > MOST_WINDOWS:
+    if len(windows) > MAX_WINDOWS:
         windows = join_near(minutes, NEAR_OF_MANY)
-    while windows and left and len(taken) < MOST_WINDOWS:
+    while windows and left and len(taken) < MAX_WINDOWS:
         start, end = windows.pop()
         cut = max(start, end - left // BASE_WIDTH * BASE_WIDTH)
         taken.insert(0, (cut, end))

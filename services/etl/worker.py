@@ -21,19 +21,19 @@ from services.core.monitoring import DATABASE, Monitoring, database_probe
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
 from services.etl.duties import Duty, next_due
-from services.etl.instruments import LEADING, QUEUE
 from services.etl.interval_change import IntervalChange
 from services.etl.lease import Lease, LeaseLostError, renewal
+from services.etl.metrics import LEADING, QUEUE
 from services.etl.reconcile import SelfCheck, reconcile
 from services.etl.retention import Retention, compress, compression
 from services.etl.rollup import configured_rollups
-from services.etl.summaries import Summaries
+from services.etl.summaries import SummaryMirror
 
 SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
 SHORT_STEP_S = 0.02
-TAKE_EVERY_S = 0.2
-DUTIES_EVERY_S = 600.0
-CHANGE_EVERY_S = 10.0  # readings may have become dense
+TAKE_INTERVAL_S = 0.2
+DUTIES_INTERVAL_S = 600.0
+CHANGE_INTERVAL_S = 10.0  # readings may have become dense
 CANCEL_AFTER_S = 4.0  # a service has 10 s to end
 CUT_AFTER_S = 1.0
 HUNG_AFTER_S = 3600.0  # one step: a refresh of a day, or of one long interval
@@ -107,7 +107,7 @@ def run_once(settings: Settings, shutdown: Shutdown) -> None:
             seen = seen or lease.expires_at
             if lease.expires_at != seen:  # it was renewed
                 raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
-            if shutdown.wait(TAKE_EVERY_S):
+            if shutdown.wait(TAKE_INTERVAL_S):
                 raise PermanentError("stopped while another etl instance held the lead")
         with renewal(settings, connection):
             Leader(connection, settings).run_once()
@@ -123,7 +123,7 @@ def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
         lease = Lease(connection)
         leaders: list[Leader] = []
 
-        def take_over() -> Summaries | None:
+        def take_over() -> SummaryMirror | None:
             if not leaders and lease.try_take():
                 leaders.append(Leader(connection, settings))
             return leaders[0].take_over() if leaders else None
@@ -162,14 +162,14 @@ class Leader:
             raise LeaseLostError("another etl instance leads")
         self._aggregates = Aggregates(connection, lease, configured_rollups(settings))
         self._aggregates.prepare()
-        self.summaries = Summaries(connection, self._aggregates, lease, keep)
+        self.summaries = SummaryMirror(connection, self._aggregates, lease, keep)
         self._lease = lease
         self.change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
         self._duties = [
-            Duty("live_views", self._aggregates.show_live, DUTIES_EVERY_S),
-            Duty("catch_up", self.summaries.catch_up, DUTIES_EVERY_S),
-            Duty("interval_change", self.change.steps, CHANGE_EVERY_S),
-            Duty("retention", Retention(connection, lease, keep).steps, DUTIES_EVERY_S),
+            Duty("live_views", self._aggregates.show_live, DUTIES_INTERVAL_S),
+            Duty("catch_up", self.summaries.catch_up, DUTIES_INTERVAL_S),
+            Duty("interval_change", self.change.steps, CHANGE_INTERVAL_S),
+            Duty("retention", Retention(connection, lease, keep).steps, DUTIES_INTERVAL_S),
         ]
 
     def run(self, shutdown: Shutdown) -> None:
@@ -199,7 +199,7 @@ class Leader:
             if shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
                 return
 
-    def take_over(self) -> Summaries | None:
+    def take_over(self) -> SummaryMirror | None:
         """What does the work, if nobody else leads."""
         return self.summaries if self._lease.try_take() else None
 

@@ -26,7 +26,7 @@ Values = tuple[float | None, ...]  # of each measurement, in one order everywher
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class SentColumns:
     """The Parquet file's column names."""
 
     time: str
@@ -36,7 +36,7 @@ class Columns:
     unit: str = ""
 
 
-def read_rows(files: Iterable[Path], columns: Columns) -> dict[Key, Values]:
+def read_rows(files: Iterable[Path], columns: SentColumns) -> dict[Key, Values]:
     """The rows that ``sensor_data`` must hold: for each sensor and time the last value of each field."""
     rows: dict[Key, Values] = {}
     for file in files:

@@ -36,8 +36,8 @@ from services.local.supervisor import ProcessRecord
 # Hourly readings: with wider intervals than the defaults a summary shows something.
 DEMO_INTERVALS = {measurement(name).interval_setting: 180 * (1 + at) for at, name in enumerate(DEFAULT)}
 CLIENT_SETTINGS = "client.env"  # of a demo that is kept
-FINISH_WITHIN_S = 120
-LOOK_EVERY_S = 0.5
+FINISH_TIMEOUT_S = 120
+POLL_INTERVAL_S = 0.5
 NO_PASSWORD = SecretStr("")
 
 
@@ -202,7 +202,7 @@ class Demo:
 
     def _wait_until_done(self) -> None:
         """Until the producer has ended, the consumer has no lag, and etl's queue is empty."""
-        deadline = time.monotonic() + FINISH_WITHIN_S
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
         shown = (0, 0)
         first = measurement(self._settings.measurements[0])
         with connect(self._settings) as connection:
@@ -217,8 +217,8 @@ class Demo:
                 done = sent and group_lag(self._settings) == 0 and queued == 0
                 if done and fetch(connection, "summary_refresh_queue") == 0:
                     return
-                time.sleep(LOOK_EVERY_S)
-        raise PermanentError(f"not done within {FINISH_WITHIN_S} s; see the logs in {self._directory}/logs")
+                time.sleep(POLL_INTERVAL_S)
+        raise PermanentError(f"not done within {FINISH_TIMEOUT_S} s; see the logs in {self._directory}/logs")
 
     def _keep(self, stack: Stack) -> None:
         settings = self._settings

@@ -26,7 +26,7 @@ _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
 
-class Kafka(Server):
+class KafkaProcess(Server):
     """Apache Kafka, one node, broker and controller in one process (KRaft)."""
 
     name = "kafka"
@@ -202,8 +202,8 @@ def _client(address: str, **security: str) -> AdminClient:
     return AdminClient(settings, logger=_quiet)
 
 
-def _lists_topics(admin: AdminClient, within_s: float = 0.5) -> bool:
+def _lists_topics(admin: AdminClient, timeout_s: float = 0.5) -> bool:
     try:
-        return bool(admin.list_topics(timeout=within_s).brokers)
+        return bool(admin.list_topics(timeout=timeout_s).brokers)
     except KafkaException:
         return False

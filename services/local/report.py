@@ -10,7 +10,7 @@ from psycopg import sql
 from services.core.config import Settings
 from services.core.database import connect, one
 from services.core.measurements import measurement
-from services.local.check import Columns, differences_in_readings, differences_in_summary, read_rows
+from services.local.check import SentColumns, differences_in_readings, differences_in_summary, read_rows
 
 SHOWN_DIFFERENCES = 10
 
@@ -42,7 +42,7 @@ def report(settings: Settings, took_s: float) -> bool:
 def differences(connection: psycopg.Connection, settings: Settings) -> list[str]:
     """What differs from what the files say, one line each."""
     measured = {name: settings.column_of(name) for name in settings.measurements}
-    columns = Columns(
+    columns = SentColumns(
         settings.data_feature_date,
         measured,
         settings.data_feature_sensor,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from services.local.kafka import Kafka
+from services.local.kafka import KafkaProcess
 from services.local.runtime import RUNTIME_DIRECTORY, Runtime, install
 from services.local.security import Security
 from services.local.servers import Server
@@ -42,7 +42,7 @@ class Stack:
         directory = options.directory.resolve()
         self._options = options
         self._report = report
-        self.kafka = Kafka(directory, options.kafka_port, security=options.security)
+        self.kafka = KafkaProcess(directory, options.kafka_port, security=options.security)
         self.timescaledb = TimescaleDB(
             directory,
             options.postgre_port,

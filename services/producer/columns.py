@@ -13,7 +13,7 @@ from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT, measurement
 from services.producer.times import DEFAULT_TIMES, TimeFormat, is_number, is_text
 
-LONGEST_LIST = 1000  # characters of the names of a file's columns
+MAX_LIST_LENGTH = 1000  # characters of the names of a file's columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Columns:
                 continue
             found = schema.get_all_field_indices(name)
             if len(found) != 1:
-                there = shorten(", ".join(schema.names), LONGEST_LIST, placeholder=" ...")
+                there = shorten(", ".join(schema.names), MAX_LIST_LENGTH, placeholder=" ...")
                 problem = "no column" if not found else f"{len(found)} columns"
                 raise ConfigurationError(
                     f"{setting}={name}: {url} has {problem} of this name; its columns are: {there}"

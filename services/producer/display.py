@@ -17,7 +17,7 @@ from services.core.logs import fields
 
 log = logging.getLogger("producer")
 
-LOG_EVERY_S = 5.0
+LOG_INTERVAL_S = 5.0
 
 
 class RowsPerSecond(ProgressColumn):
@@ -80,7 +80,7 @@ class _LogLines:
         if self._before is None or rows < self._before[1]:  # at the start, and after an aborted transaction
             self._before = now, rows
         then, rows_then = self._before
-        if now - then < LOG_EVERY_S:
+        if now - then < LOG_INTERVAL_S:
             return
         self._before = now, rows
         speed = (rows - rows_then) / (now - then)

@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.core.reading import LARGEST_VALUE, LONGEST_SENSOR_ID
+from services.core.reading import MAX_SENSOR_ID, MAX_VALUE
 from services.producer.columns import Columns, decoded
 from services.producer.times import Times, nowhere
 
-LONGEST_VALUE = 100  # characters of an example
+MAX_EXAMPLE_LENGTH = 100  # characters of an example
 DEFAULT_SENSOR = "default"
 
 Example = tuple[int, str]  # the number of a row in its batch, from 0, and what is in it
@@ -187,7 +187,7 @@ def _shown(column: pa.Array, row: int) -> str:
         cell = cell.cast(pa.timestamp(cell.type.unit))  # a zone is no part of the instant
     text = cell.cast(pa.string()).cast(pa.binary())[0].as_py()
     shown = "null" if text is None else text.decode(errors="replace")
-    return shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]} ..."
+    return shown if len(shown) <= MAX_EXAMPLE_LENGTH else f"{shown[:MAX_EXAMPLE_LENGTH]} ..."
 
 
 def event_times(batch: pa.RecordBatch, columns: Columns) -> pa.Array:
@@ -208,7 +208,7 @@ def _numbers(column: pa.Array) -> tuple[pa.Array, pa.Array]:
     if not pa.types.is_floating(column.type):
         return column, nowhere(len(column))
     doubles = column.cast(pa.float64())
-    far = pc.fill_null(pc.greater(pc.abs(doubles), LARGEST_VALUE), False)
+    far = pc.fill_null(pc.greater(pc.abs(doubles), MAX_VALUE), False)
     nan = pc.fill_null(pc.is_nan(doubles), False)
     if nan.true_count:
         doubles = pc.if_else(nan, pa.scalar(None, pa.float64()), doubles)
@@ -258,7 +258,7 @@ def _is_id(key: bytes) -> bool:
         sensor = key.decode()
     except UnicodeDecodeError:
         return False
-    return 0 < len(sensor) <= LONGEST_SENSOR_ID and sensor.isprintable()
+    return 0 < len(sensor) <= MAX_SENSOR_ID and sensor.isprintable()
 
 
 def _prefix(key: bytes) -> str:

@@ -14,7 +14,7 @@ import pyarrow.fs
 from services.core.errors import ConfigurationError
 from services.producer.reader import FileState
 
-LONGEST_DETAIL = 400  # of a library's error: clients of object stores repeat themselves
+MAX_DETAIL_LENGTH = 400  # of a library's error: clients of object stores repeat themselves
 # Up to the last @ before the options: half of all AWS keys have a slash in them.
 SECRET = re.compile(r"://(?:[^?\s]*:[^?\s]*|[^/@?\s]+)@")
 STORES = frozenset({"s3", "gs", "gcs"})
@@ -23,7 +23,7 @@ QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceLocation:
     """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one.
 
     ``scheme`` is empty for local files, ``s3://`` and so on for others.
@@ -35,7 +35,7 @@ class Place:
     filesystem: pa.fs.FileSystem
 
     @classmethod
-    def of(cls, given: str) -> Place:
+    def of(cls, given: str) -> SourceLocation:
         """Raises ConfigurationError where it is no URL."""
         try:
             scheme, separator, rest = given.partition("://")
@@ -142,4 +142,4 @@ def _masked(text: str) -> str:
 def one_line(error: Exception) -> str:
     """What a library says, without keys."""
     text = _masked(" ".join(str(error).split()))
-    return text if len(text) <= LONGEST_DETAIL else f"{text[:LONGEST_DETAIL]} ..."
+    return text if len(text) <= MAX_DETAIL_LENGTH else f"{text[:MAX_DETAIL_LENGTH]} ..."

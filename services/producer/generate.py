@@ -161,10 +161,10 @@ class _Generator:
     def tables(self) -> Iterator[pa.Table]:
         """All rows; late ones are held back for one table, and come at the end of the last one if need be."""
         plan, time = self._plan, self._columns.time
-        most_steps = max(BLOCK_STEPS, GROUP_ROWS // plan.sensors // BLOCK_STEPS * BLOCK_STEPS)
+        max_steps = max(BLOCK_STEPS, GROUP_ROWS // plan.sensors // BLOCK_STEPS * BLOCK_STEPS)
         held = self._schema.empty_table()
-        for first in range(0, plan.steps, most_steps):
-            steps = min(most_steps, plan.steps - first)
+        for first in range(0, plan.steps, max_steps):
+            steps = min(max_steps, plan.steps - first)
             table, gap, late = self._readings(first, steps)
             self._counts.gaps += gap.true_count
             punctual = table.filter(pc.invert(pc.or_(gap, late)))

@@ -30,7 +30,7 @@ class History:
                 versions.setdefault(progress.url, {}).setdefault(progress.rows, set()).add(progress.digest)
         return cls(known, known[topic_id].began, {key.rpartition("/")[2] for key in known}, versions)
 
-    def most_rows(self, file: SourceFile) -> Earlier:
+    def max_rows(self, file: SourceFile) -> Earlier:
         """How many rows, at most those of ``file``, were sent from other contents under its name; and their digests."""
         earlier = {rows: digests for rows, digests in self.versions.get(file.url, {}).items() if rows <= file.rows}
         return max(earlier.items(), default=(0, set()))

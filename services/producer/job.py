@@ -19,7 +19,7 @@ from services.core.monitoring import KAFKA
 from services.core.shutdown import Shutdown
 from services.producer.encoding import Encoded, Example
 from services.producer.history import Earlier, History
-from services.producer.instruments import (
+from services.producer.metrics import (
     FILES_SENT,
     READINGS_SENT,
     ROWS_READ,
@@ -29,7 +29,7 @@ from services.producer.instruments import (
     TRANSACTION_SECONDS,
     TRANSACTIONS_ABORTED,
 )
-from services.producer.pace import Pace
+from services.producer.pacing import Pacing
 from services.producer.progress import Progress, Stopped
 from services.producer.publisher import Publisher, TransactionAborted, TransactionExpired
 from services.producer.source import (
@@ -58,7 +58,7 @@ class Job:
     publisher: Publisher
     shutdown: Shutdown
     topic_id: str
-    pace: Pace
+    pace: Pacing
     source: Source
     show: Callable[[int], None]
     unreadable: Callable[[SourceFile, UnreadableFileError], None]
@@ -109,7 +109,7 @@ class Job:
         if records:
             self.publisher.commit(records)
         history = History.of(known | records, topic)
-        self.new = {file.url: history.most_rows(file) for key, file in files if key not in history.files}
+        self.new = {file.url: history.max_rows(file) for key, file in files if key not in history.files}
         self.committed = {
             key: history.files.get(key) or Progress(url=file.url, repeat=history.doubt(file), run=run)
             for key, file in files

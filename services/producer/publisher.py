@@ -38,14 +38,14 @@ log = logging.getLogger("producer")
 METADATA_TIMEOUT_S = 2.0
 POLL_S = 0.1  # a longer poll, as a flush, goes on with callbacks after one of them has raised a fatal error
 CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
-STOP_WITHIN_S = 5.0  # how long a commit or abort may take once the service shall end
-NOTE_AFTER_S, NOTE_EVERY_S = 5.0, 10.0
+STOP_TIMEOUT_S = 5.0  # how long a commit or abort may take once the service shall end
+NOTE_AFTER_S, NOTE_INTERVAL_S = 5.0, 10.0
 QUEUE_KBYTES = 64 * 1024
 QUEUE_MESSAGES = 500_000
 
 # After some errors a client can do nothing more, and a new one has to take its place. librdkafka counts the
 # answer INVALID_TXN_STATE among them, which a broker may give that was killed in the middle of a transaction.
-MOST_LOSSES = 5  # clients lost in a row, with nothing committed between, before it is called permanent
+MAX_LOSSES = 5  # clients lost in a row, with nothing committed between, before it is called permanent
 
 # Errors that the next try would meet again.
 PERMANENT = frozenset(
@@ -266,9 +266,9 @@ class Publisher:
     def _note_wait(self, since: float) -> None:
         """Called while Kafka does not answer: say so now and then, and end the wait when asked to."""
         waited = time.monotonic() - since
-        if self._shutdown.requested and waited > STOP_WITHIN_S:
+        if self._shutdown.requested and waited > STOP_TIMEOUT_S:
             raise Stopped("Kafka did not answer")
-        if waited > NOTE_AFTER_S and time.monotonic() - self._last_note > NOTE_EVERY_S:
+        if waited > NOTE_AFTER_S and time.monotonic() - self._last_note > NOTE_INTERVAL_S:
             self._last_note = time.monotonic()
             log.warning("waiting_for_kafka", extra=fields(seconds=round(waited), pending=self.pending))
 
@@ -287,7 +287,7 @@ class Publisher:
             # Kafka ends a transaction that is too old in the same way as one of a producer that was replaced.
             raise TransactionExpired(f"the transaction grew older than {self._timeout_s:g} s") from error
         self._losses += cause.fatal()
-        if cause.code() in PERMANENT or self._losses > MOST_LOSSES:
+        if cause.code() in PERMANENT or self._losses > MAX_LOSSES:
             raise PermanentError(f"{pending} readings were not delivered: {cause.str()}") from error
         raise TransactionAborted(cause.str()) from error
 

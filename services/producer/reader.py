@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 BATCH_ROWS = 20_000
 BUFFER_BYTES = 1024 * 1024  # of each column that is read; with none, whole column chunks are held in memory
 MEMORY_BYTES = 256 * 1024 * 1024  # what the process may take in all; it begins with 35 MB
-MOST_BATCH_BYTES = 32 * 1024 * 1024  # 1.6 kB a row, and the longest sensor id that is valid has 1 kB
-ANSWER_WITHIN_S = 300.0
+MAX_BATCH_BYTES = 32 * 1024 * 1024  # 1.6 kB a row, and the longest sensor id that is valid has 1 kB
+ANSWER_TIMEOUT_S = 300.0
 # Arrow's other memory pools reserve a gigabyte at once, which would count.
 PROGRAM = """
 import os
@@ -102,8 +102,8 @@ class Reader:
         try:
             questions.send(request)
             while True:
-                if not answers.poll(ANSWER_WITHIN_S):
-                    raise TimeoutError(f"no answer within {ANSWER_WITHIN_S:g} s")
+                if not answers.poll(ANSWER_TIMEOUT_S):
+                    raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s")
                 word, answer = answers.recv()
                 if word in ("end", "error"):
                     break
@@ -202,7 +202,7 @@ def _state(filesystem: pa.fs.FileSystem, path: str, stream: pa.NativeFile) -> Fi
 
 
 def _packed(batch: pa.RecordBatch) -> pa.Buffer:
-    if batch.nbytes > MOST_BATCH_BYTES:
+    if batch.nbytes > MAX_BATCH_BYTES:
         raise pa.ArrowInvalid(f"{batch.num_rows} rows of it take {batch.nbytes} bytes")
     packed = pa.BufferOutputStream()
     with pa.ipc.new_stream(packed, batch.schema) as stream:

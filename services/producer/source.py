@@ -22,7 +22,7 @@ from services.core.shutdown import Shutdown
 from services.producer.blocks import Rows, RowsDigest, choose_rows
 from services.producer.columns import Columns
 from services.producer.encoding import Encoded, Messages, encode_batch
-from services.producer.finding import Place, one_line
+from services.producer.finding import SourceLocation, one_line
 from services.producer.progress import Stopped
 from services.producer.reader import BUFFER_BYTES, READER, FileState, Request
 
@@ -154,7 +154,7 @@ def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     read; Stopped when ``shutdown`` was requested meanwhile.
     """
     columns = Columns.of(settings)
-    place = Place.of(settings.parquet_url)
+    place = SourceLocation.of(settings.parquet_url)
     files, unreadable = [], []
     for path in place.find():
         try:
@@ -166,7 +166,7 @@ def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     return Source(place.url, tuple(files), tuple(unreadable))
 
 
-def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | None = None) -> SourceFile:
+def check_file(place: SourceLocation, path: str, columns: Columns, shutdown: Shutdown | None = None) -> SourceFile:
     """The file at ``path``, when it can be read and has the columns.
 
     Raises ConfigurationError, one line, where not; Stopped when ``shutdown`` was requested meanwhile.
@@ -184,7 +184,7 @@ def check_file(place: Place, path: str, columns: Columns, shutdown: Shutdown | N
     return SourceFile(url, path, place.filesystem, columns, rows, fingerprint, state)
 
 
-def _contents(place: Place, path: str, state: FileState, shutdown: Shutdown | None) -> str:
+def _contents(place: SourceLocation, path: str, state: FileState, shutdown: Shutdown | None) -> str:
     """Something that changes when the contents of a file do, and not otherwise.
 
     Of a local file it is the hash of all its bytes, at over a gigabyte per second: a time stamp would change with every
@@ -202,7 +202,7 @@ def _contents(place: Place, path: str, state: FileState, shutdown: Shutdown | No
     return digest.hexdigest()
 
 
-def _damage(place: Place, path: str, error: Exception) -> str:
+def _damage(place: SourceLocation, path: str, error: Exception) -> str:
     """Why a file is not one that can be read, in one line."""
     url = place.scheme + path
     if not isinstance(error, pa.ArrowInvalid):

@@ -31,7 +31,7 @@ SECOND = timedelta(seconds=1)
 MICROSECOND = timedelta(microseconds=1)
 START = EPOCH.replace(tzinfo=None)
 LAST_DAY = datetime(9999, 12, 31)  # noqa: DTZ001 - of any zone
-LARGEST_INT = 2**63 - 1
+MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _counted(numbers: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
     # What is left fits into 64 bits, whichever of its digits a double has lost.
     low, high = (_count(moment, unit) for moment in (EARLIEST - DAY, LATEST + DAY))
     if pa.types.is_floating(kind):
-        high = min(high, LARGEST_INT - 1023)  # the largest double below 2^63
+        high = min(high, MAX_INT - 1023)  # the largest double below 2^63
     far = pc.fill_null(pc.or_(pc.less(doubles, float(low)), pc.greater(doubles, float(high))), False)
     none = pc.or_(far, pc.fill_null(pc.is_nan(doubles), False))
     if not pa.types.is_floating(kind):

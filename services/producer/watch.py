@@ -14,8 +14,8 @@ from services.core.errors import ConfigurationError, PipelineError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.columns import Columns
-from services.producer.finding import Place
-from services.producer.instruments import FILES_UNREADABLE
+from services.producer.finding import SourceLocation
+from services.producer.metrics import FILES_UNREADABLE
 from services.producer.reader import FileState
 from services.producer.source import Source, SourceFile, check_file
 
@@ -31,7 +31,7 @@ class Watch:
 
     def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
         self._columns = Columns.of(settings)
-        self._place = Place.of(settings.parquet_url)
+        self._place = SourceLocation.of(settings.parquet_url)
         self._shutdown = shutdown
         self._before: dict[str, FileState] = {}  # by path, at the last look
         self._known: dict[str, SourceFile] = {}  # by path: files found whole, as they were then

@@ -13,12 +13,12 @@ from services.core.logs import fields
 from services.core.monitoring import Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
-from services.producer.instruments import (
+from services.producer.job import Job
+from services.producer.metrics import (
     FILES_UNREADABLE,
     WATCHING,
 )
-from services.producer.job import Job
-from services.producer.pace import choose_pace
+from services.producer.pacing import choose_pace
 from services.producer.progress import Stopped, progress_topic, topic_id
 from services.producer.publisher import Publisher
 from services.producer.source import (

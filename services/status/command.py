@@ -19,9 +19,9 @@ from services.core.version import version
 from services.status.database import Database, read_database
 from services.status.problems import find_problems
 from services.status.screen import lines
-from services.status.topics import Kafka, read_kafka
+from services.status.topics import KafkaStatus, read_kafka
 
-State = TypeVar("State", Kafka, Database)
+State = TypeVar("State", KafkaStatus, Database)
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
@@ -30,7 +30,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
         asked = pool.submit(_ask, lambda: read_kafka(settings))
         database = _ask(lambda: read_database(settings, address(settings)))
         kafka = asked.result()
-    if isinstance(kafka, Kafka) and isinstance(database, Database) and database.tables is not None:
+    if isinstance(kafka, KafkaStatus) and isinstance(database, Database) and database.tables is not None:
         kafka = kafka.compared_with(database.tables.positions)
     problems = find_problems(settings, kafka, database)
     versions = _versions(database)

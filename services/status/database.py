@@ -17,8 +17,8 @@ from services.core.schema import newest_revision
 SQL = queries("services.status")
 
 EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting so much takes a second or two
-STATEMENT_WITHIN = "5s"
-ANSWER_WITHIN_S = 15.0
+STATEMENT_TIMEOUT = "5s"
+ANSWER_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Database:
 def read_database(settings: Settings, where: str) -> Database:
     """Ask everything on one connection. Raises TransientError when the answers do not come in time."""
     with translated(), connect(settings) as connection:
-        timer = threading.Timer(ANSWER_WITHIN_S, cut, [connection])
+        timer = threading.Timer(ANSWER_TIMEOUT_S, cut, [connection])
         timer.start()
         try:
             return _read(connection, settings, where)
@@ -99,7 +99,7 @@ def read_database(settings: Settings, where: str) -> Database:
 
 
 def _read(connection: Connection, settings: Settings, where: str) -> Database:
-    connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_WITHIN))
+    connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
     postgresql, timescaledb, migrated = one(connection, SQL["versions"])
     revision = one(connection, SQL["revision"])[0] if migrated else None
     newest = newest_revision()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from services.core.config import Settings
 from services.core.measurements import measurement
 from services.status.database import Database, Tables
-from services.status.topics import Kafka
+from services.status.topics import KafkaStatus
 
 # A restart of etl is no problem; nor is a refresh that takes minutes, while it goes on.
 UNATTENDED_AFTER_S = 10.0
@@ -23,12 +23,12 @@ class Problem:
     action: str
 
 
-def find_problems(settings: Settings, kafka: Kafka | str, database: Database | str) -> list[Problem]:
+def find_problems(settings: Settings, kafka: KafkaStatus | str, database: Database | str) -> list[Problem]:
     """All there are; in place of a server that could not be asked is the reason."""
     return [*_of_kafka(settings, kafka), *_of_database(settings, database)]
 
 
-def _of_kafka(settings: Settings, kafka: Kafka | str) -> Iterator[Problem]:
+def _of_kafka(settings: Settings, kafka: KafkaStatus | str) -> Iterator[Problem]:
     if isinstance(kafka, str):
         yield Problem(kafka, "start it, or correct KAFKA_HOST and KAFKA_PORT")
         return

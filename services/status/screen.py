@@ -8,14 +8,14 @@ from datetime import datetime
 from services.core.measurements import measurement
 from services.status.database import Check, Database, Rows, Tables
 from services.status.problems import Problem
-from services.status.topics import Kafka
+from services.status.topics import KafkaStatus
 
 LABEL = 21
-MOST_REASONS = 20  # whoever may write to the topic of dead letters may make up any number
+MAX_REASONS = 20  # whoever may write to the topic of dead letters may make up any number
 
 
 def lines(
-    kafka: Kafka | str, database: Database | str, versions: dict[str, str], problems: list[Problem]
+    kafka: KafkaStatus | str, database: Database | str, versions: dict[str, str], problems: list[Problem]
 ) -> Iterator[str]:
     """Line by line; in place of a server that could not be asked is the reason."""
     yield from _kafka(kafka)
@@ -35,7 +35,7 @@ def _line(label: str, text: str) -> str:
     return f"{label:{LABEL}} {text}"
 
 
-def _kafka(kafka: Kafka | str) -> Iterator[str]:
+def _kafka(kafka: KafkaStatus | str) -> Iterator[str]:
     if isinstance(kafka, str):
         yield _line("Kafka", kafka)
         return
@@ -51,8 +51,8 @@ def _kafka(kafka: Kafka | str) -> Iterator[str]:
     if letters is None:
         yield _line("  dead letters", f"there is no topic {kafka.dead_letter_topic}")
     else:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(letters.reasons.items())[:MOST_REASONS])
-        more = len(letters.reasons) - MOST_REASONS
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(letters.reasons.items())[:MAX_REASONS])
+        more = len(letters.reasons) - MAX_REASONS
         reasons += f" and {_many(more, 'more reason')}" if more > 0 else ""
         of = "" if letters.looked_at == letters.count else f"of the last {letters.looked_at:,}: "
         yield _line("  dead letters", f"{letters.count:,}" + (f" ({of}{reasons})" if letters.count else ""))

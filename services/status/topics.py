@@ -13,9 +13,9 @@ from services.core.config import Settings
 from services.core.errors import TransientError
 from services.core.kafka import client_settings, raise_if_refused, read_range, topic_id, translated_kafka
 from services.core.letters import name_of, reason_of, replaced_by
-from services.core.offsets import ANSWER_WITHIN_S, COORDINATOR_WITHIN_S, Offsets, PartitionOffsets
+from services.core.offsets import ANSWER_TIMEOUT_S, COORDINATOR_TIMEOUT_S, Offsets, PartitionOffsets
 
-MOST_LETTERS = 10_000
+MAX_LETTERS = 10_000
 READ_LETTERS_FOR_S = 3.0
 REBALANCING = frozenset({ConsumerGroupState.PREPARING_REBALANCING, ConsumerGroupState.COMPLETING_REBALANCING})
 
@@ -49,7 +49,7 @@ class DeadLetters:
 
 
 @dataclass(frozen=True, slots=True)
-class Kafka:
+class KafkaStatus:
     """The cluster and our topics; None where a topic does not exist."""
 
     address: str
@@ -63,7 +63,7 @@ class Kafka:
     dead_letter_topic: str
     dead_letters: DeadLetters | None
 
-    def compared_with(self, positions: dict[str, dict[int, int]]) -> Kafka:
+    def compared_with(self, positions: dict[str, dict[int, int]]) -> KafkaStatus:
         """With what the database has stored of each topic (by id): it knows, the offsets of the group do not."""
         if self.partitions is None or self.topic_id is None:
             return self
@@ -77,7 +77,7 @@ class Kafka:
         return replace(self, partitions=partitions, lag=sum(each.lag for each in partitions))
 
 
-def read_kafka(settings: Settings) -> Kafka:
+def read_kafka(settings: Settings) -> KafkaStatus:
     """Ask everything.
 
     Raises TransientError when an answer does not come in time, ConfigurationError when Kafka refuses us.
@@ -92,7 +92,7 @@ def read_kafka(settings: Settings) -> Kafka:
         raise
 
 
-def _read(admin: AdminClient, settings: Settings) -> Kafka:
+def _read(admin: AdminClient, settings: Settings) -> KafkaStatus:
     with Offsets(settings) as offsets:
         topics = offsets.partitions()
         brokers, owners, is_rebalancing = _ask_admin(admin, settings)
@@ -101,7 +101,7 @@ def _read(admin: AdminClient, settings: Settings) -> Kafka:
         identity = None if readings is None else topic_id(admin, settings)
         dead = topics.get(settings.dead_letter_topic)
         letters = None if dead is None else _read_letters(settings, offsets.of(settings.dead_letter_topic, dead))
-    return Kafka(
+    return KafkaStatus(
         address=settings.bootstrap_servers,
         brokers=brokers,
         topic=settings.kafka_topic,
@@ -117,8 +117,8 @@ def _read(admin: AdminClient, settings: Settings) -> Kafka:
 
 def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, str], bool]:
     """The number of brokers, who consumes which partition, and whether the group is sharing them out just now."""
-    cluster = admin.describe_cluster(request_timeout=ANSWER_WITHIN_S)
-    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_WITHIN_S).values()
+    cluster = admin.describe_cluster(request_timeout=ANSWER_TIMEOUT_S)
+    (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_TIMEOUT_S).values()
     with translated_kafka(f"Kafka at {settings.bootstrap_servers} does not answer"):
         described = group.result()
         brokers = len(cluster.result().nodes)
@@ -133,7 +133,7 @@ def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, s
 
 def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> DeadLetters:
     """Read the newest letters of each partition, for a few seconds at most."""
-    share = MOST_LETTERS // len(partitions)
+    share = MAX_LETTERS // len(partitions)
     deadline = time.monotonic() + READ_LETTERS_FOR_S
     reasons: dict[bytes, str] = {}  # by the letter's name
     older: set[bytes | None] = set()

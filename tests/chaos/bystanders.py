@@ -18,8 +18,8 @@ from services.core.config import Settings
 from services.core.database import connection_arguments
 from tests.fix_services import PATIENCE_S
 
-LONGEST_OPEN_S = 4.0
-LONGEST_PAUSE_S = 1.0
+MAX_OPEN_S = 4.0
+MAX_PAUSE_S = 1.0
 
 
 class Bystander:
@@ -46,9 +46,9 @@ class Bystander:
             self._thread.join(PATIENCE_S)
             assert not self._thread.is_alive(), "the database does not answer"
 
-    def pause(self, most_s: float) -> None:
+    def pause(self, max_s: float) -> None:
         """Stay as it is for a random time."""
-        self._end.wait(self.random.uniform(0.2, most_s))
+        self._end.wait(self.random.uniform(0.2, max_s))
 
     def _run(self) -> None:
         while not self._end.is_set():
@@ -57,7 +57,7 @@ class Bystander:
                     while not self._end.is_set():
                         self._turn(connection, self)
                         self.turns += 1
-                        self.pause(LONGEST_PAUSE_S)
+                        self.pause(MAX_PAUSE_S)
             except (psycopg.Error, AssertionError) as error:
                 self.errors.append(" ".join(str(error).split()))
                 self._end.wait(0.5)
@@ -72,7 +72,7 @@ def read_live_view(connection: Connection, bystander: Bystander) -> None:
         assert row[0] == row[1], f"{metric}_summary_live: {row[0]} rows of {row[1]} intervals"
         assert row[0] or metric not in bystander.filled, f"{metric}_summary_live is empty"
         bystander.filled |= {metric} if row[0] else set()
-        bystander.pause(LONGEST_OPEN_S / 2)
+        bystander.pause(MAX_OPEN_S / 2)
     connection.commit()
 
 
@@ -125,5 +125,5 @@ def dump_by_hand(connection: Connection, bystander: Bystander) -> None:
         with suppress(psycopg.errors.UndefinedTable), connection.transaction():
             connection.execute(f"LOCK TABLE ONLY {table} IN ACCESS SHARE MODE")
             connection.execute(f"SELECT count(*) FROM ONLY {table}")
-    bystander.pause(LONGEST_OPEN_S)
+    bystander.pause(MAX_OPEN_S)
     connection.commit()

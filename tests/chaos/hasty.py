@@ -15,7 +15,7 @@ EVERY_S = 1.0
 
 def main() -> int:
     """Run the command line with short periods."""
-    worker.DUTIES_EVERY_S = retention.RUN_EVERY_S = EVERY_S
+    worker.DUTIES_INTERVAL_S = retention.RUN_INTERVAL_S = EVERY_S
     return cli.main(sys.argv[1:])
 
 

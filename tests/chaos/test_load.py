@@ -102,7 +102,7 @@ def test_no_reading_is_missed_under_load(
     with measured("generate", seconds):
         history = write_history(settings, tmp_path / "history")
     with measured("produce", seconds):
-        assert start("produce", settings=settings).wait(within_s=60 + ROWS / LEAST_ROWS_S) == 0
+        assert start("produce", settings=settings).wait(timeout_s=60 + ROWS / LEAST_ROWS_S) == 0
     try:
         with slow_commits(settings) as of_consumers:
             with measured("consume", seconds):

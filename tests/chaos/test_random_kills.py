@@ -37,7 +37,7 @@ from tests.fix_stack import empty, is_native, make_stack, native_settings, stack
 
 EVENTS = 36
 FILES = 12
-CATCH_UP_WITHIN_S = 90
+CATCH_UP_TIMEOUT_S = 90
 WIDTHS = {"temperature": (10, 15), "humidity": (20, 30)}  # before and after the change
 COMMANDS = {"consumer": "consume", "etl": "etl", "producer": "produce"}
 SERVICES = ("consumer-0", "consumer-1", "consumer-2", "consumer-3", "etl-0", "etl-1", "producer")
@@ -48,7 +48,7 @@ TARGETS = dict(zip(SERVICES, (4, 4, 4, 4, 4, 4, 4), strict=True))
 # Others take over from a service only when it stands still for long: sessions last ten seconds, or less.
 FREEZES_S = {(0.1, 3.0): 4, (3.0, 8.0): 2, (11.0, 16.0): 4}
 SESSION_TIMEOUT_MS = 8_000
-AIM_WITHIN_S = 2.0
+AIM_TIMEOUT_S = 2.0
 IN_TRANSACTION = """
     SELECT client_port FROM pg_stat_activity
     WHERE application_name = 'sensor-pipeline consumer' AND xact_start IS NOT NULL AND state <> 'idle'
@@ -116,10 +116,10 @@ class Chaos:
     def freeze(self, name: str) -> None:
         """SIGSTOP a service; it goes on after a random time, and takes part in what has changed meanwhile."""
         self.harmed[f"freeze {name}"] += 1
-        least_s, most_s = self.random.choices(list(FREEZES_S), list(FREEZES_S.values()))[0]
+        least_s, max_s = self.random.choices(list(FREEZES_S), list(FREEZES_S.values()))[0]
         service = self.services[name]
         service.signal(signal.SIGSTOP)
-        self._frozen[name] = threading.Timer(self.random.uniform(least_s, most_s), service.signal, [signal.SIGCONT])
+        self._frozen[name] = threading.Timer(self.random.uniform(least_s, max_s), service.signal, [signal.SIGCONT])
         self._frozen[name].start()
 
     def kill_server(self, name: str) -> None:
@@ -139,9 +139,9 @@ class Chaos:
         done = run_cli(self.settings, "rewind", "--to-time", moment.isoformat())
         assert done.returncode == 0, done.stderr
 
-    def pause(self, least_s: float, most_s: float) -> None:
+    def pause(self, least_s: float, max_s: float) -> None:
         """Let the run go on for a random time."""
-        until = time.monotonic() + self.random.uniform(least_s, most_s)
+        until = time.monotonic() + self.random.uniform(least_s, max_s)
         wait_until(lambda: time.monotonic() >= until, "time passes")
 
     # The run ---------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Chaos:
         if self.stack is not None or (name in self._frozen and self._frozen[name].is_alive()):
             return
         ports = {each.laddr.port for each in psutil.Process(self.services[name].process.pid).net_connections()}
-        deadline = time.monotonic() + AIM_WITHIN_S
+        deadline = time.monotonic() + AIM_TIMEOUT_S
         with connect(self.settings) as connection:
             while time.monotonic() < deadline:
                 if ports & {port for (port,) in connection.execute(IN_TRANSACTION)}:
@@ -222,9 +222,9 @@ class Chaos:
             messages[:] = read_topic(self.settings, self.settings.kafka_topic)
             return sum(map(count_readings, messages)) >= sent
 
-        wait_until(is_sent, "all is sent", CATCH_UP_WITHIN_S)
+        wait_until(is_sent, "all is sent", CATCH_UP_TIMEOUT_S)
         ends = dict(map(place_of, messages))
-        wait_until(lambda: self._are_behind(ends), "all is stored", CATCH_UP_WITHIN_S)
+        wait_until(lambda: self._are_behind(ends), "all is stored", CATCH_UP_TIMEOUT_S)
         return messages
 
     def _are_behind(self, ends: dict[int, int]) -> bool:
@@ -241,10 +241,10 @@ class Chaos:
             self._send()
             return self._find(HAS_CHANGED, self.traffic.kept_from) == (0, sorted(new for _, new in WIDTHS.values()))
 
-        wait_until(has_changed, "retention and the change of widths are done", CATCH_UP_WITHIN_S)
+        wait_until(has_changed, "retention and the change of widths are done", CATCH_UP_TIMEOUT_S)
         self._send()
         messages = self.wait_until_stored()
-        wait_until(lambda: self._find(QUEUED) == (0,), "nothing is queued", CATCH_UP_WITHIN_S)
+        wait_until(lambda: self._find(QUEUED) == (0,), "nothing is queued", CATCH_UP_TIMEOUT_S)
         wait_until(lambda: group_lag(self.settings) == 0, "the group has no lag")
         return messages
 

@@ -23,11 +23,11 @@ from confluent_kafka import Producer
 from services.core.config import Settings
 from services.core.kafka import PARTITIONER, client_settings
 from services.core.measurements import DEFAULT
-from services.local.check import Columns
+from services.local.check import SentColumns
 from tests.fix_services import PATIENCE_S, message
 from tests.model import CHUNK, chunk_of
 
-COLUMNS = Columns("time", {name: name for name in DEFAULT}, "sensor")
+COLUMNS = SentColumns("time", {name: name for name in DEFAULT}, "sensor")
 ROWS_A_FILE = 2_500
 SENSORS = 25
 DEVICES = 8

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, read_range
-from services.local.kafka import Kafka
+from services.local.kafka import KafkaProcess
 from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import ROOT, free_port, make_stack
 
@@ -52,7 +52,7 @@ ROWS = listed()
 USERS = {service: service.replace(" ", "-") for service, *_ in ROWS}
 
 
-class Guarded(Kafka):
+class Guarded(KafkaProcess):
     """A broker that asks for users and rights on one port, and believes everybody on the other."""
 
     guarded_port = 0

@@ -276,6 +276,6 @@ def test_a_flood_of_blocks_takes_little_memory(
         most = max([most, *(int(line.split()[1]) for line in found)])
         return consumer.process.poll() is not None
 
-    wait_until(has_ended, "the topic's end", within_s=120)
+    wait_until(has_ended, "the topic's end", timeout_s=120)
     assert len(stored(connection)) == len(ids)
     assert most < 400_000, f"{most} kB"

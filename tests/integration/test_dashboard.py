@@ -30,7 +30,7 @@ from services.core.reading import Reading
 from services.dashboard import series
 from services.dashboard.monitor import Monitor
 from services.dashboard.page import NO_READINGS, UNCHANGED, UNKNOWN, Filler, make_page
-from services.dashboard.series import Summaries
+from services.dashboard.series import SummaryReader
 from services.etl.worker import Leader
 from tests.expected import Expected, samples
 from tests.fix_browser import console, hosts, save
@@ -50,7 +50,7 @@ PICTURES = os.environ.get("DASHBOARD_PICTURES")
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """On a busy machine a browser takes its time."""
-    wait_at_most(condition, what, within_s=90)
+    wait_at_most(condition, what, timeout_s=90)
 
 
 def fill(settings: Settings, *readings: Reading) -> None:
@@ -87,7 +87,7 @@ class Looks:
     """Monitor and callbacks without a browser."""
 
     def __init__(self, settings: Settings) -> None:
-        self.summaries = Summaries(settings)
+        self.summaries = SummaryReader(settings)
         self.monitor = Monitor(settings, self.summaries)
         self.filler = Filler(self.monitor, self.summaries)
 
@@ -133,7 +133,7 @@ def test_the_intervals_are_those_of_the_summary(settings: Settings, connection: 
 def test_too_many_intervals_are_joined_and_the_page_says_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, look: Look
 ) -> None:
-    monkeypatch.setattr(series, "MOST_POINTS", 10)
+    monkeypatch.setattr(series, "MAX_POINTS", 10)
     fill(settings, *steps("s1", 25))
     page = look(settings)
     page.monitor.look_at_database()

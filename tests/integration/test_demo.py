@@ -66,7 +66,7 @@ def output(workspace: Path) -> str:
 def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
     workspace: Path, demo: subprocess.Popen[bytes]
 ) -> None:
-    wait_until(lambda: "readings stored" in output(workspace), "the first readings", within_s=60)
+    wait_until(lambda: "readings stored" in output(workspace), "the first readings", timeout_s=60)
     refused(workspace, f"another demo is running in {workspace}/.local: wait for its end")
     pid = int((workspace / ".local" / "demo" / "consumer.pid").read_text(encoding="utf-8").split()[0])
     os.kill(pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.etl import aggregates as aggregates_module
 from services.etl.rollup import BASE, OF_MINUTES
-from services.etl.summaries import Summaries
+from services.etl.summaries import SummaryMirror
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, StartService, minutes, run_cli, wait_until
 from tests.integration.test_etl import aggregates, differences, queue_length, readers, summary
@@ -92,13 +92,13 @@ def test_dense_history_of_an_empty_database_is_read_once(
     assert aggregates(connection) == OF_READINGS
     store(sink, *DENSE)
     refreshed = []
-    refresh = Summaries.refresh
+    refresh = SummaryMirror.refresh
 
-    def note_and_refresh(self: Summaries, aggregate: str, *window: datetime, force: bool = False) -> None:
+    def note_and_refresh(self: SummaryMirror, aggregate: str, *window: datetime, force: bool = False) -> None:
         refreshed.append(aggregate)
         refresh(self, aggregate, *window, force=force)
 
-    monkeypatch.setattr(Summaries, "refresh", note_and_refresh)
+    monkeypatch.setattr(SummaryMirror, "refresh", note_and_refresh)
     (leader if runs_on else Leader(connection, settings)).run_once()
     assert of_default(refreshed) == aggregates(connection) == OF_DENSE
     assert summary(connection, suffix="_live") == summary(connection)

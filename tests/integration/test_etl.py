@@ -24,7 +24,7 @@ from services.core.reading import Reading
 from services.etl.aggregates import Aggregates
 from services.etl.lease import Lease
 from services.etl.rollup import BASE, OF_MINUTES, Rollup, configured_rollups
-from services.etl.summaries import Summaries
+from services.etl.summaries import SummaryMirror
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
@@ -119,7 +119,7 @@ def test_a_committed_reading_shows_in_table_and_live_view(
     wait_until(lambda: len(aggregates(connection)) == 2, "aggregates")
     store(sink, at(1, 20.0, 50.0), at(2, 22.0), at(3, None, 52.0), at(11, 10.0, sensor="s2"))
     expected = [("s1", minutes(0), 21.0, 20.0, 22.0, 2), ("s2", minutes(10), 10.0, 10.0, 10.0, 1)]
-    wait_until(lambda: summary(connection) == expected, "the summary", within_s=5)
+    wait_until(lambda: summary(connection) == expected, "the summary", timeout_s=5)
     assert summary(connection, suffix="_live") == expected
     assert summary(connection, "humidity") == [("s1", minutes(0), 51.0, 50.0, 52.0, 2)]
     ends = connection.execute("SELECT DISTINCT interval_end - interval_start FROM temperature_summary").fetchall()
@@ -561,7 +561,7 @@ def test_a_new_measurement_is_summarised_from_all_the_readings_there_are(
         request.getfixturevalue("in_minutes")
     older = old_aggregates(connection, settings)
     store(sink, *(at(minute, float(minute), 50.0) for minute in range(100)), at(60 * 24 * 30, 1.0))
-    summaries = Summaries(connection, older, Lease(connection), timedelta(0))
+    summaries = SummaryMirror(connection, older, Lease(connection), timedelta(0))
     while summaries.refresh_queued():
         pass
     before = summary(connection)

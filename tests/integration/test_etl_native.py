@@ -183,7 +183,7 @@ def test_history_loaded_twice_by_many_writers_is_summarised_exactly(
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
-    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", within_s=300)
+    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", timeout_s=300)
     looked = value(connection, "SELECT max(checked_at) FROM summary_check")
     wait_until(lambda: value(connection, "SELECT min(checked_at) FROM summary_check") != looked, "one more look")
     assert count(connection, "sensor_data") == rows
@@ -278,11 +278,11 @@ def test_an_open_transaction_stops_neither_consumers_nor_summaries_while_an_inte
             started = time.monotonic()
             store(settings, at(minute))
             assert time.monotonic() - started < 4
-            wait_until(summarised(connection, minute), "the summary follows", within_s=8)
+            wait_until(summarised(connection, minute), "the summary follows", timeout_s=8)
         if "live" in statement:
             assert etl.wait_for("duty_failed")["duty"] == "interval_change"
             assert not etl.events("interval_changed")
-    etl.wait_for("interval_changed", within_s=90)
+    etl.wait_for("interval_changed", timeout_s=90)
     assert etl.stop() == 0
 
 
@@ -300,7 +300,7 @@ def test_retention_waits_for_a_dump_and_the_summaries_do_not(
         store(settings, reading_of("s2", ago(1), 2.0, None))
         wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
         assert count(connection, chunks) == 3
-    wait_until(lambda: count(connection, chunks) == 1, "both are dropped", within_s=90)
+    wait_until(lambda: count(connection, chunks) == 1, "both are dropped", timeout_s=90)
     assert count(connection, "temperature_summary") == 4
     assert etl.stop() == 0
 
@@ -318,7 +318,7 @@ def test_a_chunk_that_cannot_be_compressed_costs_a_warning(
         assert count(connection, compressed) == 1  # the other one
         store(settings, reading_of("s2", ago(1), 2.0, None))
         wait_until(lambda: count(connection, "temperature_summary WHERE sensor_id = 's2'") == 1, "summarised", 5)
-    wait_until(lambda: count(connection, compressed) == 2, "both are compressed", within_s=90)
+    wait_until(lambda: count(connection, compressed) == 2, "both are compressed", timeout_s=90)
     assert etl.stop() == 0
 
 
@@ -359,7 +359,7 @@ def test_a_leader_that_was_frozen_is_replaced_and_changes_nothing_when_it_wakes_
     second.wait_for("standing_by")
     first.signal(signal.SIGSTOP)
     store(settings, at(0))
-    second.wait_for("leading", within_s=30)  # after the server has ended an open transaction
+    second.wait_for("leading", timeout_s=30)  # after the server has ended an open transaction
     wait_until(summarised(connection, 0), "the second works")
     first.signal(signal.SIGCONT)
     first.wait_for("lead_lost")
@@ -398,8 +398,8 @@ def test_a_standby_takes_over_within_seconds_from_a_refresh_that_nobody_waits_fo
     second.wait_for("standing_by")
     wait_until(is_refreshing(connection), "a refresh")
     first.kill()
-    second.wait_for("leading", within_s=12)
-    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", within_s=60)
+    second.wait_for("leading", timeout_s=12)
+    wait_until(lambda: count(connection, "summary_refresh_queue") == 0, "all is summarised", timeout_s=60)
     assert second.stop() == 0
     assert run_reconcile(settings, Shutdown()) == NOTHING
 
@@ -409,7 +409,7 @@ def test_a_signal_cancels_a_long_refresh(settings: Settings, connection: Connect
     etl = start("etl")
     wait_until(is_refreshing(connection), "a refresh")
     assert etl.stop() == 0
-    wait_until(lambda: not is_refreshing(connection)(), "the refresh has ended too", within_s=3)
+    wait_until(lambda: not is_refreshing(connection)(), "the refresh has ended too", timeout_s=3)
 
 
 def test_whoever_has_lost_the_lead_changes_nothing(settings: Settings, connection: Connection) -> None:
@@ -476,7 +476,7 @@ def test_a_role_that_may_only_read_stops_nothing(
         etl = start("etl")
         etl.wait_for("leading")
         store(settings, at(20))
-        wait_until(summarised(connection, 20), "the summary", within_s=5)
+        wait_until(summarised(connection, 20), "the summary", timeout_s=5)
         assert etl.stop() == 0
 
 

@@ -226,7 +226,7 @@ def test_a_read_only_database_is_waited_for(
         connection.execute("ALTER ROLE CURRENT_USER RESET default_transaction_read_only")
     proxy.cut()
     expected.wait_until_stored()
-    expected.wait_until_summarised(within_s=60)  # etl may have begun its longest pause
+    expected.wait_until_summarised(timeout_s=60)  # etl may have begun its longest pause
     assert_alive(consumer, etl)
 
 
@@ -348,7 +348,7 @@ def test_a_killed_broker_is_waited_for(own_stack: Stack, settings: Settings, sta
     own_stack.kafka.start()
     own_stack.kafka.wait_ready()
     expected.send(samples(200, start=20, step=0.5))
-    expected.wait_until_stored(within_s=UP_S)
+    expected.wait_until_stored(timeout_s=UP_S)
     expected.wait_until_summarised()
     assert_alive(consumer, etl)
 

@@ -26,7 +26,7 @@ from tests.fix_stack import ROOT
 from tests.integration.test_producer import BEGIN, assert_once, changed, numbers, source, write
 
 RATE = 400
-LOOK_S = 0.2
+POLL_S = 0.2
 
 
 def sending_times(settings: Settings) -> list[tuple[float, int]]:
@@ -69,7 +69,7 @@ def test_a_slow_feed_is_seen_at_once_and_ends_at_once(settings: Settings, start:
     assert numbers(settings) == Counter([0])
     assert time.time() - began < 5  # the next reading, which would have ended the transaction, is due after 10
     first.signal(signal.SIGTERM)
-    assert first.wait(within_s=5) == STOPPED
+    assert first.wait(timeout_s=5) == STOPPED
     assert first.events("stopped_early")[0]["rows_left"] == 2
     assert first.events("transaction_aborted") == []
     assert start("produce", settings=changed(settings, producer_rate=0)).wait() == 0
@@ -105,7 +105,7 @@ def arriving(settings: Settings, tmp_path: Path) -> tuple[Settings, Path]:
     """Settings that watch a directory which is empty still."""
     data = tmp_path / "data"
     data.mkdir()
-    settings = source(settings, data, producer_watch_seconds=LOOK_S, producer_transaction_rows=10_000)
+    settings = source(settings, data, producer_watch_seconds=POLL_S, producer_transaction_rows=10_000)
     return settings, data
 
 
@@ -140,7 +140,7 @@ def test_files_are_sent_as_they_become_whole(
     files_sent(watcher, 4)
     assert_once(settings, 4000)
     watcher.signal(signal.SIGTERM)
-    assert watcher.wait(within_s=10) == 0
+    assert watcher.wait(timeout_s=10) == 0
 
 
 def test_a_file_that_goes_while_it_is_sent_does_not_end_the_watching(
@@ -178,7 +178,7 @@ def test_killed_while_watching_each_row_is_there_once(arriving: tuple[Settings, 
     watcher = start("produce", settings=settings)
     wait_until(lambda: bool(watcher.events("all_sent") or watcher.events("nothing_to_send")), "all is sent")
     watcher.signal(signal.SIGTERM)
-    assert watcher.wait(within_s=10) == 0
+    assert watcher.wait(timeout_s=10) == 0
     assert_once(settings, kills * rows)
 
 

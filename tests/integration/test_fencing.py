@@ -198,7 +198,7 @@ def test_a_batch_in_hand_when_its_partitions_move_is_not_written(
     send_to_all(expected, corrections(60, 100))
     fast = own.model_copy(update={"consumer_batch_rows": 500, "consumer_writers": 1})  # all that it has hangs
     hanging = start(
-        plan("write", "before", call=1, until=str(may_go_on), hand_over_within_s=0.2),
+        plan("write", "before", call=1, until=str(may_go_on), hand_over_timeout_s=0.2),
         "consume",
         settings=fast,
         module=RUNNER,

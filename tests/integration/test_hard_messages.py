@@ -21,7 +21,7 @@ from confluent_kafka.admin import (
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, create_topics, headers_of
-from services.local.kafka import Kafka
+from services.local.kafka import KafkaProcess
 from tests.expected import committed_offsets, member_ids
 from tests.fix_services import PATIENCE_S, StartService, message, minutes, publish, read_topic, wait_until
 from tests.fix_stack import free_port, is_native, make_stack
@@ -29,7 +29,7 @@ from tests.fix_stack import free_port, is_native, make_stack
 Headers = list[tuple[str, str | bytes | None]]
 
 
-class OwnKafka(Kafka):
+class OwnKafka(KafkaProcess):
     """A broker with settings of its own."""
 
     more = ""

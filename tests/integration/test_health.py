@@ -17,7 +17,7 @@ from tests.measured import make_settings
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
-    monkeypatch.setattr(health, "REQUEST_WITHIN_S", 1.0)
+    monkeypatch.setattr(health, "REQUEST_TIMEOUT_S", 1.0)
     settings = make_settings(metrics_port=free_port())
     server = HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")})
     server.start()

@@ -17,8 +17,8 @@ import pytest
 from confluent_kafka import Producer
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.consumer.instruments import EXPIRING
 from services.consumer.lag import Expiry
+from services.consumer.metrics import EXPIRING
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.kafka import REASON_HEADER, client_settings, connect_admin, create_topics
@@ -65,9 +65,9 @@ class Pages:
     def value(self, metric: str, label: str = "") -> float | None:
         return self.values(metric).get(label)
 
-    def wait_for(self, path: str, status: int, within_s: float = 30.0) -> str:
+    def wait_for(self, path: str, status: int, timeout_s: float = 30.0) -> str:
         """Wait for this status; the body."""
-        wait_until(lambda: self.get(path)[0] == status, f"{path} is {status}", within_s)
+        wait_until(lambda: self.get(path)[0] == status, f"{path} is {status}", timeout_s)
         return self.get(path)[1]
 
 
@@ -104,7 +104,7 @@ def test_counts_agree_with_the_tables(settings: Settings, connection: psycopg.Co
     )
     assert {reason: n for reason, n in consumer.values("sensor_dead_letters_total").items() if n} == letters
     assert consumer.value("sensor_messages_read_total") == 40 + 7 + 4
-    assert consumer.value("sensor_messages_left_total") == 0
+    assert consumer.value("sensor_messages_abandoned_total") == 0
     assert consumer.value("sensor_readings_late_total") == 7
     assert consumer.value("sensor_batch_readings_sum") == 47
     written = consumer.values("sensor_batch_write_seconds_count")
@@ -136,7 +136,7 @@ def test_a_database_that_is_away(
     settings: Settings, proxied: Settings, proxy: Proxy, start: StartService, connection: psycopg.Connection
 ) -> None:
     consumer, etl = Pages(proxied.model_copy(update={"consumer_batch_rows": 10})), Pages(proxied)
-    plan = json.dumps({"hand_over_within_s": 0.2})
+    plan = json.dumps({"hand_over_timeout_s": 0.2})
     service = start(plan, "consume", settings=consumer.settings, module=RUNNER)
     start("etl", settings=etl.settings)
     expected = Expected(settings)
@@ -178,7 +178,7 @@ def test_a_database_that_is_away(
     wait_until(lambda: [p.value("sensor_consumer_lag_messages", "0") for p in both].count(0.0) == 1, "no lag")
     stored = [pages.values("sensor_readings_stored_total") for pages in both]
     assert sum(results["inserted"] for results in stored) == count(connection, "sensor_data")
-    left = [pages.value("sensor_messages_left_total") or 0 for pages in both]
+    left = [pages.value("sensor_messages_abandoned_total") or 0 for pages in both]
     assert left[0] > 0
     read = [pages.value("sensor_messages_read_total") or 0 for pages in both]
     assert sum(read) - sum(left) == sum(sum(results.values()) for results in stored)
@@ -305,4 +305,4 @@ def test_a_broker_that_is_away_and_what_was_sent(
         own_stack.kafka.start()
         own_stack.kafka.wait_ready()
     for pages in (producer, consumer):
-        pages.wait_for("/readyz", 200, within_s=UP_S)
+        pages.wait_for("/readyz", 200, timeout_s=UP_S)

@@ -36,7 +36,7 @@ from services.core.kafka import REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, clie
 from services.core.murmur2 import partition_of
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
-from services.local.kafka import Kafka
+from services.local.kafka import KafkaProcess
 from services.local.runtime import install
 from services.producer.encoding import Messages
 from services.producer.progress import progress_topic
@@ -212,7 +212,7 @@ def test_a_file_that_is_renamed_when_half_of_it_was_sent_goes_on(
     path.rename(tmp_path / "b.parquet")
     assert start("produce", settings=source(settings, tmp_path / "b.parquet")).wait() == 0
     # The transaction of the one that was killed is another source's: Kafka ends it by itself.
-    wait_until(lambda: nothing_is_open(settings), "no transaction is open", within_s=60)
+    wait_until(lambda: nothing_is_open(settings), "no transaction is open", timeout_s=60)
     assert_once(settings, MANY)
 
 
@@ -464,7 +464,7 @@ def test_sigterm_commits_what_is_read_and_the_next_run_goes_on(
     first = start("produce", settings=settings)
     first.wait_for("transaction_committed", count=2)
     first.signal(signal.SIGTERM)
-    assert first.wait(within_s=10) == STOPPED
+    assert first.wait(timeout_s=10) == STOPPED
     said = first.events("stopped_early")[0]
     assert 40_000 <= said["sent"] < MANY
     assert said["rows_left"] == MANY - said["rows"]
@@ -636,9 +636,9 @@ def test_progress_that_an_open_transaction_of_another_producer_hides_is_waited_f
 
 
 @pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaProcess]:
     """A broker that tests of this module may kill."""
-    kafka = Kafka(tmp_path_factory.mktemp("broker"), free_port())
+    kafka = KafkaProcess(tmp_path_factory.mktemp("broker"), free_port())
     kafka.runtime = install(lambda line: None, ROOT / ".local" / "runtime")
     kafka.start()
     kafka.wait_ready()
@@ -647,14 +647,14 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 
 @pytest.fixture
-def own_settings(settings: Settings, broker: Kafka) -> Settings:
+def own_settings(settings: Settings, broker: KafkaProcess) -> Settings:
     """The test's settings with that broker."""
     return changed(settings, kafka_host="127.0.0.1", kafka_port=broker.port)
 
 
 @FORMATS
 def test_a_broker_that_dies_is_waited_for(
-    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka, form: str
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: KafkaProcess, form: str
 ) -> None:
     """Away for longer than a transaction may last, so that what was open is sent again."""
     rows = enough(form)
@@ -671,14 +671,14 @@ def test_a_broker_that_dies_is_waited_for(
     producer.wait_for("waiting_for_kafka")
     broker.start()
     broker.wait_ready()
-    assert producer.wait(within_s=120) == 0
+    assert producer.wait(timeout_s=120) == 0
     assert producer.events("all_sent")[0]["sent"] == rows
     assert_once(settings, rows)
 
 
 @FORMATS
 def test_sigterm_while_the_broker_is_away_ends_in_time(
-    own_settings: Settings, start: StartService, tmp_path: Path, broker: Kafka, form: str
+    own_settings: Settings, start: StartService, tmp_path: Path, broker: KafkaProcess, form: str
 ) -> None:
     rows = enough(form)
     path = write(tmp_path / "a.parquet", rows)
@@ -687,7 +687,7 @@ def test_sigterm_while_the_broker_is_away_ends_in_time(
     producer.wait_for("transaction_committed", count=2)
     broker.kill()
     producer.signal(signal.SIGTERM)
-    assert producer.wait(within_s=10) == STOPPED
+    assert producer.wait(timeout_s=10) == STOPPED
     said = producer.events("stopped_early")[0]
     broker.start()
     broker.wait_ready()

@@ -99,7 +99,7 @@ def test_a_topic_that_is_created_again_begins_at_its_beginning(
     wait_until(lambda: settings.kafka_topic not in admin.list_topics(timeout=5).topics, "the topic is gone")
     create_topics(admin, settings)
     send(settings, 1000, 1200)
-    wait_until(lambda: counts(connection)[0] == 300, "the new topic is stored from its beginning", within_s=60)
+    wait_until(lambda: counts(connection)[0] == 300, "the new topic is stored from its beginning", timeout_s=60)
     assert consumer.stop() == 0
 
 

@@ -20,7 +20,7 @@ from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, create_topics
 from services.core.shutdown import Shutdown
 from services.local.certificates import Authority
-from services.local.kafka import Kafka
+from services.local.kafka import KafkaProcess
 from services.local.security import Security, secure
 from services.local.stack import Stack
 from tests.fix_services import message, publish, run_cli
@@ -289,7 +289,7 @@ def test_a_broker_that_was_killed_comes_back_with_a_new_password(
     """The last one here: the old password is worth nothing from then on."""
     kafka = tls_stack.kafka
     kafka.kill()
-    renewed = Kafka(kafka.data_path.parent, kafka.port, kafka.runtime, replace(security, password="another one"))
+    renewed = KafkaProcess(kafka.data_path.parent, kafka.port, kafka.runtime, replace(security, password="another one"))
     renewed.start()
     renewed.wait_ready()
     assert "invalid credentials" in kafka_mistake(client, capfd)

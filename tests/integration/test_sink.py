@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from services.consumer.batch import Move
-from services.consumer.columns import MOST_TRANSACTIONS, columns_of, encode
+from services.consumer.columns import MAX_TRANSACTIONS, columns_of, encode
 from services.consumer.sink import SESSION_NAME, Sink, statement
 from services.core.config import Settings
 from services.core.database import connect
@@ -126,7 +126,7 @@ def test_a_batch_that_jumps_in_time_is_several_transactions(sink: Sink, connecti
 
 def test_many_jumps_are_few_transactions(sink: Sink, connection: psycopg.Connection) -> None:
     counts(sink, *(reading_of("s1", minutes(at * 600), 1.0) for at in range(50)))
-    assert connection.execute("SELECT count(DISTINCT xmin::text) FROM sensor_data").fetchone() == (MOST_TRANSACTIONS,)
+    assert connection.execute("SELECT count(DISTINCT xmin::text) FROM sensor_data").fetchone() == (MAX_TRANSACTIONS,)
     assert len(take_queue(connection)) == 50
 
 
@@ -334,7 +334,7 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
         copying = cursor.copy(statement("copy_readings", rows))
         copying.__enter__().write(encoded[:-2])
         wait_until(lambda: is_written(connection, frozen.info.backend_pid), "rows are in the index")
-        wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", within_s=10)
+        wait_until(lambda: writes(heir, batch), "it waits, ends the other, and writes", timeout_s=10)
         with pytest.raises(psycopg.OperationalError):
             copying.__exit__(None, None, None)
         bystander.execute("COMMIT")  # of others nobody is ended

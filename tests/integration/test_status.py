@@ -214,7 +214,7 @@ def test_dead_letters_until_they_are_deleted(settings: Settings, capsys: Capture
 def test_only_the_last_of_many_dead_letters_are_looked_at(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("services.status.topics.MOST_LETTERS", 2)
+    monkeypatch.setattr("services.status.topics.MAX_LETTERS", 2)
     letters = settings.model_copy(update={"kafka_topic": settings.dead_letter_topic})
     publish(letters, [b"1", b"2", b"3"])
     _, state = ask(settings, capsys)
@@ -280,7 +280,7 @@ def test_a_wrong_password_is_a_mistake(settings: Settings) -> None:
 def test_a_database_that_is_busy_for_long(
     settings: Settings, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "ANSWER_WITHIN_S", 1.0)
+    monkeypatch.setattr(database, "ANSWER_TIMEOUT_S", 1.0)
     started = time.monotonic()
     with connection.transaction():
         connection.execute("LOCK TABLE sensor_data IN ACCESS EXCLUSIVE MODE")

@@ -22,7 +22,7 @@ from services.core.errors import MalformedMessage, Reason
 from services.core.kafka import ARROW, FORMAT_HEADER
 from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
-from services.core.reading import EPOCH, LARGEST_VALUE, Decoder, Reading, reading_type
+from services.core.reading import EPOCH, MAX_VALUE, Decoder, Reading, reading_type
 from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
 from services.producer.columns import Columns
 from services.producer.encoding import encode_batch
@@ -233,7 +233,7 @@ moments = st.builds(
     lambda edge, off: (edge - EPOCH) // timedelta(microseconds=1) + off, st.sampled_from(edges), st.integers(-2, 2)
 )
 odd_times = st.none() | moments | st.integers(-(2**63), 2**63 - 1)
-odd_numbers = st.none() | st.floats() | st.sampled_from([0.1, LARGEST_VALUE, -LARGEST_VALUE, LARGEST_VALUE * 1.0001])
+odd_numbers = st.none() | st.floats() | st.sampled_from([0.1, MAX_VALUE, -MAX_VALUE, MAX_VALUE * 1.0001])
 odd_ids = (
     ids
     | st.characters(exclude_categories=["Cs"])

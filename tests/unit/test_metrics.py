@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from services.consumer import instruments as consumer
+from services.consumer import metrics as consumer
 from services.core.errors import Reason
-from services.producer import instruments as producer
+from services.producer import metrics as producer
 from services.producer.times import DOUBTS
 from tests.fix_stack import ROOT
 from tests.metric_names import MODULES, registered

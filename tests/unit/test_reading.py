@@ -16,9 +16,9 @@ from services.core.errors import MalformedMessage
 from services.core.reading import (
     EARLIEST,
     EPOCH,
-    LARGEST_VALUE,
     LATEST,
-    LONGEST_SENSOR_ID,
+    MAX_SENSOR_ID,
+    MAX_VALUE,
     Decoder,
 )
 from tests.measured import MEASUREMENTS, encode, reading_of
@@ -131,7 +131,7 @@ MALFORMED = [
     (value(sensor_id="\x1b]0;title\x07"), "invalid_reading"),
     (value(sensor_id="\x85"), "invalid_reading"),
     (value(sensor_id="\u202etxt.exe"), "invalid_reading"),
-    (value(sensor_id="x" * (LONGEST_SENSOR_ID + 1)), "invalid_reading"),
+    (value(sensor_id="x" * (MAX_SENSOR_ID + 1)), "invalid_reading"),
     (value(time=...), "invalid_reading"),
     (value(time=None), "invalid_reading"),
     (value(time=""), "invalid_reading"),
@@ -167,7 +167,7 @@ def test_the_largest_message_and_the_longest_sensor_id_are_readings() -> None:
     assert len(padded) == MAX_BYTES
     assert decoder().decode(padded) == decoder().decode(value())
     assert reason(padded + b" ") == "too_large"
-    longest = "ü" * LONGEST_SENSOR_ID
+    longest = "ü" * MAX_SENSOR_ID
     assert decoder().decode(value(sensor_id=longest).replace(b"\\u00fc", "ü".encode())).sensor_id == longest
 
 
@@ -210,10 +210,10 @@ def test_no_clock_is_out_of_range(now: datetime, max_age: timedelta | None) -> N
 
 
 @given(
-    sensor=st.text(min_size=1, max_size=LONGEST_SENSOR_ID).filter(str.isprintable),
+    sensor=st.text(min_size=1, max_size=MAX_SENSOR_ID).filter(str.isprintable),
     moment=st.datetimes(EARLIEST.replace(tzinfo=None), (NOW + MAX_FUTURE).replace(tzinfo=None), timezones=st.just(UTC)),
-    temperature=st.floats(-LARGEST_VALUE, LARGEST_VALUE),
-    humidity=st.none() | st.floats(-LARGEST_VALUE, LARGEST_VALUE),
+    temperature=st.floats(-MAX_VALUE, MAX_VALUE),
+    humidity=st.none() | st.floats(-MAX_VALUE, MAX_VALUE),
 )
 def test_every_reading_survives_the_way_through_a_message(
     sensor: str, moment: datetime, temperature: float, humidity: float | None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.consumer import columns
-from services.consumer.columns import JUMP, MOST_TRANSACTIONS, MOST_WEEKS, columns_of
+from services.consumer.columns import JUMP, MAX_TRANSACTIONS, MAX_WEEKS, columns_of
 from services.consumer.sink import WriteResult
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
 from tests.fix_services import touched_ranges
@@ -113,7 +113,7 @@ def test_a_batch_is_split_into_few_parts_that_hold_each_reading_once(rows: list[
     parts = split_at_jumps(rows)
     assert sorted(at for part in parts for at in part) == list(range(len(rows)))
     assert all(parts)
-    assert len(parts) <= MOST_TRANSACTIONS
+    assert len(parts) <= MAX_TRANSACTIONS
 
 
 @given(batches())
@@ -124,7 +124,7 @@ def test_parts_follow_in_time_with_a_jump_between_and_none_inside_unless_all_are
     assert all(gap > JUMP for gap in between)
     assert all(gap >= timedelta(0) for gap in inside)
     widest = max(inside, default=timedelta(0))
-    assert widest <= (JUMP if len(parts) < MOST_TRANSACTIONS else min(between))
+    assert widest <= (JUMP if len(parts) < MAX_TRANSACTIONS else min(between))
 
 
 @given(batches(nearby.map(lambda time: time.replace(minute=0, second=0))))
@@ -153,8 +153,8 @@ def test_a_part_has_at_most_a_hundred_weeks(first: datetime) -> None:
     parts = split_at_jumps(rows)
     assert [at for part in parts for at in part] == list(range(500))
     weeks = [{(rows[at].time - EPOCH) // timedelta(weeks=1) for at in part} for part in parts]
-    assert max(map(len, weeks)) == MOST_WEEKS
-    assert len(parts) <= MOST_TRANSACTIONS + len(set().union(*weeks)) // MOST_WEEKS
+    assert max(map(len, weeks)) == MAX_WEEKS
+    assert len(parts) <= MAX_TRANSACTIONS + len(set().union(*weeks)) // MAX_WEEKS
 
 
 def test_counts_of_parts_add_up() -> None:

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
-from services.core.reading import EARLIEST, LARGEST_VALUE, LATEST, Decoder, Reading, reading_type
+from services.core.reading import EARLIEST, LATEST, MAX_VALUE, Decoder, Reading, reading_type
 from services.producer.blocks import Rows
 from services.producer.columns import Columns
 from services.producer.encoding import Messages, encode_batch
-from services.producer.finding import Place
+from services.producer.finding import SourceLocation
 from services.producer.reader import BATCH_ROWS, READER
 from services.producer.source import Source, SourceFile, UnreadableFileError, check_file, open_source
 from tests.measured import MEASUREMENTS, make_settings, reading_of
@@ -237,7 +237,7 @@ def test_decimals_keep_all_their_digits() -> None:
     assert [r.temperature for r in readings(encode(temp=column))] == [-0.07, 123456789012345678.90]
 
 
-@given(st.lists(st.floats(-LARGEST_VALUE, LARGEST_VALUE), min_size=1))
+@given(st.lists(st.floats(-MAX_VALUE, MAX_VALUE), min_size=1))
 def test_every_double_comes_back_as_it_was(values: list[float]) -> None:
     found = [reading.temperature for reading in readings(encode(temp=pa.array(values, pa.float64())))]
     assert found == values
@@ -326,7 +326,7 @@ def expected(rows: Iterable[Row]) -> tuple[list[Reading], dict[str, int]]:
             reason = "no_sensor"
         elif len(sensor) > 255 or not sensor.isprintable():
             reason = "bad_sensor"
-        elif max(abs(temp or 0), abs(humid or 0)) > LARGEST_VALUE:
+        elif max(abs(temp or 0), abs(humid or 0)) > MAX_VALUE:
             reason = "value_out_of_range"
         elif temp is None and humid is None:
             reason = "no_measurement"
@@ -558,7 +558,7 @@ def test_an_object_is_its_name_size_and_time(tmp_path: Path, monkeypatch: pytest
     """Its contents would have to be transferred to be known. (A directory stands in for a store here.)"""
 
     def objects() -> list[str]:
-        place = Place("", "s3://", str(tmp_path), pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem()))
+        place = SourceLocation("", "s3://", str(tmp_path), pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem()))
         return [check_file(place, str(tmp_path / name), COLUMNS).fingerprint for name in ("a.parquet", "b.parquet")]
 
     path = write(tmp_path / "a.parquet")
@@ -633,7 +633,7 @@ def test_keys_in_a_url_are_not_shown() -> None:
 
 
 def test_an_at_sign_in_a_path_is_no_secret() -> None:
-    assert Place.of("gs://anonymous@bucket/b@c.parquet").path == "bucket/b@c.parquet"
+    assert SourceLocation.of("gs://anonymous@bucket/b@c.parquet").path == "bucket/b@c.parquet"
     assert "/a@b.parquet" in problem("/no/such/a@b.parquet")
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.etl.rollup import minutes_pay
-from services.etl.summaries import MOST_WINDOWS, NEAR, Window, join_near, take_newest
+from services.etl.summaries import MAX_WINDOWS, NEAR, Window, join_near, take_newest
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -51,7 +51,7 @@ def test_step_by_step_all_is_taken_from_the_newest_to_the_oldest(windows: list[W
     while left:
         step = take_newest(left, most * MINUTE)
         cut = step.cut or START
-        assert 0 < len(step.windows) <= MOST_WINDOWS
+        assert 0 < len(step.windows) <= MAX_WINDOWS
         assert sum((end - start for start, end in step.windows), timedelta(0)) <= most * MINUTE
         assert minutes_of(left) - minutes_of(step.windows) == {minute for minute in minutes_of(left) if minute < cut}
         left = [(start, min(end, cut)) for start, end in left if start < cut]

@@ -13,7 +13,7 @@ const MAX_UNSENT_BYTES = 32 * 1024 * 1024;
 const MAX_WAL_BYTES = 256 * 1024 * 1024;
 const MAX_IDLE_WAL_BYTES = 16 * 1024 * 1024;
 const IDLE_MS = 250;
-const UNITS_UNTIL_LOOK = 1000;
+const UNITS_UNTIL_POLL = 1000;
 
 /**
  * @typedef {import('./types.d.ts').Request} Request
@@ -196,7 +196,7 @@ export class Backend {
     this.#idle.refresh();
     this.#unitsUntilLook -= 1 + bytes / 4096;
     if (this.#unitsUntilLook > 0) return;
-    this.#unitsUntilLook = UNITS_UNTIL_LOOK;
+    this.#unitsUntilLook = UNITS_UNTIL_POLL;
     this.#checkpoint(MAX_WAL_BYTES);
   }
 

@@ -6,7 +6,7 @@
 import { CLIENT, lengthAt, SERVER } from './wire.mjs';
 
 const MAX_MESSAGE_BYTES = 256 * 1024 * 1024; // of anything but COPY data
-const LOOKED_AT = new Set([SERVER.READY, SERVER.ERROR, SERVER.NOTICE, SERVER.COPY_IN]);
+const INSPECTED = new Set([SERVER.READY, SERVER.ERROR, SERVER.NOTICE, SERVER.COPY_IN]);
 
 /** The client does not follow the protocol; its connection cannot be used any further. */
 export class ProtocolError extends Error {}
@@ -113,7 +113,7 @@ export class AnswerFrames {
       const length = Math.min(this.#rest, bytes.length - at);
       this.#rest -= length;
       at += length;
-      if (at === bytes.length || LOOKED_AT.has(bytes[at])) return at;
+      if (at === bytes.length || INSPECTED.has(bytes[at])) return at;
       this.#rest = lengthAt(bytes, at);
       if (this.#rest === 0) return at;
     }

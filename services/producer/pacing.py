@@ -20,14 +20,14 @@ from services.producer.columns import Columns
 from services.producer.encoding import Encoded, event_times
 
 TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
-MOST_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
-MOST_PART_ROWS = 20_000
-LARGEST_SPEED = 1e6
+MAX_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
+MAX_PART_ROWS = 20_000
+MAX_SPEED = 1e6
 LONG_AGO = -(2**62)
 SPEED = re.compile(r"(\d+(?:\.\d+)?)x", re.ASCII)
 
 
-class Pace:
+class Pacing:
     """As fast as Kafka takes them."""
 
     # Age at which a transaction is committed, so that readers see what was sent. A slow broker gets smaller
@@ -46,14 +46,14 @@ class Pace:
         return -math.inf
 
 
-class FixedRate(Pace):
+class FixedRate(Pacing):
     """``rate`` readings a second; rows that are skipped take no time."""
 
     transaction_s = 0.5
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self._part_rows = min(max(1, int(rate * TICK_S)), MOST_PART_ROWS)
+        self._part_rows = min(max(1, int(rate * TICK_S)), MAX_PART_ROWS)
         self._next = -math.inf
 
     def begin(self) -> None:
@@ -67,12 +67,12 @@ class FixedRate(Pace):
 
     def due(self, messages: Encoded) -> float:
         """So long after the part before as its readings take."""
-        due = max(self._next, time.monotonic() - MOST_BEHIND_S)
+        due = max(self._next, time.monotonic() - MAX_BEHIND_S)
         self._next = due + messages.sent / self._rate
         return due
 
 
-class Replay(Pace):
+class Replay(Pacing):
     """The gaps between the readings' times, divided by ``speed``, become the gaps between sending.
 
     The clock of the replay starts with the first reading and never goes back: a reading that is older than one
@@ -118,7 +118,7 @@ def parse_speed(text: str) -> float:
     """``60x`` is 60. Raises ConfigurationError."""
     match = SPEED.fullmatch(text)
     speed = float(match[1]) if match else 0.0
-    if not 0 < speed <= LARGEST_SPEED:
+    if not 0 < speed <= MAX_SPEED:
         raise ConfigurationError(
             f"--speed={' '.join(text.splitlines())} is not allowed "
             "(how many times faster than the readings' own times: 1x is real time, 60x, 0.5x; at most 1000000x)"
@@ -126,10 +126,10 @@ def parse_speed(text: str) -> float:
     return speed
 
 
-def choose_pace(settings: Settings, speed: float | None) -> Pace:
+def choose_pace(settings: Settings, speed: float | None) -> Pacing:
     """The pace that PRODUCER_RATE or ``--speed`` asks for. Raises ConfigurationError for both."""
     if speed is None:
-        return FixedRate(settings.producer_rate) if settings.producer_rate else Pace()
+        return FixedRate(settings.producer_rate) if settings.producer_rate else Pacing()
     if settings.producer_rate:
         raise ConfigurationError(
             f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot both hold: "

@@ -12,7 +12,7 @@ import pytest
 from services.core.errors import ConfigurationError
 from services.producer.columns import Columns
 from services.producer.encoding import Messages
-from services.producer.pace import FixedRate, Pace, Replay, choose_pace, parse_speed
+from services.producer.pacing import FixedRate, Pacing, Replay, choose_pace, parse_speed
 from tests.measured import make_settings
 
 NOTHING = Messages(rows=0, keys=[], values=[])
@@ -79,7 +79,7 @@ def test_no_speed(text: str) -> None:
 
 def test_the_pace_is_chosen_by_rate_or_speed() -> None:
     default, slow = make_settings(), make_settings(producer_rate=2.5)
-    assert type(choose_pace(default, None)) is Pace
+    assert type(choose_pace(default, None)) is Pacing
     assert isinstance(choose_pace(default, 60), Replay)
     assert isinstance(choose_pace(slow, None), FixedRate)
     with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot both hold"):

@@ -11,7 +11,7 @@ PATHS = ("copy", "merge")
 
 MESSAGES_READ = Counter("sensor_messages_read_total", "Messages polled from the topic of readings.")
 MESSAGES_LEFT = Counter(
-    "sensor_messages_left_total", "Messages that were polled and then left to the next owner of their partition."
+    "sensor_messages_abandoned_total", "Messages that were polled and then left to the next owner of their partition."
 )
 MESSAGES_EXPIRED = Counter(
     "sensor_messages_expired_total", "Messages that Kafka deleted before they were stored: the topic's retention."
