@@ -2,7 +2,7 @@
 
 Absolute figures drift from hour to hour, ratios hardly do. Floors and subjects take turns, at least three rounds;
 the median counts. Prints a table with the goals (goals.py) and writes .local/bench/native.json or embedded.json;
-``--readme`` prints what README shows of both. It runs on a local stack, or on native servers where TEST_POSTGRE_* and
+``--markdown`` prints what docs/speed.md shows of both. It runs on a local stack, or on native servers where TEST_POSTGRE_* and
 TEST_KAFKA_* name them (their database is emptied; BENCH_KAFKA is the version of that Kafka, which no client is told).
 ``--only wide`` measures what eight measurements more cost.
 ``BENCH_HISTORY=100000000 ... --only history_cost`` measures with more history.
@@ -24,7 +24,7 @@ import psycopg
 from confluent_kafka import KafkaException
 
 from tests.benchmarks import consuming, flowing, summarising, wide
-from tests.benchmarks.goals import GROUPS, Run, chosen, readme, table
+from tests.benchmarks.goals import GROUPS, Run, chosen, markdown, table
 from tests.benchmarks.servers import Bench, Scale, describe, servers
 from tests.fix_stack import ROOT
 
@@ -85,10 +85,10 @@ def main() -> int:
     """A goal that is missed is reported; it is not a failure. A measurement that fails is one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--only", metavar="KEY[,KEY]", help="only these figures or groups of them; nothing is saved")
-    parser.add_argument("--readme", action="store_true", help="print the saved runs as README shows them")
+    parser.add_argument("--markdown", action="store_true", help="print the saved runs as docs/speed.md shows them")
     options = parser.parse_args()
-    if options.readme:
-        say(readme(saved()))
+    if options.markdown:
+        say(markdown(saved()))
         return 0
     try:
         only = chosen(filter(None, (options.only or "").split(",")))

@@ -1,4 +1,4 @@
-"""What is measured, with the goal of each figure, and how it is shown: one table for the code and for README."""
+"""What is measured, with the goal of each figure, and how it is shown: one table for the code and for docs/speed.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def at_most(value: float) -> Range:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One figure: what it is, in README's words, how it is written, and its goals on both kinds of servers."""
+    """One figure: what it is, in the words of docs/speed.md, how it is written, and its goals on both kinds of servers."""
 
     name: str
     what: str
@@ -39,7 +39,7 @@ class Key:
         return "" if least <= round(value, 2) <= most else "missed"
 
     def show(self, value: float) -> str:
-        """The figure as README has it."""
+        """The figure as docs/speed.md has it."""
         return self.form.format(value)
 
     def show_goal(self, kind: str) -> str:
@@ -175,8 +175,8 @@ def table(run: Run) -> str:
     return "\n".join(lines)
 
 
-def readme(runs: Sequence[Run]) -> str:
-    """README's figures: the runs side by side, each figure with its goal."""
+def markdown(runs: Sequence[Run]) -> str:
+    """The figures of docs/speed.md: the runs side by side, each figure with its goal."""
     head = "".join(f" {run.kind} | goal |" for run in runs)
     lines = [*(f"* {run.kind}: {run.where}" for run in runs), "", f"| |{head}", f"|---|{'---|---|' * len(runs)}"]
     for key in KEYS.values():
