@@ -2,9 +2,9 @@
 
 Absolute figures drift from hour to hour, ratios hardly do. Floors and subjects take turns, at least three rounds;
 the median counts. Prints a table with the goals (goals.py) and writes .local/bench/native.json or embedded.json;
-``--markdown`` prints what docs/speed.md shows of both. It runs on a local stack, or on native servers where TEST_POSTGRE_* and
-TEST_KAFKA_* name them (their database is emptied; BENCH_KAFKA is the version of that Kafka, which no client is told).
-``--only wide`` measures what eight measurements more cost.
+``--markdown`` prints what docs/speed.md shows of both. It runs on a local stack, or on native servers where
+TEST_POSTGRE_* and TEST_KAFKA_* name them (their database is emptied; BENCH_KAFKA is the version of that Kafka, which no
+client is told). ``--only wide`` measures what eight more measurements cost.
 ``BENCH_HISTORY=100000000 ... --only history_cost`` measures with more history.
 """
 

@@ -21,7 +21,7 @@ def at_most(value: float) -> Range:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One figure: what it is, in the words of docs/speed.md, how it is written, and its goals on both kinds of servers."""
+    """One figure: what docs/speed.md calls it, how it is written, and its goals on both kinds of servers."""
 
     name: str
     what: str

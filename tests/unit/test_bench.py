@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmarks.bench import MEASUREMENTS, NATIVE
-from tests.benchmarks.goals import GROUPS, KEYS, Run, chosen, readme, table
+from tests.benchmarks.goals import GROUPS, KEYS, Run, chosen, markdown, table
 
 NATIVELY = Run("native", "a machine", {"drain_rows_s": 400_000.4, "drain_ratio": 0.8, "drain_rss_mb": 150.0})
 EMBEDDED = Run("embedded", "a laptop", {"drain_rows_s": 200_000.0, "drain_ratio": 0.8, "end_to_end_ratio": 0.1})
@@ -50,7 +50,7 @@ def test_the_table_names_what_is_missed() -> None:
 
 
 def test_readme_shows_the_runs_side_by_side() -> None:
-    assert readme([NATIVELY, EMBEDDED]).splitlines() == [
+    assert markdown([NATIVELY, EMBEDDED]).splitlines() == [
         "* native: a machine",
         "* embedded: a laptop",
         "",
