@@ -39,8 +39,8 @@ demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
 
-unit: setup ## the tests that need no servers
-	@$(BIN)/python -m pytest tests/unit
+unit: setup ## the tests that need no servers: 5 seconds
+	@$(BIN)/python -m pytest tests/unit -m "not slow"
 
 # Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
 WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
@@ -51,8 +51,8 @@ MORE := $(addprefix tests/unit/test_,$(addsuffix .py,blocks decoding reading sin
 
 test: setup $(GATEWAY_READY) ## all tests, on a local stack that they start themselves
 	@$(NPM) run --silent test
-	@$(BIN)/python -m pytest $(WORKERS)
-	@MEASUREMENTS=temperature,humidity,pressure,co2 $(BIN)/python -m pytest $(WORKERS) $(MORE)
+	@$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile full
+	@MEASUREMENTS=temperature,humidity,pressure,co2 $(BIN)/python -m pytest $(WORKERS) --hypothesis-profile full $(MORE)
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py

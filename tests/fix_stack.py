@@ -28,9 +28,9 @@ from services.core.kafka import client_settings, create_topics
 from services.etl.rollup import BASE
 from services.local.security import Security
 from services.local.stack import Stack, StackOptions
+from tests import ROOT as ROOT
 from tests.measured import MEASUREMENTS, make_settings
 
-ROOT = Path(__file__).parent.parent
 _numbers = itertools.count(1)
 
 
@@ -224,7 +224,7 @@ def remove_measurement(connection: psycopg.Connection, name: str) -> None:
     connection.execute(f"ALTER TABLE sensor_data DROP COLUMN IF EXISTS {name}")
 
 
-def pytest_report_header() -> str:
+def pytest_report_collectionfinish() -> str:
     """Which servers are under test."""
     if is_native():
         settings = native_settings()

@@ -13,7 +13,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 from confluent_kafka import Message
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.consumer.blocks import alone, split_refused
@@ -26,6 +26,7 @@ from services.core.reading import EPOCH, MAX_VALUE, Decoder, Reading, reading_ty
 from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
 from services.producer.columns import Columns
 from services.producer.encoding import encode_batch
+from tests.examples import many
 from tests.measured import MEASUREMENTS, reading_of
 
 BLOCK_SCHEMA = block_schema(DEFAULT)
@@ -55,7 +56,7 @@ def by_block(value: bytes) -> list[Reading]:
     return [reading_of(**row) for row in decode_block(value, MEASUREMENTS).to_pylist()]
 
 
-@settings(max_examples=300)
+@many(3)
 @given(
     st.lists(st.tuples(times, doubles, doubles, ids)).map(lambda rows: batch(rows, pa.float64()))
     | st.lists(st.tuples(times, doubles, decimals, ids)).map(lambda rows: batch(rows, pa.decimal128(38, 5)))
@@ -202,7 +203,7 @@ def test_no_value_is_empty(value: bytes | None) -> None:
     assert refused.value.reason == "empty"
 
 
-@settings(max_examples=2000)
+@many(20)
 @given(st.lists(st.tuples(st.integers(0, len(stream(ROWS)) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_whatever_the_bytes_nothing_is_raised_but_malformed(damage: list[tuple[int, int]]) -> None:
     value = bytearray(stream(ROWS))
@@ -271,7 +272,7 @@ def time_text(microseconds: int | None) -> object:
         return microseconds
 
 
-@settings(max_examples=1000)
+@many(10)
 @given(st.lists(st.tuples(odd_ids, odd_times, odd_numbers, odd_numbers), max_size=8))
 def test_a_row_is_a_reading_exactly_if_its_json_is(
     rows: list[tuple[str | None, int | None, float | None, float | None]],

@@ -12,8 +12,8 @@ from pydantic import SecretStr, ValidationError
 from services.core.config import default_settings, find_unknown_names, load_settings, settings_type
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT
+from tests import ROOT
 from tests.documents import GENERATED
-from tests.fix_stack import ROOT
 from tests.measured import documented_settings
 
 

@@ -26,13 +26,14 @@ from services.core.kafka import (
 )
 from services.core.measurements import DEFAULT
 from services.core.reading import EPOCH, Decoder
+from tests.examples import examples
 from tests.measured import MEASUREMENTS
 
 BLOCK_SCHEMA = block.block_schema(DEFAULT)
 
 NOW = datetime(2024, 3, 1, 12, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-MESSAGES = 100_000
+MESSAGES = examples(1000)
 MAX_BYTES = 50_000
 
 SENSORS = ["a", "s0001", "é", "日本語", "x" * 255, 'with "quotes"', "b" * 40, "s0042", "\\", "👍"]

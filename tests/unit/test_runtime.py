@@ -12,7 +12,7 @@ from services.core.errors import PermanentError
 from services.local import runtime
 from services.local.runtime import KAFKA_VERSION, LOG4J_VERSION, check_jars
 from services.local.servers import without_secrets
-from tests.fix_stack import ROOT
+from tests import ROOT
 
 
 @pytest.fixture

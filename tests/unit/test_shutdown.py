@@ -9,12 +9,13 @@ import threading
 import pytest
 
 from services.core.shutdown import Shutdown
-from tests.fix_stack import ROOT
+from tests import ROOT
+from tests.examples import examples
 
 SIGNALS = """
 import os, signal, threading
 from services.core.shutdown import Shutdown
-for _ in range(300):
+for _ in range({rounds}):
     shutdown = Shutdown().listen()
     threading.Timer(0.001, os.kill, (os.getpid(), signal.SIGTERM)).start()
     while not shutdown.wait(0.0):
@@ -68,5 +69,6 @@ def test_a_thread_beside_the_loop_does_not_speak_for_it(clock: list[float]) -> N
 
 
 def test_no_moment_is_a_bad_one_for_a_signal() -> None:
-    done = subprocess.run([sys.executable, "-c", SIGNALS], cwd=ROOT, timeout=30, check=False)
+    script = SIGNALS.format(rounds=examples(3))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30, check=False)
     assert done.returncode == 0

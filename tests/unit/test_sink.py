@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg.types.multirange import Multirange
 
 from services.consumer import columns
 from services.consumer.columns import JUMP, MAX_TRANSACTIONS, MAX_WEEKS, columns_of
 from services.consumer.sink import WriteResult
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
-from tests.fix_services import touched_ranges
 from tests.measured import MEASUREMENTS, reading_of
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
@@ -39,6 +39,10 @@ def last_values(rows: list[Reading]) -> list[Reading]:
 
 def split_at_jumps(rows: list[Reading]) -> list[list[int]]:
     return [part.to_pylist() for part in columns.split_at_jumps(columns_of(rows, MEASUREMENTS)["time"])]
+
+
+def touched_ranges(rows: list[Reading]) -> Multirange[datetime]:
+    return columns.touched_ranges(columns_of(rows, MEASUREMENTS)["time"])
 
 
 def one_by_one(rows: list[Reading]) -> dict[tuple[str, datetime], list[float | None]]:

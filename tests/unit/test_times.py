@@ -46,9 +46,11 @@ moments = st.datetimes(datetime(1900, 1, 3), datetime(9999, 12, 27))  # noqa: DT
 
 def near_a_change(zone: str) -> st.SearchStrategy[datetime]:
     """Times around the changes of the clocks in some years, which others hardly ever hit."""
-    hours = (datetime(year, 1, 1) + timedelta(hours=n) for year in (1947, 1995, 2011, 2024, 2050) for n in range(8784))  # noqa: DTZ001
-    info = ZoneInfo(zone)
-    changes = [hour for hour in hours if info.utcoffset(hour) != info.utcoffset(hour - timedelta(hours=1))]
+    info, hour = ZoneInfo(zone), timedelta(hours=1)
+    days = (datetime(year, 1, 1) + timedelta(days=n) for year in (1947, 1995, 2011, 2024, 2050) for n in range(366))  # noqa: DTZ001
+    changing = [day for day in days if info.utcoffset(day) != info.utcoffset(day + timedelta(days=1))]
+    hours = (day + n * hour for day in changing for n in range(1, 25))
+    changes = [time for time in hours if info.utcoffset(time) != info.utcoffset(time - hour)]
     return st.builds(
         lambda hour, us: hour + us * MICROSECOND,
         st.sampled_from(changes or [WINTER]),
@@ -119,6 +121,7 @@ def test_local_times_are_those_of_python_s_zone(zone: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zone", ZONES)
 def test_every_hour_of_many_years_is_right(zone: str) -> None:
     """Far from the changes and at them, one after the other and across batches of any length."""

@@ -11,7 +11,7 @@ from services.consumer import metrics as consumer
 from services.core.errors import Reason
 from services.producer import metrics as producer
 from services.producer.times import DOUBTS
-from tests.fix_stack import ROOT
+from tests import ROOT
 from tests.metric_names import MODULES, registered
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from services.local.runtime import KAFKA_VERSION
-from tests.documents import ROOT
+from tests import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))

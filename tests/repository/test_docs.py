@@ -12,7 +12,7 @@ import yaml
 from services.cli import parser
 from services.core.config import settings_type
 from services.core.measurements import DEFAULT
-from tests.fix_stack import ROOT
+from tests import ROOT
 
 DOCUMENTS = sorted(
     path

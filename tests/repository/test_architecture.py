@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fix_stack import ROOT
+from tests import ROOT
 
 SERVICES = ROOT / "services"
 PIPELINE = ("producer", "consumer", "etl")

@@ -17,8 +17,8 @@ from services.cli import parser
 from services.core.config import settings_type
 from services.core.measurements import DEFAULT
 from services.local.certificates import Authority
-from tests.fix_stack import ROOT
-from tests.unit.test_compose import SERVICES as COMPOSE
+from tests import ROOT
+from tests.repository.test_compose import SERVICES as COMPOSE
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 BASE = KUBERNETES / "base"

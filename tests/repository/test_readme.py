@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from services.cli import parser
-from tests.fix_stack import ROOT
+from tests import ROOT
 from tests.measured import documented_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from tests.fix_stack import ROOT
+from tests import ROOT
 from tests.grafana import DASHBOARDS, MONITORING, dashboard, fill_promql, queries
 from tests.metric_names import samples
-from tests.unit.test_compose import FIXED, SERVICES
+from tests.repository.test_compose import FIXED, SERVICES
 
 SAMPLES = samples()
 # Of Prometheus itself, of the exporters in the profile monitoring, and of kube-state-metrics.
