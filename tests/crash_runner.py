@@ -48,7 +48,7 @@ class Plan:
     until: str = ""
     librdkafka: dict[str, int] = field(default_factory=dict)
     hand_over_timeout_s: float = worker.HAND_OVER_TIMEOUT_S
-    most_doubtful_tries: int = backoff.MAX_DOUBTFUL_TRIES
+    max_limited_tries: int = backoff.MAX_LIMITED_TRIES
     hung_after_s: float = command.HUNG_AFTER_S
 
     def strike(self) -> None:
@@ -117,7 +117,7 @@ def main() -> int:
 
     worker.consumer_settings = consumer_settings
     worker.HAND_OVER_TIMEOUT_S = plan.hand_over_timeout_s
-    backoff.MAX_DOUBTFUL_TRIES = plan.most_doubtful_tries
+    backoff.MAX_LIMITED_TRIES = plan.max_limited_tries
     command.HUNG_AFTER_S = etl_worker.HUNG_AFTER_S = plan.hung_after_s
     return cli.main(sys.argv[2:])
 

@@ -17,7 +17,7 @@ from services.consumer.columns import joined
 from services.consumer.dead_letter import DeadLetter
 from services.consumer.decoding import decode
 from services.core.errors import OutOfPlaceError
-from services.core.kafka import place_of
+from services.core.kafka import position_of
 from services.core.reading import Decoder
 
 
@@ -89,10 +89,10 @@ class Batch:
         first = 0
         for _, run in groupby(map(Message.partition, messages)):
             after = first + len(list(run))
-            partition, offset = place_of(messages[first])
+            partition, offset = position_of(messages[first])
             if offset < positions.get(partition, math.inf):
                 raise OutOfPlaceError(f"a message of partition {partition} at {offset}")
-            self.move(partition, place_of(messages[after - 1])[1] + 1, positions)
+            self.move(partition, position_of(messages[after - 1])[1] + 1, positions)
             first = after
         chunks, letters, size_bytes = decode(messages, decoder, fills_gaps=self.fills_gaps)
         self.chunks += chunks

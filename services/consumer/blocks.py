@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from confluent_kafka import Message
 
 from services.consumer.columns import measured, microseconds
-from services.core.errors import MalformedMessage, Reason
+from services.core.errors import MalformedMessageError, Reason
 from services.core.kafka import FORMAT_HEADER, JSON, format_of, headers_of
 from services.core.reading import EPOCH, MAX_SENSOR_ID, MAX_VALUE, Decoder
 
@@ -27,7 +27,7 @@ def split_refused(rows: pa.RecordBatch, decoder: Decoder) -> tuple[pa.RecordBatc
     for number in pc.indices_nonzero(_unusual(rows, decoder)).to_pylist():
         try:
             decoder.decode(as_json(rows.slice(number, 1)))
-        except MalformedMessage as error:
+        except MalformedMessageError as error:
             refused[number] = error.reason, str(error)
     if refused:
         rows = rows.filter(pa.array([number not in refused for number in range(len(rows))], pa.bool_()))

@@ -18,16 +18,17 @@ from services.core.errors import PermanentError, Reason, TransientError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
     NOT_ALLOWED,
+    NOT_FOUND,
     PARTITIONER,
     REASON_HEADER,
     Header,
     Outgoing,
-    Place,
+    Position,
     client_settings,
     deliver,
     headers_of,
-    place_of,
-    read_range,
+    position_of,
+    read_topic,
 )
 
 FLUSH_TIMEOUT_S = 10
@@ -51,7 +52,6 @@ OUR_HEADERS = frozenset(
 
 # A letter that is too large for its topic is cut to this many bytes of its value, without foreign headers.
 TRUNCATED_BYTES = (64 * 1024, 0)
-NEVER_TAKEN = NOT_ALLOWED | {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class DeadLetter:
     def own_headers(self, group: str) -> list[Header]:
         """Why it was not stored, and where it was."""
         stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
-        partition, offset = place_of(self.message)
+        partition, offset = position_of(self.message)
         values = (self.message.topic(), partition, offset, group, 0, stage, self.reason, self.detail)
         connect = {f"__connect.errors.{name}": value for name, value in zip(CONNECT_HEADERS, values, strict=True)}
         ours = connect | {REASON_HEADER: self.reason}
@@ -98,14 +98,14 @@ class DeadLetterTopic:
             }
         )
 
-    def read_again(self, places: Collection[Place]) -> dict[Place, Message]:
+    def read_again(self, places: Collection[Position]) -> dict[Position, Message]:
         """The messages of the topic of readings at these places, as far as they still exist. Raises TransientError."""
         topic, found = self._settings.kafka_topic, {}
         for partition, group in groupby(sorted(places), itemgetter(0)):
             offsets = dict.fromkeys(offset for _, offset in group)
-            for message in read_range(self._settings, topic, partition, min(offsets), max(offsets) + 1):
+            for message in read_topic(self._settings, topic, partition, min(offsets), max(offsets) + 1):
                 if message.offset() in offsets:
-                    found[place_of(message)] = message
+                    found[position_of(message)] = message
         return found
 
     def send(self, letters: Sequence[DeadLetter]) -> None:
@@ -142,7 +142,7 @@ class DeadLetterTopic:
         answers = deliver(producer, topic, (self._outgoing(letter, at_most) for letter in letters), FLUSH_TIMEOUT_S)
         failed = [answer for answer in answers if isinstance(answer, KafkaError)]
         for error in failed:
-            if error.code() in NEVER_TAKEN:
+            if error.code() in NOT_ALLOWED | NOT_FOUND:
                 raise PermanentError(f"Kafka topic {topic} takes no dead letters: {error.str()}")
             if error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
                 raise TransientError(error.str())

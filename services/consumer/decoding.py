@@ -17,8 +17,8 @@ from services.consumer.blocks import alone, split_refused
 from services.consumer.columns import ORIGIN, columns_of, joined, measured, microseconds, schema_of
 from services.consumer.dead_letter import DeadLetter
 from services.core.block import decode_block
-from services.core.errors import MalformedMessage, Reason
-from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, place_of
+from services.core.errors import MalformedMessageError, Reason
+from services.core.kafka import JSON, REPEAT_HEADER, REPEATED, REPEATED_IF_MOVED, format_of, headers_of, position_of
 from services.core.reading import Decoder, Reading
 
 Decoded = tuple[list[pa.RecordBatch], list[DeadLetter], int]
@@ -71,7 +71,7 @@ def decode_each(
     for at in places:
         try:
             readings.append(decoder.decode(values[at]))
-        except MalformedMessage as error:
+        except MalformedMessageError as error:
             refused[at] = error.reason, str(error)
     return readings, refused
 
@@ -83,10 +83,10 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Set[byte
     for message in messages:
         try:
             rows = decode_block(message.value(), decoder.measurements, format_of(message))
-        except MalformedMessage as error:
+        except MalformedMessageError as error:
             letters.append(DeadLetter(message, error.reason, str(error)))
             continue
-        origin = (*place_of(message), mark(message) in marks)
+        origin = (*position_of(message), mark(message) in marks)
         origins = [pa.repeat(pa.scalar(at, kind), len(rows)) for at, (_, kind) in zip(origin, ORIGIN, strict=True)]
         sensor, time, *values = rows.columns
         columns = [sensor, time.view(pa.int64()), *values, *origins]
@@ -95,7 +95,7 @@ def decode_blocks(messages: Sequence[Message], decoder: Decoder, marks: Set[byte
         return [], letters, sum(len(message.value() or b"") for message in messages)
     rows = joined(chunks)
     readings, refused = split_refused(rows, decoder)
-    blocks = {place_of(message): message for message in messages} if refused else {}
+    blocks = {position_of(message): message for message in messages} if refused else {}
     for number, why in refused.items():
         row = rows.slice(number, 1)
         block = blocks[row["partition"][0].as_py(), row["offset"][0].as_py()]

@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 
 from services.consumer.dead_letter import ORIGINAL_BYTES_HEADER, OUR_HEADERS
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, MalformedMessage, PermanentError, StoppedError
+from services.core.errors import ConfigurationError, MalformedMessageError, PermanentError, StoppedError
 from services.core.kafka import (
     DEAD_LETTER_MAX_BYTES,
     JSON,
@@ -28,8 +28,8 @@ from services.core.kafka import (
     deliver,
     format_of,
     headers_of,
-    place_of,
-    read_range,
+    position_of,
+    read_topic,
 )
 from services.core.letters import LETTER_HEADER, name_of, read_headers, reason_of, replaced_by
 from services.core.offsets import COORDINATOR_TIMEOUT_S, Offsets, PartitionOffsets
@@ -99,7 +99,7 @@ def what_is_known(letter: Message) -> dict[str, object]:
         headers.get(f"__connect.errors.{name}", "") for name in ("topic", "partition", "offset", "exception.message")
     )
     return {
-        "offset": place_of(letter)[1],
+        "offset": position_of(letter)[1],
         "time": datetime.fromtimestamp(letter.timestamp()[1] / 1000, UTC).isoformat(timespec="seconds"),
         "reason": reason_of(letter),
         "topic": topic,
@@ -163,7 +163,7 @@ def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
         return ""
     try:
         Decoder(measurements, max_bytes=DEAD_LETTER_MAX_BYTES, max_future=LATEST - EARLIEST).decode(letter.value())
-    except MalformedMessage as error:
+    except MalformedMessageError as error:
         return error.reason
     return ""
 
@@ -241,14 +241,14 @@ def read_letters(
 
     def letters() -> Iterator[Message]:
         for each in found:
-            for letter in read_range(settings, settings.dead_letter_topic, each.partition, each.first, each.end):
+            for letter in read_topic(settings, settings.dead_letter_topic, each.partition, each.first, each.end):
                 if shutdown.requested:
                     raise StoppedError("stopped before the last dead letter")
                 yield letter
 
     older = {replaced_by(letter) for letter in letters()}
     for letter in letters():
-        if up_to is not None and place_of(letter)[1] > up_to:
+        if up_to is not None and position_of(letter)[1] > up_to:
             return
         wanted = reason in (None, reason_of(letter))
         if wanted and (older == {None} or name_of(letter) not in older):

@@ -46,7 +46,7 @@ from services.core.kafka import (
     NOT_ALLOWED,
     ClientSettings,
     client_settings,
-    place_of,
+    position_of,
 )
 from services.core.logs import fields
 from services.core.monitoring import RETRIES
@@ -179,7 +179,7 @@ class Worker:
             return
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
-            self._partitions.note_end(*place_of(message))
+            self._partitions.note_end(*position_of(message))
         elif code == KafkaError._AUTO_OFFSET_RESET:
             self._partitions.leave_missing(message.partition())
         elif code in NOT_ALLOWED:

@@ -1,4 +1,4 @@
-"""Growing pauses between tries, with full jitter, and an end for what no waiting may mend.
+"""Retries: exponential back-off with jitter, and an end for what no waiting may fix.
 
 After "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): clients that lost the same server
 must not come back at the same moment.
@@ -20,7 +20,7 @@ from services.core.shutdown import Shutdown
 T = TypeVar("T")
 
 # With the pauses below most of a minute.
-MAX_DOUBTFUL_TRIES = 12
+MAX_LIMITED_TRIES = 12
 NOTE_AFTER_S = 1.5
 
 
@@ -32,6 +32,26 @@ def pauses(first_s: float = 0.1, max_s: float = 10.0) -> Iterator[float]:
         ceiling = min(ceiling * 2, max_s)
 
 
+def retry_until(
+    deadline: float, shutdown: Shutdown, step: Callable[[], T], note: Callable[[TransientError, float], None]
+) -> T:
+    """Try a step until ``deadline`` (of time.monotonic()), then raise its last TransientError.
+
+    ``note`` is called with each error and the seconds until the next try. Raises StoppedError on shutdown.
+    """
+    tries = pauses()
+    while True:
+        try:
+            return step()
+        except TransientError as error:
+            pause = next(tries)
+            if time.monotonic() + pause > deadline:
+                raise
+            note(error, pause)
+            if shutdown.wait(pause):
+                raise StoppedError(f"stopped while waiting: {error}") from error
+
+
 def at_start(
     step: Callable[[], T],
     settings: Settings,
@@ -41,35 +61,35 @@ def at_start(
 ) -> T:
     """Try a step while a server is still starting, up to STARTUP_TIMEOUT_SECONDS; then raise what ``give_up`` makes.
 
-    ``server``: its logger, its name and its address. Says once that it is waited for; StoppedError ends that too.
+    ``server``: its logger, its name and its address. Logs once that it is waited for; raises StoppedError on shutdown.
     """
     logger, name, address = server
-    noted_at, deadline = time.monotonic() + NOTE_AFTER_S, time.monotonic() + settings.startup_timeout_seconds
-    tries = pauses()
-    while True:
-        try:
-            return step()
-        except TransientError as error:
-            pause, now = next(tries), time.monotonic()
-            if now + pause > deadline:
-                raise give_up(error) from error
-            if now > noted_at:
-                noted_at = deadline
-                logging.getLogger(logger).info("waiting_for_%s", logger, extra=fields(address=address))
-            if shutdown.wait(pause):
-                raise StoppedError(f"stopped while {name} did not answer at {address}") from error
+    began, noted = time.monotonic(), False
+
+    def note(_error: TransientError, _pause: float) -> None:
+        nonlocal noted
+        if not noted and time.monotonic() - began > NOTE_AFTER_S:
+            noted = True
+            logging.getLogger(logger).info("waiting_for_%s", logger, extra=fields(address=address))
+
+    try:
+        return retry_until(began + settings.startup_timeout_seconds, shutdown, step, note)
+    except StoppedError as error:
+        raise StoppedError(f"stopped while {name} did not answer at {address}") from error
+    except TransientError as error:
+        raise give_up(error) from error
 
 
 class Retries:
-    """The tries of one step. Time mends transient errors; doubtful ones only so often in a row."""
+    """The tries of one step. Most transient errors go away in time; retry-limited ones are given up."""
 
     def __init__(self) -> None:
         self._pauses = pauses()
-        self._doubtful = 0
+        self._limited = 0
 
     def pause_after(self, error: TransientError) -> float:
-        """Seconds to wait before the next try. Raises PermanentError when a doubtful error keeps coming back."""
-        self._doubtful = self._doubtful + 1 if error.doubtful else 0
-        if self._doubtful >= MAX_DOUBTFUL_TRIES:
-            raise PermanentError(f"{error} (the same {self._doubtful} times in a row)") from error
+        """Seconds to wait before the next try. Raises PermanentError when a retry-limited error keeps coming back."""
+        self._limited = self._limited + 1 if error.retry_limited else 0
+        if self._limited >= MAX_LIMITED_TRIES:
+            raise PermanentError(f"{error} (the same {self._limited} times in a row)") from error
         return next(self._pauses)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pyarrow as pa
 
-from services.core.errors import MalformedMessage, Reason
+from services.core.errors import MalformedMessageError, Reason
 from services.core.kafka import ARROW, FORMAT_HEADER, JSON
 
 KEY = (("sensor_id", pa.string()), ("time", pa.timestamp("us", "UTC")))
@@ -38,18 +38,22 @@ def encode_block(batch: pa.RecordBatch) -> bytes:
 def decode_block(value: bytes | None, measurements: tuple[str, ...], form: bytes | None = ARROW) -> pa.RecordBatch:
     """The key and these measurements of the record batch in ``value``; rows are valid Arrow, but may be no readings.
 
-    ``form`` is what its header says. Raises MalformedMessage, nothing else, whatever the bytes.
+    ``form`` is what its header says. Raises MalformedMessageError, nothing else, whatever the bytes.
     """
     if form != ARROW:
-        raise MalformedMessage(Reason.UNKNOWN_FORMAT, f"{FORMAT_HEADER} is {form!r}, neither {JSON!r} nor {ARROW!r}")
+        raise MalformedMessageError(
+            Reason.UNKNOWN_FORMAT, f"{FORMAT_HEADER} is {form!r}, neither {JSON!r} nor {ARROW!r}"
+        )
     if not value:
-        raise MalformedMessage(Reason.EMPTY, "the message has no value")
+        raise MalformedMessageError(Reason.EMPTY, "the message has no value")
     try:
         schema = block_schema(measurements)
         batch = _read(value, schema)
         batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
-        raise MalformedMessage(Reason.INVALID_BLOCK, f"no block of readings: {' '.join(str(error).split())}") from error
+        raise MalformedMessageError(
+            Reason.INVALID_BLOCK, f"no block of readings: {' '.join(str(error).split())}"
+        ) from error
     columns = [
         batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
         for field in schema

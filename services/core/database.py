@@ -238,8 +238,8 @@ def translated(*, by_row: bool = False) -> Iterator[None]:
         if state is None and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             raise TransientError(text) from error
         if state is not None and (state in TRANSIENT_STATES or state[:2] in TRANSIENT_CLASSES):
-            doubtful = state in DOUBTFUL_STATES or state[:2] in DOUBTFUL_CLASSES
-            raise TransientError(text, doubtful=doubtful) from error
+            retry_limited = state in DOUBTFUL_STATES or state[:2] in DOUBTFUL_CLASSES
+            raise TransientError(text, retry_limited=retry_limited) from error
         # psycopg's own DataError, raised before the server sees the row, has no SQLSTATE.
         if by_row and (isinstance(error, psycopg.DataError) if state is None else state[:2] in DATA_CLASSES):
             raise

@@ -1,18 +1,23 @@
 """The error tree.
 
     PipelineError
-    |-- ConfigurationError       a user's mistake; one line, exit code 2
-    |   `-- ProtocolNotOfferedError  the brokers do not know the group protocol of Kafka 4
-    |-- TransientError           a server is away or busy; wait and try again
-    |-- PermanentError           no retry can help; one line, exit code 1
-    |-- StoppedError             a signal came before it was done; one line, exit code 130
-    |-- AbandonedError           what was under way was given up; the database knows where to go on
-    |   |-- PartitionsMovedError     a partition is not where the batch began
-    |   `-- OutOfPlaceError          a message was fetched before its partition moved
-    |-- HistoryClosedError       readings of a time whose raw history is closed; they become dead letters
-    `-- MalformedMessage         one message is not a reading; it becomes a dead letter
+    |-- ConfigurationError             a user's mistake; one line, exit code 2
+    |   `-- ProtocolNotOfferedError    the brokers do not offer the group protocol of Kafka 4
+    |-- TransientError                 a server is unavailable or busy; wait and try again
+    |   |-- TransactionAbortedError    nothing of the producer's transaction is visible; send it again
+    |   |   `-- TransactionExpiredError    Kafka ended it, and another producer may have taken over
+    |   `-- LeaseLostError             another etl instance leads
+    |-- PermanentError                 no retry can help; one line, exit code 1
+    |   `-- UnreadableFileError        a file is damaged, or has changed or gone since it was checked
+    |-- StoppedError                   a signal ended it early; one line, exit code 130
+    |-- AbandonedError                 what was under way was given up; the database knows where to continue
+    |   |-- PartitionsMovedError       a partition is not where the batch began
+    |   `-- OutOfPlaceError            a message was fetched before its partition moved
+    |-- HistoryClosedError             readings from a time whose raw history is closed; they become dead letters
+    |-- ChunkDroppedError              raw readings were dropped while a summary was computed from them
+    `-- MalformedMessageError          a message is not a reading; it becomes a dead letter
 
-Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class or
+Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class, code or
 SQLSTATE. Each message is one line: what is wrong, which setting or file, what to do.
 """
 
@@ -21,8 +26,7 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-# What a command ends with that a signal has stopped before it was done.
-STOPPED = 130
+STOPPED = 130  # exit code
 
 
 class Reason(StrEnum):
@@ -60,26 +64,42 @@ class ProtocolNotOfferedError(ConfigurationError):
 class TransientError(PipelineError):
     """A server is unreachable, restarting, or out of a resource.
 
-    ``doubtful``: it may also be a failure that comes back each time, so it is not tried again without end.
+    ``retry_limited``: it may also be a failure that never goes away, so the number of retries is limited.
     """
 
-    def __init__(self, text: str, *, doubtful: bool = False) -> None:
+    def __init__(self, text: str, *, retry_limited: bool = False) -> None:
         super().__init__(text)
-        self.doubtful = doubtful
+        self.retry_limited = retry_limited
+
+
+class TransactionAbortedError(TransientError):
+    """Nothing of the open transaction is visible; send again from the progress of the last commit."""
+
+
+class TransactionExpiredError(TransactionAbortedError):
+    """Kafka ended the transaction because it was open for too long; another producer may have taken over."""
+
+
+class LeaseLostError(TransientError):
+    """Another etl instance leads: stop, and wait for the lead."""
 
 
 class PermanentError(PipelineError):
     """A missing table, a missing permission, messages that could not be delivered."""
 
 
+class UnreadableFileError(PermanentError):
+    """A file that was checked turned out to be damaged, or has changed or gone since."""
+
+
 class StoppedError(PipelineError):
-    """A signal has ended the command before it was done."""
+    """A signal ended the command, or one step of it, before it was done."""
 
     exit_code = STOPPED
 
 
 class AbandonedError(PipelineError):
-    """A batch or a question was given up. What of it is stored all the same is harmless to repeat."""
+    """A batch or a question was given up. What was stored of it anyway is harmless to repeat."""
 
 
 class PartitionsMovedError(AbandonedError):
@@ -87,19 +107,23 @@ class PartitionsMovedError(AbandonedError):
 
 
 class OutOfPlaceError(AbandonedError):
-    """A message that was fetched before its partition moved: the database has to be asked where to go on."""
+    """A message that was fetched before its partition moved: the database must be asked where to continue."""
 
 
 class HistoryClosedError(PipelineError):
-    """Some readings are of a time whose raw history is not, or soon not, whole; nothing was written."""
+    """Some readings are from a time whose raw history is incomplete, or soon will be; nothing was written."""
 
     def __init__(self, closed_before: datetime) -> None:
         super().__init__(f"older than {closed_before}, before which raw readings are no longer kept")
         self.closed_before = closed_before
 
 
-class MalformedMessage(PipelineError):  # noqa: N818 - it is about the message, not about us
-    """A message that is not a reading, and what was found."""
+class ChunkDroppedError(PipelineError):
+    """Raw readings were dropped while a summary was computed from them; nothing was written."""
+
+
+class MalformedMessageError(PipelineError):
+    """A message that is not a reading, and what was found instead."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)

@@ -1,7 +1,7 @@
-"""What is wrong between us and a Kafka listener, found by a handshake of our own.
+"""Why a Kafka listener and our settings do not fit, found by a handshake of our own.
 
-librdkafka tries again whatever fails. It does not tell a wrong name from an unknown authority, and to it a TLS
-listener that is spoken to in plain text just closes connections.
+librdkafka only retries: it reports a wrong host name like an unknown authority, and a TLS listener that it speaks
+plain text to not at all.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from services.core.config import Settings
 
 ANSWER_TIMEOUT_S = 2.0
-# In TLS 1.3 a server looks at our certificate after the handshake, and then it may still refuse it.
+# In TLS 1.3 a server checks our certificate after the handshake, and may refuse it then.
 REFUSED_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why the listener and our settings do not fit, with the settings to look at.
-
-    One that is not ``certain`` may also be a server that is still starting, or a proxy in front of one.
-    """
+    """What to tell the user, with the settings to check; unless ``certain``, the server may only be starting."""
 
     text: str
     certain: bool
@@ -34,20 +31,16 @@ def find_problem(settings: Settings) -> Problem | None:
         line = socket.create_connection((settings.kafka_host, settings.kafka_port), ANSWER_TIMEOUT_S)
     except OSError:
         return None
-    protocol = settings.kafka_security_protocol
+    protocol, problem = settings.kafka_security_protocol, None
     with line:
         if protocol.endswith("SSL"):
             problem = _problem_with_tls(line, settings)
         elif _speaks_tls(line):
             text = f"it speaks TLS, and KAFKA_SECURITY_PROTOCOL={protocol} is plain text: set SSL or SASL_SSL"
             problem = Problem(text, certain=True)
-        else:
-            problem = None
-    return problem or Problem(
-        f"something takes connections there, but does not answer to KAFKA_SECURITY_PROTOCOL={protocol}"
-        + ("" if protocol.startswith("SASL") else " (does it ask for SASL?)"),
-        certain=False,
-    )
+    sasl = "" if protocol.startswith("SASL") else " (does it ask for SASL?)"
+    text = f"something takes connections there, but does not answer to KAFKA_SECURITY_PROTOCOL={protocol}{sasl}"
+    return problem or Problem(text, certain=False)
 
 
 def _speaks_tls(line: socket.socket) -> bool:

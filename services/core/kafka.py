@@ -1,4 +1,4 @@
-"""Kafka: client settings, topics, reachability."""
+"""Kafka: client settings, what errors mean, topics, reading and sending without a group or a transaction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -22,8 +22,7 @@ from services.core.shutdown import Shutdown
 
 log = logging.getLogger("kafka")
 
-# Dead letters keep the original message whole and add headers, so their topic must take more than ours.
-DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024
+DEAD_LETTER_MAX_BYTES = 2 * 1024 * 1024  # more than the topic of readings takes: letters have headers of their own
 
 # The header of a dead letter with a stable word for why; the others are Kafka Connect's.
 REASON_HEADER = "sensor_pipeline.reason"
@@ -33,7 +32,7 @@ REPEAT_HEADER = "sensor_pipeline.repeat"
 REPEATED = b"yes"
 REPEATED_IF_MOVED = b"maybe"  # if the database has stored readings of another topic before
 
-# The header that says what a message holds; without it, one reading in JSON.
+# The header with the format of a message; without it, one reading in JSON.
 FORMAT_HEADER = "sensor_pipeline.format"
 JSON = b"json"
 ARROW = b"arrow"  # a block of readings (block.py)
@@ -41,24 +40,37 @@ ARROW = b"arrow"  # a block of readings (block.py)
 # Sensors go to the partitions that Java's clients choose, so that one sensor has one partition whoever sends.
 PARTITIONER = "murmur2_random"
 
-# What a topic calls none. In such a topic the broker stores what others send compressed without compression, and so
-# refuses what would then be larger than it allows, before any consumer has to take it apart.
+# What a topic calls none. The broker then stores without compression what others send compressed, and so refuses what
+# is too large without it, before any consumer has to take it apart.
 COMPRESSION = {"none": "uncompressed"}
 
+DAY_MS = 24 * 60 * 60 * 1000
+CREATE_TIMEOUT_S = 5.0
+SILENCE_S, POLL_S = 10.0, 2.0
+
+# What Kafka's errors mean. We lack a right, or the broker does not know us:
 NOT_ALLOWED = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
         KafkaError.SASL_AUTHENTICATION_FAILED,
         KafkaError._AUTHENTICATION,
     }
 )
-
-DAY_MS = 24 * 60 * 60 * 1000
-CREATE_TIMEOUT_S = 5.0
-SILENCE_S = 10.0
-
+NOT_FOUND = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION})
+# The message, the topic or the transaction is at fault: sending again fails again.
+NEVER_TAKEN = (
+    NOT_ALLOWED
+    | NOT_FOUND
+    | {
+        KafkaError.TOPIC_EXCEPTION,
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.INVALID_TRANSACTION_TIMEOUT,
+        KafkaError._UNSUPPORTED_FEATURE,
+    }
+)
 NO_ANSWER = frozenset(
     {
         KafkaError._TRANSPORT,
@@ -69,9 +81,22 @@ NO_ANSWER = frozenset(
         KafkaError.NOT_CONTROLLER,
     }
 )
+COORDINATOR_MOVING = frozenset(
+    {KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS}
+)
+# Another producer with our transactional id has taken over, or our transaction grew too old.
+FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
+PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 ClientSettings = dict[str, Any]
-Place = tuple[int, int]  # partition and offset
+READER: ClientSettings = {
+    "group.id": "not-used",
+    "enable.auto.commit": False,
+    "auto.offset.reset": "earliest",
+    "enable.partition.eof": True,
+    "log_level": 0,
+}
+Position = tuple[int, int]  # partition and offset
 Header = tuple[str, str | bytes | None]
 Outgoing = tuple[str | bytes | None, str | bytes | None, list[Header]]  # key, value, headers
 
@@ -96,32 +121,26 @@ def client_settings(settings: Settings, role: str) -> ClientSettings:
         shared["sasl.username"] = settings.kafka_sasl_username
         shared["sasl.password"] = settings.kafka_sasl_password.get_secret_value()
     if settings.kafka_security_protocol.endswith("SSL"):
-        shared |= tls_settings(settings)
+        tls = {
+            "ssl.ca.location": settings.kafka_ssl_ca_location,
+            "ssl.certificate.location": settings.kafka_ssl_certificate_location,
+            "ssl.key.location": settings.kafka_ssl_key_location,
+            "ssl.key.password": settings.kafka_ssl_key_password.get_secret_value(),
+        }
+        shared |= {name: value for name, value in tls.items() if value}
     return shared
-
-
-def tls_settings(settings: Settings) -> ClientSettings:
-    """librdkafka's settings for TLS."""
-    found: ClientSettings = {}
-    if settings.kafka_ssl_ca_location:
-        found["ssl.ca.location"] = settings.kafka_ssl_ca_location
-    if settings.kafka_ssl_certificate_location:
-        found["ssl.certificate.location"] = settings.kafka_ssl_certificate_location
-        found["ssl.key.location"] = settings.kafka_ssl_key_location
-        found["ssl.key.password"] = settings.kafka_ssl_key_password.get_secret_value()
-    return found
 
 
 def connect_admin(settings: Settings, shutdown: Shutdown) -> AdminClient:
     """An admin client of a cluster that answers.
 
-    Waits up to STARTUP_TIMEOUT_SECONDS; then raises ConfigurationError. Raises it at once when the listener refuses
-    us, or speaks another protocol than ours.
+    Raises ConfigurationError after STARTUP_TIMEOUT_SECONDS, or at once when the listener refuses us, or speaks another
+    protocol than ours.
     """
     if settings.kafka_security_protocol == "SASL_PLAINTEXT" and settings.kafka_sasl_mechanism == "PLAIN":
         advice = "set KAFKA_SECURITY_PROTOCOL=SASL_SSL, or KAFKA_SASL_MECHANISM=SCRAM-SHA-512"
         log.warning("password_in_clear_text", extra=fields(kafka=settings.bootstrap_servers, detail=advice))
-    errors: list[KafkaError] = []
+    errors: list[KafkaError] = []  # that librdkafka reports meanwhile
     admin = AdminClient(client_settings(settings, "admin") | {"log_level": 0, "error_cb": errors.append})
 
     def ask() -> None:
@@ -152,10 +171,7 @@ def wait_for_kafka(
 
 
 def raise_if_refused(errors: Sequence[KafkaError], settings: Settings, *, last: bool) -> None:
-    """Raise ConfigurationError if waiting cannot help; ``last``: also if it may only be so.
-
-    ``errors`` are those that a client's ``error_cb`` was called with.
-    """
+    """Raise ConfigurationError if waiting cannot help, or, after the ``last`` try, if it probably cannot."""
     where = f"Kafka at {settings.bootstrap_servers}"
     for error in errors:
         if error.code() == KafkaError._AUTHENTICATION:
@@ -180,16 +196,12 @@ def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> 
 def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shutdown: Shutdown | None = None) -> None:
     """Create the topic of readings, its dead letters, and ``topics``, where they do not exist.
 
-    Where they all exist, nobody needs the right to create them. A broker that goes away meanwhile is waited for, up to
-    STARTUP_TIMEOUT_SECONDS; then ConfigurationError is raised, and PermanentError when Kafka refuses.
+    Where they all exist, nobody needs the right to create them. Raises ConfigurationError when no broker answers
+    within STARTUP_TIMEOUT_SECONDS, PermanentError when Kafka refuses.
     """
+    compression = COMPRESSION.get(settings.kafka_compression, settings.kafka_compression)
     wanted = [
-        new_topic(
-            settings,
-            settings.kafka_topic,
-            settings.kafka_partitions,
-            compression_type=COMPRESSION.get(settings.kafka_compression, settings.kafka_compression),
-        ),
+        new_topic(settings, settings.kafka_topic, settings.kafka_partitions, compression_type=compression),
         new_topic(
             settings,
             settings.dead_letter_topic,
@@ -213,6 +225,7 @@ def _create(admin: AdminClient, topics: list[NewTopic]) -> None:
     for topic in missing:
         try:
             futures[topic.topic].result()
+            log.info("topic_created", extra=fields(topic=topic.topic))
         except KafkaException as error:
             cause: KafkaError = error.args[0]
             text = f"Kafka topic {topic.topic} cannot be created: {cause.str()}"
@@ -220,17 +233,12 @@ def _create(admin: AdminClient, topics: list[NewTopic]) -> None:
                 unanswered = TransientError(text)
             elif cause.code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise PermanentError(text) from error
-        else:
-            log.info("topic_created", extra=fields(topic=topic.topic))
     if unanswered is not None:
         raise unanswered
 
 
 def topic_id(admin: AdminClient, settings: Settings) -> str:
-    """The id that Kafka gave the topic of readings: once deleted and created again, it has another one.
-
-    Raises TransientError when there is no answer or no such topic (now), PermanentError when we may not ask.
-    """
+    """The id that Kafka gave the topic of readings: once deleted and created again, it has another one."""
     topic = settings.kafka_topic
     with translated_kafka(f"Kafka topic {topic} cannot be described"):
         futures = admin.describe_topics(TopicCollection([topic]), request_timeout=CREATE_TIMEOUT_S)
@@ -239,7 +247,7 @@ def topic_id(admin: AdminClient, settings: Settings) -> str:
 
 @contextmanager
 def translated_kafka(what: str) -> Iterator[None]:
-    """Turn Kafka's errors into PermanentError where we may not do that, and else into TransientError."""
+    """Turn Kafka's errors into PermanentError where we lack a right, else into TransientError."""
     try:
         yield
     except KafkaException as error:
@@ -248,54 +256,59 @@ def translated_kafka(what: str) -> Iterator[None]:
         raise kind(f"{what}: {cause.str()}") from error
 
 
-def read_range(
-    settings: Settings, topic: str, partition: int, first: int, end: int, deadline: float = math.inf
+def read_topic(
+    settings: Settings,
+    topic: str,
+    partition: int,
+    first: int,
+    end: int,
+    deadline: float = math.inf,
+    *,
+    on_silence: Callable[[], None] | None = None,
 ) -> Iterator[Message]:
-    """The messages of a partition from offset ``first`` up to before ``end``, as far as they exist, without a group.
+    """The committed messages of a partition from offset ``first`` up to before ``end``, without a consumer group.
 
-    Ends at ``deadline``. Raises TransientError when Kafka does not answer before.
+    Ends early at ``deadline``, and where the partition does, or a transaction is open. With ``on_silence`` it waits for
+    open transactions instead, and calls that every two seconds. Raises TransientError when Kafka does not answer.
     """
-    consumer = Consumer(
-        client_settings(settings, "reader")
-        | {
-            "group.id": "not-used",
-            "enable.auto.commit": False,
-            "auto.offset.reset": "earliest",
-            "enable.partition.eof": True,
-            "log_level": 0,
-        }
-    )
-    try:
+    with (
+        closing(Consumer(client_settings(settings, "reader") | READER)) as consumer,
+        translated_kafka(f"Kafka topic {topic} cannot be read"),
+    ):
         consumer.assign([TopicPartition(topic, partition, first)])
+        heard_at = time.monotonic()
         while first < end and (left_s := deadline - time.monotonic()) > 0:
-            message = consumer.poll(min(left_s, SILENCE_S))
-            if message is None and left_s <= SILENCE_S:
-                return
+            message = consumer.poll(min(left_s, POLL_S))
             if message is None:
-                raise TransientError(f"Kafka topic {topic} cannot be read: no broker answers")
-            error = message.error()
-            if error is not None and error.code() == KafkaError._PARTITION_EOF:
-                return
-            if error is not None and error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
-                continue  # the library looks for the group's coordinator, whom nobody here needs
-            if error is not None:
-                raise TransientError(f"Kafka topic {topic} cannot be read: {error.str()}")
-            first = place_of(message)[1] + 1
-            if first <= end:
-                yield message
-    finally:
-        consumer.close()
+                if on_silence is not None:
+                    on_silence()
+                elif time.monotonic() - heard_at >= SILENCE_S:
+                    raise TransientError(f"Kafka topic {topic} cannot be read: no broker answers")
+                continue
+            heard_at, error = time.monotonic(), message.error()
+            if error is None:
+                first = position_of(message)[1] + 1
+                if first <= end:
+                    yield message
+            elif error.code() == KafkaError._PARTITION_EOF:
+                if on_silence is None or (message.offset() or 0) >= end:
+                    return
+            # The library looks for the group's coordinator, which is not needed here.
+            elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+                raise KafkaException(error)
 
 
-def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], timeout_s: float) -> list[Place | KafkaError]:
+def deliver(
+    producer: Producer, topic: str, messages: Iterable[Outgoing], timeout_s: float
+) -> list[Position | KafkaError]:
     """Send messages and wait for the broker, ``timeout_s`` after the last: where each is now, or why it is not there.
 
-    Raises TransientError when so many are under way that no more fit, and none arrives.
+    Raises TransientError when the queue is full and the broker answers nothing.
     """
-    found: dict[int, Place | KafkaError] = {}
+    found: dict[int, Position | KafkaError] = {}
 
     def note(at: int, error: KafkaError | None, message: Message) -> None:
-        found[at] = place_of(message) if error is None else error
+        found[at] = position_of(message) if error is None else error
 
     at = -1
     for at, (key, value, headers) in enumerate(messages):
@@ -315,12 +328,12 @@ def deliver(producer: Producer, topic: str, messages: Iterable[Outgoing], timeou
 
 
 def format_of(message: Message) -> bytes | None:
-    """What the message says that it holds; of several words the last."""
+    """The format of a message; of several such headers the last counts."""
     forms = [value for name, value in headers_of(message) if name == FORMAT_HEADER]
     return forms[-1] if forms else JSON
 
 
-def place_of(message: Message) -> Place:
+def position_of(message: Message) -> Position:
     """Partition and offset of a message that came from a broker."""
     partition, offset = message.partition(), message.offset()
     assert partition is not None

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from confluent_kafka import Message
 
-from services.core.kafka import REASON_HEADER, headers_of, place_of
+from services.core.kafka import REASON_HEADER, headers_of, position_of
 
 LETTER_HEADER = "sensor_pipeline.letter"
 
@@ -20,7 +20,7 @@ def name_of(letter: Message) -> bytes:
 
     Without the digest, whoever may write to the topic of readings could hide the letters of others.
     """
-    partition, offset = place_of(letter)
+    partition, offset = position_of(letter)
     digest = sha256((letter.key() or b"") + b"\0" + (letter.value() or b"")).hexdigest()
     return f"{partition}/{offset}/{digest}".encode()
 

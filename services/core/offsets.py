@@ -10,20 +10,13 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from services.core.config import Settings
-from services.core.kafka import client_settings, translated_kafka
+from services.core.kafka import COORDINATOR_MOVING, client_settings, translated_kafka
 
 ANSWER_TIMEOUT_S = 5.0
 PAUSE_S = 0.1
-ON_THE_MOVE = frozenset(
-    {
-        KafkaError.NOT_COORDINATOR,
-        KafkaError.COORDINATOR_NOT_AVAILABLE,
-        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-    }
-)
 COORDINATOR_TIMEOUT_S = 15.0  # the first question about a group makes a new cluster create a topic
 
 
@@ -104,7 +97,7 @@ class Offsets:
                 error = refused[0]
             except KafkaException as raised:
                 error = raised.args[0]
-            if error.code() not in ON_THE_MOVE or time.monotonic() > deadline:
+            if error.code() not in COORDINATOR_MOVING or time.monotonic() > deadline:
                 raise KafkaException(error)
             self._consumer.poll(PAUSE_S)
 

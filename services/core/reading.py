@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import msgspec
 
-from services.core.errors import MalformedMessage, Reason
+from services.core.errors import MalformedMessageError, Reason
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # the interval of a much earlier time would begin before the year 1
@@ -107,25 +107,29 @@ class Decoder:
         return (readings, others) if printable else None
 
     def decode(self, value: bytes | None) -> Reading:
-        """The reading in ``value``. Raises MalformedMessage, nothing else, whatever the bytes."""
+        """The reading in ``value``. Raises MalformedMessageError, nothing else, whatever the bytes."""
         if not value:
-            raise MalformedMessage(Reason.EMPTY, "the message has no value")
+            raise MalformedMessageError(Reason.EMPTY, "the message has no value")
         if len(value) > self._max_bytes:
-            raise MalformedMessage(Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}")
+            raise MalformedMessageError(
+                Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}"
+            )
         try:
             reading = self._decode(value)
         except msgspec.ValidationError as error:
-            raise MalformedMessage(Reason.INVALID_READING, str(error)) from error
+            raise MalformedMessageError(Reason.INVALID_READING, str(error)) from error
         except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
-            raise MalformedMessage(Reason.INVALID_JSON, str(error)) from error
+            raise MalformedMessageError(Reason.INVALID_JSON, str(error)) from error
         if not reading.sensor_id.isprintable():
-            raise MalformedMessage(Reason.INVALID_READING, "sensor_id has characters that cannot be printed")
+            raise MalformedMessageError(Reason.INVALID_READING, "sensor_id has characters that cannot be printed")
         if all(getattr(reading, name) is None for name in self.measurements):
-            raise MalformedMessage(Reason.NO_MEASUREMENT, f"{' and '.join(self.measurements)} missing or null")
+            raise MalformedMessageError(Reason.NO_MEASUREMENT, f"{' and '.join(self.measurements)} missing or null")
         if reading.time > self._latest:
-            raise MalformedMessage(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
+            raise MalformedMessageError(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:
             if reading.time < self._past:
-                raise MalformedMessage(Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows")
-            raise MalformedMessage(Reason.TOO_LATE, f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
+                raise MalformedMessageError(
+                    Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows"
+                )
+            raise MalformedMessageError(Reason.TOO_LATE, f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading

@@ -10,9 +10,8 @@ from psycopg import Connection
 
 from services.core.backoff import pauses
 from services.core.database import translated
-from services.core.errors import PipelineError
+from services.core.errors import LeaseLostError, PipelineError
 from services.core.logs import fields
-from services.etl.lease import LeaseLostError
 from services.etl.metrics import DUTY_FAILURES
 
 FIRST_RETRY_S = 1.0

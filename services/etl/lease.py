@@ -18,7 +18,7 @@ from psycopg.errors import LockNotAvailable
 
 from services.core.config import Settings
 from services.core.database import queries
-from services.core.errors import TransientError
+from services.core.errors import LeaseLostError
 from services.etl.beside import Beside
 
 SQL = queries("services.etl")
@@ -27,10 +27,6 @@ RENEW_INTERVAL_S = 2.0
 # Somebody who looks at the moment at which a server that stood still goes on lets the leader renew it first.
 SEEN_EXPIRED_FOR_S = 3.0
 KEY = 0x5E_50_11  # any number of ours: a session shows with an advisory lock of this and its pid that it is there
-
-
-class LeaseLostError(TransientError):
-    """Another instance leads."""
 
 
 class Lease:

@@ -23,6 +23,7 @@ from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from services.core.database import queries
+from services.core.errors import ChunkDroppedError
 from services.core.logs import fields
 from services.core.monitoring import DATABASE
 from services.etl.aggregates import Aggregates, statement
@@ -55,10 +56,6 @@ BATCHES = ", options => '{\"buckets_per_batch\": 60}'"
 log = logging.getLogger("etl")
 
 Window = tuple[datetime, datetime]
-
-
-class ChunkDroppedError(Exception):
-    """A chunk was dropped while its time was refreshed; what was refreshed may lack its readings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +253,7 @@ class SummaryMirror:
         """A transaction that changes summaries; the tables of the aggregates."""
         with self._lease.transaction():
             if self._is_chunk_missing():
-                raise ChunkDroppedError
+                raise ChunkDroppedError("a chunk was dropped while it was refreshed")
             self._connection.execute(SQL["never_compare_all_pairs"])
             yield self._aggregates.materialized()
 

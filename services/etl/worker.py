@@ -15,14 +15,14 @@ from psycopg import Connection
 from services.core.backoff import Retries
 from services.core.config import Settings
 from services.core.database import connect_at_start, connect_for_work, cut, translated
-from services.core.errors import PermanentError, PipelineError, TransientError
+from services.core.errors import LeaseLostError, PermanentError, PipelineError, TransientError
 from services.core.logs import fields
 from services.core.monitoring import DATABASE, Monitoring, database_probe
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
 from services.etl.duties import Duty, next_due
 from services.etl.interval_change import IntervalChange
-from services.etl.lease import Lease, LeaseLostError, renewal
+from services.etl.lease import Lease, renewal
 from services.etl.metrics import LEADING, QUEUE
 from services.etl.reconcile import SelfCheck, reconcile
 from services.etl.retention import Retention, compress, compression

@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file make up a reading: the mapping that DATA_FEATURE_* says."""
+"""Which columns of a Parquet file make up a reading, as DATA_FEATURE_* maps them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ MAX_LIST_LENGTH = 1000  # characters of the names of a file's columns
 class Columns:
     """Names of the Parquet columns that make up a reading; an empty ``sensor``: there is none.
 
-    Readings that are older than ``max_past`` (None: any) are not sent, since no consumer takes them. ``blocks``: they
-    are sent in blocks (blocks.py).
+    Readings older than ``max_past`` (None: any) are not sent, since no consumer takes them.
     """
 
     time: str
     measurements: tuple[tuple[str, str], ...]  # name and column of each that has one
     sensor: str
     max_past: timedelta | None = None
-    blocks: bool = False
     times: TimeFormat = DEFAULT_TIMES
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:
-        """The mapping that DATA_FEATURE_* says. Raises ConfigurationError where no measurement has a column."""
+        """The mapping in the settings. Raises ConfigurationError where no measurement has a column."""
         measurements = tuple((name, column) for name in settings.measurements if (column := settings.column_of(name)))
         if not measurements:
             names = (measurement(name).column_setting.upper() for name in settings.measurements)
@@ -43,7 +41,6 @@ class Columns:
             measurements,
             settings.data_feature_sensor,
             timedelta(days=settings.max_past_days),
-            settings.producer_format == "arrow",
             TimeFormat(settings.data_feature_timezone, settings.data_feature_date_unit),
         )
 
@@ -52,20 +49,16 @@ class Columns:
         """Each column to read, once."""
         return list(dict.fromkeys(filter(None, (self.time, *dict(self.measurements).values(), self.sensor))))
 
-    @property
-    def identity(self) -> list[str]:
-        """What stands for the mapping in a fingerprint. A measurement that has no column makes no difference."""
+    def identity(self, schema: pa.Schema) -> list[str]:
+        """What stands for the mapping of a file in its fingerprint. A measurement without a column does not count."""
         named = dict(self.measurements)
         defaults = [named.pop(name, "") for name in DEFAULT]
         others = [f"{name}={column}" for name, column in sorted(named.items())]
-        return [self.time, *defaults, *others, self.sensor]
-
-    def identity_of_times(self, schema: pa.Schema) -> list[str]:
-        """What of ``times`` makes a difference to a file, beyond the defaults."""
-        return self.times.identity(_plain(schema.field(self.time).type))
+        times = self.times.identity(_plain(schema.field(self.time).type))
+        return [self.time, *defaults, *others, self.sensor, *times]
 
     def check(self, schema: pa.Schema, url: str) -> None:
-        """Raise ConfigurationError, one line, unless ``schema`` has all the columns with types that fit."""
+        """Raise ConfigurationError unless ``schema`` has all the columns with types that fit."""
         for setting, name, fits, wanted in (
             ("DATA_FEATURE_DATE", self.time, self.times.fits, "a timestamp, a date or ISO 8601 text"),
             *(

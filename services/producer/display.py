@@ -1,8 +1,9 @@
-"""How far the producer is: a bar on a terminal, a log line now and then elsewhere."""
+"""How far the producer is: a bar on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ LOG_INTERVAL_S = 5.0
 
 
 class RowsPerSecond(ProgressColumn):
-    """Rows a second, over the last half minute."""
+    """Rows per second, over the last half minute."""
 
     def render(self, task: Task) -> Text:
         """``612,345 rows/s``."""
@@ -30,19 +31,14 @@ class RowsPerSecond(ProgressColumn):
 
 @contextmanager
 def show_rows(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told, again and again, how many of ``total`` rows are behind us."""
+    """Yield a function to call, again and again, with how many of ``total`` rows are done."""
     if not (total and sys.stderr.isatty()):
         yield _LogLines(total).update
         return
-    columns = (
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows"),
-        BarColumn(),
-        RowsPerSecond(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
+    rows = TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows")
+    columns = (rows, BarColumn(), RowsPerSecond(), TimeRemainingColumn())
     terminal = sys.stderr
-    with bar:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
         _log_to(sys.stderr, instead_of=terminal)  # now the bar's own, which prints above the bar
         try:
             yield _Bar(bar, total).update
@@ -60,32 +56,29 @@ class _Bar:
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total)
-        self._rows: int | None = None
+        self._rows = math.inf
 
     def update(self, rows: int) -> None:
-        if self._rows is None or rows < self._rows:  # rows of an earlier run, or an aborted transaction
-            self._progress.reset(self._task, completed=rows)
-        else:
-            self._progress.update(self._task, completed=rows)
+        # At the start (rows of an earlier run) and after an aborted transaction the speed is measured afresh.
+        show = self._progress.reset if rows < self._rows else self._progress.update
+        show(self._task, completed=rows)
         self._rows = rows
 
 
 class _LogLines:
     def __init__(self, total: int) -> None:
         self._total = total
-        self._before: tuple[float, int] | None = None
+        self._before = 0.0, math.inf  # time and rows of the last line
 
     def update(self, rows: int) -> None:
-        now = time.monotonic()
-        if self._before is None or rows < self._before[1]:  # at the start, and after an aborted transaction
+        now, (then, rows_then) = time.monotonic(), self._before
+        if rows < rows_then:  # at the start, and after an aborted transaction
             self._before = now, rows
-        then, rows_then = self._before
-        if now - then < LOG_INTERVAL_S:
-            return
-        self._before = now, rows
-        speed = (rows - rows_then) / (now - then)
-        left = round((self._total - rows) / speed) if speed > 0 else None
-        log.info(
-            "producing",
-            extra=fields(rows=rows, of=self._total, rows_per_second=round(speed), seconds_left=left),
-        )
+        elif now - then >= LOG_INTERVAL_S:
+            self._before = now, rows
+            speed = (rows - rows_then) / (now - then)
+            left = round((self._total - rows) / speed) if speed > 0 else None
+            log.info(
+                "producing",
+                extra=fields(rows=rows, of=self._total, rows_per_second=round(speed), seconds_left=left),
+            )

@@ -36,7 +36,7 @@ class SourceLocation:
 
     @classmethod
     def of(cls, given: str) -> SourceLocation:
-        """Raises ConfigurationError where it is no URL."""
+        """Raises ConfigurationError where it is not a URL."""
         try:
             scheme, separator, rest = given.partition("://")
             masked = _masked(given)
@@ -73,33 +73,29 @@ class SourceLocation:
         """Paths of the files, sorted. Raises ConfigurationError when there is none."""
         states = self.list_states(must_exist=True)
         if not states:
-            missing = (
-                "no file matches this glob" if GLOB.search(self.path) else "this directory holds no *.parquet file"
-            )
+            is_glob = GLOB.search(self.path)
+            missing = "no file matches this glob" if is_glob else "this directory holds no *.parquet file"
             raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
         return sorted(states)
 
     def list_states(self, *, must_exist: bool = False) -> dict[str, FileState]:
-        """The files by path, as they are now; ``must_exist``: what is no glob has to name something.
+        """The files by path, as they are now; with ``must_exist``, something must be there unless it is a glob.
 
         Raises ConfigurationError when they cannot be listed.
         """
         try:
-            return self._list_states(must_exist=must_exist)
+            info = self.filesystem.get_file_info(self.path)
+            if info.type == pa.fs.FileType.File:
+                return {self.path: FileState.of(info)}
+            if info.type == pa.fs.FileType.Directory:
+                states = self._list(self.path)
+                return {path: state for path, state in states.items() if _is_data(path[len(self.path) :])}
+            if GLOB.search(self.path):
+                pattern = _glob_pattern(self.path)
+                states = self._list(self.path[: _glob_start(self.path)].rstrip("/") or "/")
+                return {path: state for path, state in states.items() if pattern.fullmatch(path)}
         except (OSError, pa.ArrowException) as error:
             raise ConfigurationError(f"PARQUET_URL={self.given}: {one_line(error)}") from error
-
-    def _list_states(self, *, must_exist: bool) -> dict[str, FileState]:
-        info = self.filesystem.get_file_info(self.path)
-        if info.type == pa.fs.FileType.File:
-            return {self.path: FileState.of(info)}
-        if info.type == pa.fs.FileType.Directory:
-            states = self._list(self.path)
-            return {path: state for path, state in states.items() if _is_data(path[len(self.path) :])}
-        if GLOB.search(self.path):
-            pattern = _glob_pattern(self.path)
-            states = self._list(self.path[: _glob_start(self.path)].rstrip("/") or "/")
-            return {path: state for path, state in states.items() if pattern.fullmatch(path)}
         if must_exist:
             raise ConfigurationError(f"PARQUET_URL={self.given}: there is no such file or directory ({self.url})")
         return {}
@@ -140,6 +136,6 @@ def _masked(text: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says, without keys."""
+    """The text of an error from a library, without keys."""
     text = _masked(" ".join(str(error).split()))
     return text if len(text) <= MAX_DETAIL_LENGTH else f"{text[:MAX_DETAIL_LENGTH]} ..."

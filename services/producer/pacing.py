@@ -1,6 +1,6 @@
 """When readings are sent: at once, at a fixed rate, or with the gaps that lie between their own times.
 
-A pace cuts record batches into parts so small that no part is a burst, and says for each part when it is due.
+A pacing cuts record batches into parts so small that none is a burst, and knows when each is due.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.producer.columns import Columns
-from services.producer.encoding import Encoded, event_times
+from services.producer.encoding import event_times
 
 TICK_S = 0.01  # what is due within one tick is sent together: a part costs the same for one row as for hundreds
 MAX_BEHIND_S = 1.0  # a fixed rate makes up for this much after a hold-up, and not more, or it would be a burst
@@ -38,16 +38,16 @@ class Pacing:
         """Called before the first part of a run of files: time that has passed before it is not made up for."""
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """``batch`` in parts, in order; each is to be asked for only when the one before was sent."""
+        """``batch`` in parts, in order; ask for each only after sending the one before."""
         yield batch
 
-    def due(self, messages: Encoded) -> float:
-        """When to send the newest part, which became ``messages``: seconds of time.monotonic()."""
+    def due(self, readings: int) -> float:
+        """When to send the newest part, which has this many ``readings``: seconds of time.monotonic()."""
         return -math.inf
 
 
 class FixedRate(Pacing):
-    """``rate`` readings a second; rows that are skipped take no time."""
+    """``rate`` readings per second, in parts of a hundredth of a second or one row; skipped rows take no time."""
 
     transaction_s = 0.5
 
@@ -57,18 +57,15 @@ class FixedRate(Pacing):
         self._next = -math.inf
 
     def begin(self) -> None:
-        """The next reading is due now, or when the last one before asks for it."""
         self._next = max(self._next, time.monotonic())
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """Parts of a hundredth of a second, of one row at least."""
         for start in range(0, batch.num_rows, self._part_rows):
             yield batch.slice(start, self._part_rows)
 
-    def due(self, messages: Encoded) -> float:
-        """So long after the part before as its readings take."""
+    def due(self, readings: int) -> float:
         due = max(self._next, time.monotonic() - MAX_BEHIND_S)
-        self._next = due + messages.sent / self._rate
+        self._next = due + readings / self._rate
         return due
 
 
@@ -76,7 +73,8 @@ class Replay(Pacing):
     """The gaps between the readings' times, divided by ``speed``, become the gaps between sending.
 
     The clock of the replay starts with the first reading and never goes back: a reading that is older than one
-    before it is due at once, and the next gap counts from the newest reading until then.
+    before it is due at once, and the next gap counts from the newest reading until then. A part is a hundredth of a
+    second of this clock; it is due at the moment of its first reading.
     """
 
     transaction_s = 0.5
@@ -90,7 +88,6 @@ class Replay(Pacing):
         self._due = -math.inf
 
     def parts(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        """Readings whose moments lie within a hundredth of a second."""
         times = event_times(batch, self._columns).fill_null(LONG_AGO).to_pylist()
         newest = list(accumulate(times, max, initial=self._newest))[1:]
         start = 0
@@ -109,8 +106,7 @@ class Replay(Pacing):
         began, first = self._began
         return began + (newest - first) / 1e6 / self._speed
 
-    def due(self, messages: Encoded) -> float:
-        """The moment of the newest part's first reading."""
+    def due(self, readings: int) -> float:
         return self._due
 
 

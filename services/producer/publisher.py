@@ -2,8 +2,7 @@
 
 The order that makes each row appear exactly once to read_committed consumers:
 
-1. ``start``: init_transactions. Kafka ends what an earlier producer on the same source left open, and fences
-   that producer if it still lives.
+1. ``start``: init_transactions. Kafka aborts what an earlier producer on the same source left open, and fences it.
 2. Only then is the committed progress read: nothing of an older producer can be committed after it.
 3. ``send`` messages, then ``commit``: the progress records join the transaction, then it is committed.
    What fails before that is aborted, and the caller goes back to the progress of the last commit.
@@ -17,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from enum import Enum, auto
 from functools import partial
 from itertools import repeat as endlessly
 from typing import Any, NoReturn
@@ -25,62 +25,65 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from services.core.backoff import pauses
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PermanentError, TransientError
-from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, REPEAT_HEADER, client_settings
+from services.core.errors import (
+    ConfigurationError,
+    PermanentError,
+    StoppedError,
+    TransactionAbortedError,
+    TransactionExpiredError,
+)
+from services.core.kafka import (
+    ARROW,
+    FENCED,
+    FORMAT_HEADER,
+    NEVER_TAKEN,
+    PARTITIONER,
+    PURGED,
+    REPEAT_HEADER,
+    client_settings,
+)
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
-from services.producer.blocks import Rows
-from services.producer.encoding import Messages
-from services.producer.progress import Progress, Stopped, encode_progress, progress_topic, read_progress
+from services.producer.blocks import to_blocks
+from services.producer.encoding import Readings, to_json
+from services.producer.progress import Progress, encode_progress, progress_topic, read_progress
 
 log = logging.getLogger("producer")
 
 METADATA_TIMEOUT_S = 2.0
-POLL_S = 0.1  # a longer poll, as a flush, goes on with callbacks after one of them has raised a fatal error
-CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and goes on where it was
-STOP_TIMEOUT_S = 5.0  # how long a commit or abort may take once the service shall end
+POLL_S = 0.1  # a longer poll, like a flush, runs more callbacks after one of them has raised a fatal error
+CALL_TIMEOUT_S = 1.0  # of one transactional call; a call that timed out is repeated and continues where it was
+STOP_TIMEOUT_S = 5.0  # how long a commit or abort may take after shutdown was requested
 NOTE_AFTER_S, NOTE_INTERVAL_S = 5.0, 10.0
 QUEUE_KBYTES = 64 * 1024
 QUEUE_MESSAGES = 500_000
 
-# After some errors a client can do nothing more, and a new one has to take its place. librdkafka counts the
-# answer INVALID_TXN_STATE among them, which a broker may give that was killed in the middle of a transaction.
-MAX_LOSSES = 5  # clients lost in a row, with nothing committed between, before it is called permanent
-
-# Errors that the next try would meet again.
-PERMANENT = frozenset(
-    {
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError.INVALID_TRANSACTION_TIMEOUT,
-        KafkaError.TOPIC_EXCEPTION,
-        KafkaError.MSG_SIZE_TOO_LARGE,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,
-        KafkaError._UNKNOWN_PARTITION,
-        KafkaError._AUTHENTICATION,
-        KafkaError._UNSUPPORTED_FEATURE,
-    }
-)
-PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
-FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
+# Clients lost to fatal errors in a row, with nothing committed between, before it is called permanent. One such error
+# is INVALID_TXN_STATE, which a broker may answer that was killed in the middle of a transaction.
+MAX_LOSSES = 5
 
 
-class TransactionAborted(TransientError):  # noqa: N818 - Kafka's own word
-    """Nothing of the open transaction is visible; send again from the progress of the last commit."""
+class Verdict(Enum):
+    """What a failed transaction means."""
+
+    ABORTED = auto()  # send it again
+    EXPIRED = auto()  # send it again, unless another producer went on meanwhile
+    FENCED = auto()  # another producer has taken over
+    UNDELIVERABLE = auto()  # sending it again would fail again
 
 
-class TransactionExpired(TransactionAborted):
-    """Kafka ended the transaction because it was open for too long; another producer may have gone on."""
+def verdict(cause: KafkaError, age_s: float, timeout_s: float, losses: int) -> Verdict:
+    """What it means that a transaction open for ``age_s`` failed; ``losses``: clients lost in a row, this one included.
+
+    Kafka ends a transaction older than ``timeout_s`` with the same errors as that of a producer that was replaced.
+    """
+    if cause.code() in FENCED:
+        return Verdict.EXPIRED if age_s >= timeout_s else Verdict.FENCED
+    return Verdict.UNDELIVERABLE if cause.code() in NEVER_TAKEN or losses > MAX_LOSSES else Verdict.ABORTED
 
 
 class Publisher:
-    """One transactional producer for one source; at most one such producer lives, the newest.
-
-    ``run`` names this run in progress records. ``pending`` counts the readings of the open transaction.
-    """
+    """One transactional producer for one source; at most one such producer lives, the newest."""
 
     def __init__(self, settings: Settings, source_url: str, shutdown: Shutdown) -> None:
         self._settings = settings
@@ -90,47 +93,48 @@ class Publisher:
         self._progress_topic = progress_topic(settings).topic
         self._timeout_s = float(settings.producer_transaction_timeout_seconds)
         self._producer: Producer | None = None
+        self._is_current = False  # the producer has not failed since start()
         self._open_since: float | None = None
-        self._opened_at = 0.0  # by the clock on the wall
+        self._opened_at = 0.0  # by the wall clock
         self._partitions = 0  # of the topic, when the open transaction began
         self._last_note = 0.0
         self._failure: KafkaError | None = None
         self._losses = 0
-        self.run = uuid.uuid4().hex
-        self.pending = 0
+        self.run = uuid.uuid4().hex  # in progress records
+        self.pending = 0  # readings in the open transaction
 
     def start(self) -> dict[str, Progress]:
         """Become the one producer of this source; return all committed progress, by record key.
 
-        To be called again after TransactionAborted. Raises ConfigurationError when Kafka does not start
-        transactions within STARTUP_TIMEOUT_SECONDS (the first time; later it waits), PermanentError when it
-        refuses them, Stopped when the service shall end.
+        Call it again after TransactionAbortedError; else it only reads, or it would fence one that has taken over.
+        Raises ConfigurationError when Kafka does not start transactions within STARTUP_TIMEOUT_SECONDS (the first time;
+        later it waits), PermanentError when it refuses them, StoppedError on shutdown.
         """
-        first = self._producer is None
-        self._discard()
-        self._producer = Producer(self._producer_settings())
-        deadline = time.monotonic() + self._settings.startup_timeout_seconds if first else None
-        try:
-            self._complete(self._producer.init_transactions, deadline)
-        except KafkaException as error:
-            raise PermanentError(f"Kafka refuses transactions: {error.args[0].str()}") from error
+        if not self._is_current:
+            deadline = None if self._producer else time.monotonic() + self._settings.startup_timeout_seconds
+            self._discard()
+            self._producer = Producer(self._producer_settings())
+            try:
+                self._complete(self._producer.init_transactions, deadline)
+            except KafkaException as error:
+                raise PermanentError(f"Kafka refuses transactions: {error.args[0].str()}") from error
+            self._is_current = True
         return self.read_progress()
 
     def read_progress(self) -> dict[str, Progress]:
-        """All committed progress, by record key. Raises Stopped when the service shall end."""
+        """All committed progress, by record key. Raises StoppedError on shutdown."""
         return read_progress(self._settings, self._shutdown)
 
-    def send(self, messages: Messages | Rows, repeat: str = "") -> None:
-        """Add ``messages``, or blocks of rows, to the open transaction, or to a new one.
+    def send(self, readings: Readings, repeat: str = "") -> None:
+        """Add ``readings`` to the open transaction, or to a new one; ``repeat``: the value of their REPEAT_HEADER.
 
-        ``repeat`` is the value of their REPEAT_HEADER. Waits while the queue of 64 MB is full. Raises
-        TransactionAborted, PermanentError or Stopped.
+        Waits while the queue is full. Raises TransactionAbortedError, PermanentError or StoppedError.
         """
         producer = self._begin()
         produce: Callable[..., None] = producer.produce
-        self.pending += messages.sent
+        self.pending += readings.sent
         try:
-            for arguments in self._arguments(producer, messages, repeat):
+            for arguments in self._arguments(producer, readings, repeat):
                 try:
                     produce(*arguments)
                 except BufferError:
@@ -139,24 +143,23 @@ class Publisher:
         except KafkaException as error:
             self._abort(producer, error)
 
-    def _arguments(self, producer: Producer, messages: Messages | Rows, repeat: str) -> Iterator[tuple[Any, ...]]:
-        """The arguments of produce() for each message: by position, since by name takes longer.
+    def _arguments(self, producer: Producer, readings: Readings, repeat: str) -> Iterator[tuple[Any, ...]]:
+        """The arguments of produce() for each message, by position, which is faster than by name.
 
         Topic, value, key; then partition, callback, on_delivery and timestamp, each as by default; then the headers.
         """
         mark = [(REPEAT_HEADER, repeat.encode())] if repeat else []
-        if isinstance(messages, Rows):
+        if self._settings.producer_format == "arrow":
             headers = [(FORMAT_HEADER, ARROW), *mark]
-            for partition, _, value in messages.blocks(self._count_partitions(producer)):
+            for partition, _, value in to_blocks(readings, self._count_partitions(producer)):
                 yield self._topic, value, None, partition, None, None, 0, headers
-        elif mark:
-            for key, value in zip(messages.keys, messages.values, strict=True):
-                yield self._topic, value, key, -1, None, None, 0, mark
-        else:
-            yield from zip(endlessly(self._topic), messages.values, messages.keys, strict=False)
+            return
+        keys = map(readings.keys.__getitem__, readings.sensor.to_pylist())
+        messages = zip(endlessly(self._topic), to_json(readings), keys, strict=False)
+        yield from ((*message, -1, None, None, 0, mark) for message in messages) if mark else messages
 
     def _count_partitions(self, producer: Producer) -> int:
-        """Partitions of the topic, asked once in a transaction: somebody may add some while we run."""
+        """Partitions of the topic, asked once per transaction, since they may be added while we run."""
         if not self._partitions:
             topic = producer.list_topics(self._topic, METADATA_TIMEOUT_S).topics[self._topic]
             if topic.error is not None:
@@ -165,10 +168,10 @@ class Publisher:
         return self._partitions
 
     def commit(self, progress: Mapping[str, Progress]) -> None:
-        """Commit the open transaction, or a new one, together with ``progress`` (by record key).
+        """Commit the open transaction, or a new one, together with ``progress`` (by record key): all is visible then.
 
-        When it returns, all of it is visible. Raises TransactionAborted, PermanentError or Stopped; after
-        Stopped it is unknown whether Kafka took the commit, and the next start reads which.
+        Raises TransactionAbortedError, PermanentError or StoppedError; only the next start reads whether Kafka took
+        the commit before the latter.
         """
         producer = self._begin()
         try:
@@ -190,7 +193,7 @@ class Publisher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Abort what is open, if Kafka answers within a second, so that readers need not wait for it."""
+        """Abort what is open, if Kafka answers within a second: readers would wait for it."""
         if self._producer is not None and self._open_since is not None:
             try:
                 self._producer.abort_transaction(CALL_TIMEOUT_S)
@@ -221,8 +224,7 @@ class Publisher:
 
     def _begin(self) -> Producer:
         """The producer, in a transaction."""
-        if self._producer is None:
-            raise AssertionError("start() comes first")
+        assert self._producer is not None, "start() comes first"
         if self._open_since is None:
             try:
                 self._producer.begin_transaction()
@@ -233,22 +235,19 @@ class Publisher:
 
     def _produce_waiting(self, producer: Producer, produce: Callable[[], None]) -> None:
         """Produce one message as soon as the queue has room."""
-        waiting_since = time.monotonic()
-        for pause in pauses(0.01, POLL_S):
+        for pause in self._waits(0.01, POLL_S):
             try:
                 produce()
+                return
             except BufferError:
                 producer.poll(pause)
-                self._note_wait(waiting_since)
-            else:
-                return
 
     def _complete(self, call: Callable[[float], None], deadline: float | None = None) -> None:
-        """Repeat a transactional call until it is done: librdkafka goes on with a call that timed out."""
-        waiting_since = time.monotonic()
-        for pause in pauses(0.05, 1.0):
+        """Repeat a transactional call until it is done: librdkafka continues a call that timed out."""
+        for pause in self._waits(0.05, 1.0):
             try:
                 call(CALL_TIMEOUT_S)
+                return
             except KafkaException as error:
                 cause: KafkaError = error.args[0]
                 if not cause.retriable() or cause.txn_requires_abort():
@@ -258,38 +257,40 @@ class Publisher:
                         f"Kafka at {self._settings.bootstrap_servers} does not start transactions "
                         f"({cause.str()}): see transaction.state.log.replication.factor of the broker"
                     ) from error
-                self._note_wait(waiting_since)
                 time.sleep(pause)
-            else:
-                return
 
-    def _note_wait(self, since: float) -> None:
-        """Called while Kafka does not answer: say so now and then, and end the wait when asked to."""
-        waited = time.monotonic() - since
-        if self._shutdown.requested and waited > STOP_TIMEOUT_S:
-            raise Stopped("Kafka did not answer")
-        if waited > NOTE_AFTER_S and time.monotonic() - self._last_note > NOTE_INTERVAL_S:
-            self._last_note = time.monotonic()
-            log.warning("waiting_for_kafka", extra=fields(seconds=round(waited), pending=self.pending))
+    def _waits(self, first_s: float, max_s: float) -> Iterator[float]:
+        """Pauses in seconds while Kafka does not answer, logged now and then. Raises StoppedError after shutdown."""
+        since = time.monotonic()
+        for pause in pauses(first_s, max_s):
+            yield pause
+            waited = time.monotonic() - since
+            if self._shutdown.requested and waited > STOP_TIMEOUT_S:
+                raise StoppedError("Kafka did not answer")
+            if waited > NOTE_AFTER_S and time.monotonic() - self._last_note > NOTE_INTERVAL_S:
+                self._last_note = time.monotonic()
+                log.warning("waiting_for_kafka", extra=fields(seconds=round(waited), pending=self.pending))
 
     def _abort(self, producer: Producer, error: KafkaException) -> NoReturn:
         """Abort the open transaction because of ``error``, and raise what it means for the caller."""
         cause = self._failure or error.args[0]
         cause = self._end(producer, error.args[0]) or cause
-        # While a machine is suspended only the clock on the wall goes on.
-        pending, expired = self.pending, max(self.age_s, time.time() - self._opened_at) >= self._timeout_s
+        # While a machine is suspended only the wall clock runs.
+        pending, age_s = self.pending, max(self.age_s, time.time() - self._opened_at)
         self._close_books()
-        if cause.code() in FENCED and not expired:
-            raise PermanentError(
-                f"fenced: another producer has taken over {self._source_url}; this one stops"
-            ) from error
-        if cause.code() in FENCED:
-            # Kafka ends a transaction that is too old in the same way as one of a producer that was replaced.
-            raise TransactionExpired(f"the transaction grew older than {self._timeout_s:g} s") from error
-        self._losses += cause.fatal()
-        if cause.code() in PERMANENT or self._losses > MAX_LOSSES:
-            raise PermanentError(f"{pending} readings were not delivered: {cause.str()}") from error
-        raise TransactionAborted(cause.str()) from error
+        self._is_current = False
+        losses = self._losses + cause.fatal()
+        match verdict(cause, age_s, self._timeout_s, losses):
+            case Verdict.FENCED:
+                text = f"fenced: another producer has taken over {self._source_url}; this one stops"
+                raise PermanentError(text) from error
+            case Verdict.EXPIRED:
+                raise TransactionExpiredError(f"the transaction grew older than {self._timeout_s:g} s") from error
+            case Verdict.UNDELIVERABLE:
+                raise PermanentError(f"{pending} readings were not delivered: {cause.str()}") from error
+            case Verdict.ABORTED:
+                self._losses = losses
+                raise TransactionAbortedError(cause.str()) from error
 
     def _end(self, producer: Producer, cause: KafkaError) -> KafkaError | None:
         """Abort; return the error that made the client unusable, if one did."""
@@ -307,7 +308,7 @@ class Publisher:
         self.pending = self._partitions = 0
 
     def _discard(self) -> None:
-        """Give the client up; what it has sent is answered first, if Kafka does so within a second.
+        """Give the client up, after waiting up to a second for answers to what it has sent.
 
         librdkafka 2.16 damages its memory when the answer that a producer was fenced reaches a client that is ending.
         """

@@ -1,10 +1,10 @@
 """Parquet files are read in a process of their own, so that a file can harm nothing but itself.
 
-Files come from outside. One of a few kilobytes may ask for terabytes (a long text that each row refers to), and a
-damaged one may crash the library that reads it. The process that reads may have only so much memory; if it ends, the
-file cannot be read, and the next one gets a new process.
+A file of a few kilobytes may ask for terabytes (a long text that each row refers to), and a damaged one may crash the
+library that reads it. The memory of the process is limited; if it ends, the file cannot be read, and the next one gets
+a new process.
 
-The two talk through pipes: a request is a file and what is wanted of it, the answers are tuples of a word and what
+The two talk through pipes: a request names a file and what is wanted of it, the answers are pairs of a word and what
 belongs to it, "end" or "error" last. The word "batch" is followed by the bytes of Arrow's own format.
 """
 
@@ -53,7 +53,7 @@ class FileState(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Which rows and columns of a file are wanted; no columns: only what its footer says."""
+    """Which rows and columns of a file are wanted; no columns: only its footer."""
 
     filesystem: pa.fs.FileSystem
     path: str
@@ -116,13 +116,13 @@ class Reader:
         finally:
             questions.close()
             answers.close()
-            if not answered:  # it would go on with answers that nobody wants
+            if not answered:  # it would keep sending answers
                 self.close()
         if word == "error":
             raise answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:  # somebody ended it
+        if self._process is not None and self._process.poll() is not None:  # it was killed, or crashed
             self.close()
         if self._process is None:
             self._process = subprocess.Popen(  # noqa: S603 - no text of anybody's
@@ -143,7 +143,7 @@ atexit.register(READER.close)
 
 
 def serve(questions: Connection, answers: Connection) -> None:
-    """Answer until nobody asks any more."""
+    """Answer requests until their pipe is closed."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     filesystem = None
     while True:
@@ -194,7 +194,7 @@ def _open(filesystem: pa.fs.FileSystem, path: str) -> pa.NativeFile:
 
 
 def _state(filesystem: pa.fs.FileSystem, path: str, stream: pa.NativeFile) -> FileState:
-    """Of a local file that of what is open, which stays what it is when its name is given to another file."""
+    """Of a local file that of what is open, even if another file has its name by now."""
     if not isinstance(stream, pa.OSFile):
         return FileState.of(filesystem.get_file_info(path))
     found = os.fstat(stream.fileno())
@@ -222,5 +222,5 @@ def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]
 def main() -> None:
     """The process."""
     answers = Connection(os.dup(sys.stdout.fileno()), readable=False)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
     serve(Connection(sys.stdin.fileno(), writable=False), answers)

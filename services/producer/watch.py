@@ -2,20 +2,21 @@
 
 A Parquet file ends with its footer, so one that is still being written cannot be opened; and one that is being
 copied over another may hold an old footer for a moment. So a file counts as whole when its size and time of
-change are the same in two looks and it can be opened then. Until then not a row of it is sent.
+change are the same in two polls and it can be opened then. Until then not a row of it is sent.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from services.core.config import Settings
-from services.core.errors import ConfigurationError, PipelineError
+from services.core.errors import ConfigurationError, PipelineError, StoppedError
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.producer.columns import Columns
 from services.producer.finding import SourceLocation
-from services.producer.metrics import FILES_UNREADABLE
+from services.producer.metrics import FILES_UNREADABLE, WATCHING
 from services.producer.reader import FileState
 from services.producer.source import Source, SourceFile, check_file
 
@@ -23,27 +24,45 @@ log = logging.getLogger("producer")
 
 
 class Watch:
-    """Looks for files again and again; ``url`` is PARQUET_URL in full.
+    """Polls for files until shutdown; ``url`` is PARQUET_URL in full.
 
     Raises ConfigurationError at the start for a URL that names nothing; a directory that is empty, or a glob
-    that no file matches, is no mistake here.
+    that no file matches, is not a mistake here.
     """
+
+    exit_code = 0
 
     def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
         self._columns = Columns.of(settings)
-        self._place = SourceLocation.of(settings.parquet_url)
+        self._location = SourceLocation.of(settings.parquet_url)
         self._shutdown = shutdown
-        self._before: dict[str, FileState] = {}  # by path, at the last look
+        self._period_s = settings.producer_watch_seconds
+        self._before: dict[str, FileState] = {}  # by path, at the last poll
         self._known: dict[str, SourceFile] = {}  # by path: files found whole, as they were then
         self._sent: dict[str, FileState] = {}
         self._reported: dict[str, tuple[FileState | None, str]] = {}
-        self.url = self._place.url
-        self._place.list_states(must_exist=True)
+        self.url = self._location.url
+        self._location.list_states(must_exist=True)
+        WATCHING.set(1)
 
-    def look(self) -> Source:
-        """The files that are whole and not yet sent, in the order of their names. Raises Stopped."""
+    def sources(self) -> Iterator[Source]:
+        """What each poll finds; the first one is empty: with it the publisher ends what an earlier run left open."""
+        log.info("watching", extra=fields(url=self.url, seconds=self._period_s))
+        started = False
+        while not self._shutdown.requested:
+            try:
+                source = self.poll()
+            except StoppedError:
+                return
+            if source.files or not started:
+                started = True
+                yield source
+            self._shutdown.wait(self._period_s)
+
+    def poll(self) -> Source:
+        """The files that are whole and not yet sent, in the order of their names. Raises StoppedError."""
         try:
-            now = self._place.list_states()
+            now = self._location.list_states()
         except ConfigurationError as error:
             self._report(self.url, None, error)
             return Source(self.url, ())
@@ -56,13 +75,13 @@ class Watch:
         files = [file for path in sorted(quiet) if (file := self._open(path, now[path])) is not None]
         return Source(self.url, tuple(files))
 
-    def note_sent(self, file: SourceFile) -> None:
-        """``file`` need not be looked at again until it changes."""
-        self._sent[file.path] = file.state
-
     def note_unreadable(self, file: SourceFile, error: PipelineError) -> None:
-        """``file`` turned out to be damaged, or has changed or gone; the next look tells which."""
+        """``file`` turned out to be damaged, or has changed or gone; the next poll tells which."""
         self._report(file.path, file.state, error)
+
+    def settle(self, sent: list[SourceFile], _nothing_sent: str = "") -> None:
+        """These are not found again until they change."""
+        self._sent |= {file.path: file.state for file in sent}
 
     def _open(self, path: str, state: FileState) -> SourceFile | None:
         """The file, checked; None where it cannot be read, or changed meanwhile."""
@@ -70,7 +89,7 @@ class Watch:
         if known is not None and known.state == state:  # its contents need not be hashed again
             return known
         try:
-            file = check_file(self._place, path, self._columns, self._shutdown)
+            file = check_file(self._location, path, self._columns, self._shutdown)
         except ConfigurationError as error:
             self._report(path, state, error)
             return None
@@ -78,7 +97,7 @@ class Watch:
         return file if file.state == state else None
 
     def _report(self, path: str, state: FileState | None, error: PipelineError) -> None:
-        """Say it once, and again when the file or the reason changes."""
+        """Log it once, and again when the file or the reason changes."""
         if self._reported.get(path) != (state, str(error)):
             self._reported[path] = state, str(error)
             FILES_UNREADABLE.inc()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 from services.core.config import Settings
 from services.core.errors import STOPPED, ConfigurationError, PermanentError, PipelineError
@@ -14,23 +15,65 @@ from services.core.monitoring import Monitoring, kafka_probe
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.job import Job
-from services.producer.metrics import (
-    FILES_UNREADABLE,
-    WATCHING,
-)
+from services.producer.metrics import FILES_UNREADABLE
 from services.producer.pacing import choose_pace
-from services.producer.progress import Stopped, progress_topic, topic_id
+from services.producer.progress import progress_topic, topic_id
 from services.producer.publisher import Publisher
-from services.producer.source import (
-    Source,
-    SourceFile,
-    open_source,
-)
+from services.producer.source import Source, SourceFile, open_source
 from services.producer.watch import Watch
 
 log = logging.getLogger("producer")
 
 HUNG_AFTER_S = 300.0  # an object store that does not answer is waited for
+
+
+class Feed(Protocol):
+    """What to send: the files that are there (Once), or also those that arrive until shutdown (Watch)."""
+
+    url: str
+    exit_code: int
+
+    def sources(self) -> Iterator[Source]:
+        """The files to send next; ``settle`` is called after each of these."""
+
+    def note_unreadable(self, file: SourceFile, error: PipelineError) -> None:
+        """``file`` turned out to be damaged, or has changed or gone."""
+
+    def settle(self, sent: list[SourceFile], nothing_sent: str) -> None:
+        """Of the last source these files are sent; ``nothing_sent``: why no row was, if it has rows."""
+
+
+class Once:
+    """The files that are there at the start."""
+
+    def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
+        self._source = open_source(settings, shutdown)
+        self._failures: list[PipelineError] = []
+        self.url = self._source.url
+        self.exit_code = STOPPED
+        log.info("source_opened", extra=fields(url=self.url, files=len(self._source.files), rows=self._source.rows))
+
+    def sources(self) -> Iterator[Source]:
+        """One source."""
+        for error in self._source.unreadable:
+            self.note_unreadable(None, error)
+        yield self._source
+
+    def note_unreadable(self, _file: SourceFile | None, error: PipelineError) -> None:
+        """The other files are sent nevertheless."""
+        FILES_UNREADABLE.inc()
+        log.warning("unreadable", extra=fields(error=str(error)))
+        self._failures.append(error)
+
+    def settle(self, sent: list[SourceFile], nothing_sent: str) -> None:
+        """Raise PermanentError where a file was not sent to its end, or nothing could be sent."""
+        if self._failures:
+            count = f"{len(self._failures)} of {self._source.found}"
+            raise PermanentError(f"{count} files were not sent to their end: {self._failures[0]}")
+        if nothing_sent:
+            raise PermanentError(f"no row of {self.url} could be sent: {nothing_sent}")
+        if len(sent) == len(self._source.files):
+            self.exit_code = 0
 
 
 def run(
@@ -41,42 +84,29 @@ def run(
     overwrite: bool = False,
     speed: float | None = None,
 ) -> int:
-    """Send what PARQUET_URL names and was not sent before; with ``resend`` all of it again.
+    """Send what PARQUET_URL names and was not sent before, replayed at ``speed`` times the readings' own if it is set.
 
-    What is sent again is marked as repeated, so that it overwrites nothing, unless ``overwrite`` is set.
-
-    ``speed``: replay by the readings' times, with the gaps between them divided by it. With PRODUCER_WATCH_SECONDS the
-    files are those that are there or arrive until ``shutdown`` is requested.
+    ``resend``: send all of it again, marked as repeated, so that it overwrites nothing unless ``overwrite`` is set.
 
     Returns 0 when all is sent, STOPPED when ``shutdown`` was requested before: what was committed until then stays,
-    and the next run goes on from there. Raises ConfigurationError before anything is sent, PermanentError
+    and the next run continues from there. Raises ConfigurationError before anything is sent, PermanentError
     when no retry can help, or when there are rows and none of them can be sent.
     """
     pace = choose_pace(settings, speed)
     _check_options(settings, resend=resend, overwrite=overwrite)
-    period_s, done = settings.producer_watch_seconds, False
+    mark = ("" if overwrite else REPEATED.decode()) if resend else None
     with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
-        try:
-            source: Source | Watch
-            if period_s:
-                source = Watch(settings, shutdown)
-                WATCHING.set(1)
-                log.info("watching", extra=fields(url=source.url, seconds=period_s))
-            else:
-                source = open_source(settings, shutdown)
-                log.info("source_opened", extra=fields(url=source.url, files=len(source.files), rows=source.rows))
-            admin = connect_admin(settings, shutdown)
-            create_topics(admin, settings, progress_topic(settings), shutdown=shutdown)
-            topic = topic_id(admin, settings, shutdown)
-            with Publisher(settings, source.url, shutdown) as publisher:
-                make_job = partial(Job, settings, publisher, shutdown, topic, pace)
-                if isinstance(source, Watch):
-                    _send_arriving(source, make_job, shutdown, period_s)
-                else:
-                    done = _send(source, make_job, ("" if overwrite else REPEATED.decode()) if resend else None)
-        except Stopped as error:
-            log.warning("stopped", extra=fields(reason=str(error)))
-    return 0 if done or period_s else STOPPED
+        feed: Feed = Watch(settings, shutdown) if settings.producer_watch_seconds else Once(settings, shutdown)
+        admin = connect_admin(settings, shutdown)
+        create_topics(admin, settings, progress_topic(settings), shutdown=shutdown)
+        topic = topic_id(admin, settings, shutdown)
+        with Publisher(settings, feed.url, shutdown) as publisher:
+            for source in feed.sources():
+                with show_rows(source.rows) as show:
+                    job = Job(settings, publisher, shutdown, topic, pace, source, show, feed.note_unreadable, mark)
+                    job.run()
+                feed.settle(job.sent_files(), job.report())
+    return feed.exit_code
 
 
 def _check_options(settings: Settings, *, resend: bool, overwrite: bool) -> None:
@@ -87,48 +117,3 @@ def _check_options(settings: Settings, *, resend: bool, overwrite: bool) -> None
         )
     if overwrite and not resend:
         raise ConfigurationError("--overwrite goes with --resend: it lets rows that are sent again overwrite")
-
-
-def _send(source: Source, make_job: Callable[..., Job], resend: str | None) -> bool:
-    """Send what of ``source`` was not sent before; with ``resend`` all of it, marked with that unless it is "".
-
-    Returns whether all is sent now.
-    """
-    failures: list[PipelineError] = []
-
-    def note_unreadable(_file: SourceFile | None, error: PipelineError) -> None:
-        FILES_UNREADABLE.inc()
-        log.warning("unreadable", extra=fields(error=str(error)))
-        failures.append(error)
-
-    for error in source.unreadable:
-        note_unreadable(None, error)
-    with show_rows(source.rows) as show:
-        job = make_job(source, show, note_unreadable)
-        job.run(resend=resend)
-    nothing_sent = job.report()
-    if failures:
-        raise PermanentError(f"{len(failures)} of {source.found} files were not sent to their end: {failures[0]}")
-    if nothing_sent:
-        raise PermanentError(f"no row of {source.url} could be sent: {nothing_sent}")
-    return job.is_whole
-
-
-def _send_arriving(watch: Watch, make_job: Callable[..., Job], shutdown: Shutdown, period_s: float) -> None:
-    """Send the files of each look, until the service shall end.
-
-    The first look finds nothing whole yet: the publisher starts then, and ends what an earlier run left open.
-    """
-    source, started = watch.look(), False
-    while not shutdown.requested:
-        if source.files or not started:
-            with show_rows(source.rows) as show:
-                job = make_job(source, show, watch.note_unreadable, started)
-                job.run(resend=None)
-            started = True
-            for file in job.sent_files():
-                watch.note_sent(file)
-            job.report()
-        if shutdown.wait(period_s):
-            return
-        source = watch.look()

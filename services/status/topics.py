@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.errors import TransientError
-from services.core.kafka import client_settings, raise_if_refused, read_range, topic_id, translated_kafka
+from services.core.kafka import client_settings, raise_if_refused, read_topic, topic_id, translated_kafka
 from services.core.letters import name_of, reason_of, replaced_by
 from services.core.offsets import ANSWER_TIMEOUT_S, COORDINATOR_TIMEOUT_S, Offsets, PartitionOffsets
 
@@ -139,7 +139,7 @@ def _read_letters(settings: Settings, partitions: list[PartitionOffsets]) -> Dea
     older: set[bytes | None] = set()
     for each in partitions:
         start = max(each.first, each.end - share)
-        for letter in read_range(settings, settings.dead_letter_topic, each.partition, start, each.end, deadline):
+        for letter in read_topic(settings, settings.dead_letter_topic, each.partition, start, each.end, deadline):
             reasons[name_of(letter)] = reason_of(letter)
             older.add(replaced_by(letter))
     count = sum(each.end - each.first for each in partitions) - len(reasons.keys() & older)

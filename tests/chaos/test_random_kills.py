@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.errors import TransientError
-from services.core.kafka import client_settings, create_topics, place_of
+from services.core.kafka import client_settings, create_topics, position_of
 from services.core.offsets import group_lag
 from services.local.stack import Stack
 from tests.chaos.bystanders import Bystander, dump, read_live_view, read_live_view_at_once
@@ -223,7 +223,7 @@ class Chaos:
             return sum(map(count_readings, messages)) >= sent
 
         wait_until(is_sent, "all is sent", CATCH_UP_TIMEOUT_S)
-        ends = dict(map(place_of, messages))
+        ends = dict(map(position_of, messages))
         wait_until(lambda: self._are_behind(ends), "all is stored", CATCH_UP_TIMEOUT_S)
         return messages
 

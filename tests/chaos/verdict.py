@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from confluent_kafka import Message
 from psycopg import Connection
 
-from services.core.kafka import REASON_HEADER, place_of
+from services.core.kafka import REASON_HEADER, position_of
 from services.core.letters import read_headers
 from tests.chaos.traffic import POISON_KEY, Sample, Traffic
 from tests.fix_services import rows_of
@@ -61,7 +61,7 @@ class Verdict:
                 continue
             for sensor, sample in read_samples(message):
                 topic[sensor].append(sample)
-                if sensor in self.traffic.racers and place_of(message) in self.lettered:
+                if sensor in self.traffic.racers and position_of(message) in self.lettered:
                     self.refused.add(sensor)
                 else:
                     self._apply(sensor, sample)
@@ -79,7 +79,7 @@ class Verdict:
     def _judge_letters(self) -> None:
         """Each message that is no reading has its letter, whole and with its reason; of the others only racers do."""
         for message in self.messages:
-            place, value = place_of(message), message.value() or b""
+            place, value = position_of(message), message.value() or b""
             reason = self.traffic.poison.get(value) if message.key() == POISON_KEY.encode() else None
             letter = self.lettered.pop(place, None)
             if letter is None:

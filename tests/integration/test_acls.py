@@ -20,7 +20,7 @@ from confluent_kafka.admin import (
 from pydantic import SecretStr
 
 from services.core.config import Settings
-from services.core.kafka import client_settings, read_range
+from services.core.kafka import client_settings, read_topic
 from services.local.kafka import KafkaProcess
 from tests.fix_services import message, minutes, publish, run_cli
 from tests.fix_stack import ROOT, free_port, make_stack
@@ -136,7 +136,7 @@ def test_the_listed_rights_are_enough(guarded: tuple[Settings, int], connection:
     assert (seen["lag"], seen["dead_letters"]["reasons"]) == (0, {"future_time": 1})
     assert "future_time" in run("dead-letters list", "dead-letters", "list")
     for _ in range(5):  # the library's question about a group, which nobody may ask, is answered sooner or later
-        assert len(list(read_range(acting_as("dead-letters list"), trusted.dead_letter_topic, 0, 0, 2))) == 1
+        assert len(list(read_topic(acting_as("dead-letters list"), trusted.dead_letter_topic, 0, 0, 2))) == 1
     assert "1 dead letters sent" in run("dead-letters replay", "dead-letters", "replay")
     assert "partition 0" in run("rewind", "rewind", "--to-beginning")
     run("consumer", "consume", "--until-caught-up")  # which has another dead letter now

@@ -13,7 +13,7 @@ from confluent_kafka.admin import AdminClient
 
 from services.consumer.dead_letter import ORIGINAL_BYTES_HEADER
 from services.core.config import Settings
-from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of, place_of
+from services.core.kafka import REASON_HEADER, REPEAT_HEADER, REPEATED, client_settings, headers_of, position_of
 from services.core.letters import LETTER_HEADER, name_of
 from services.core.murmur2 import partition_of
 from tests.fix_services import StartService, message, minutes, publish, read_topic, run_cli, wait_until
@@ -229,7 +229,7 @@ def test_what_the_database_refuses_is_sent_as_it_came(settings: Settings, connec
         producer.produce(settings.kafka_topic, unusual, f"s{at}", partition=at % 3, headers=[("number", str(at))])
     assert producer.flush(30) == 0
     consume(settings)
-    sent = {place_of(sent): sent for sent in read_topic(settings, settings.kafka_topic)}
+    sent = {position_of(sent): sent for sent in read_topic(settings, settings.kafka_topic)}
     numbers = set()
     for letter in read_topic(settings, settings.dead_letter_topic):
         its = dict(headers_of(letter))

@@ -20,9 +20,10 @@ from psycopg import Connection, errors
 from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.core.database import connect
+from services.core.errors import LeaseLostError
 from services.core.reading import Reading
 from services.core.shutdown import Shutdown
-from services.etl.lease import KEY, Lease, LeaseLostError
+from services.etl.lease import KEY, Lease
 from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until

@@ -260,7 +260,7 @@ def test_a_failure_that_comes_back_each_time_ends_the_consumer_and_commits_nothi
     connection.execute(RAISING.format(sqlstate=sqlstate))
     try:
         publish(settings, [message(temperature=1.0)], partition=0)
-        consumer = start(json.dumps({"most_doubtful_tries": 4}), "consume", module=RUNNER)
+        consumer = start(json.dumps({"max_limited_tries": 4}), "consume", module=RUNNER)
         assert consumer.wait() == 1
     finally:
         connection.execute(QUIET)

@@ -44,7 +44,7 @@ from services.consumer.sink import Sink
 from services.consumer.worker import Worker
 from services.core.config import Settings
 from services.core.database import connect, connection_arguments
-from services.core.errors import MalformedMessage, PartitionsMovedError, TransientError
+from services.core.errors import MalformedMessageError, PartitionsMovedError, TransientError
 from services.core.kafka import headers_of
 from services.core.measurements import DEFAULT
 from services.core.reading import Decoder, Reading
@@ -516,7 +516,7 @@ class Pipeline(RuleBasedStateMachine):
         for value in batch:
             try:
                 found.append(decoder.decode(value))
-            except MalformedMessage as error:
+            except MalformedMessageError as error:
                 dead[error.reason] += 1
         closed = self.closed()
         move = Move(TOPIC, {1: self.position}, {1: self.position + 1})

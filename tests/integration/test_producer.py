@@ -38,7 +38,7 @@ from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 from services.local.kafka import KafkaProcess
 from services.local.runtime import install
-from services.producer.encoding import Messages
+from services.producer.encoding import Readings
 from services.producer.progress import progress_topic
 from services.producer.publisher import Publisher
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli, wait_until
@@ -503,7 +503,7 @@ class Noting(Publisher):
         self.codes[error.code() if error is not None else 0] += 1
 
 
-def send_forever(publisher: Publisher, messages: Messages) -> None:
+def send_forever(publisher: Publisher, messages: Readings) -> None:
     while True:
         publisher.send(messages)
 
@@ -511,8 +511,13 @@ def send_forever(publisher: Publisher, messages: Messages) -> None:
 def test_a_fenced_client_ends_when_all_that_it_sent_was_answered(settings: Settings) -> None:
     """Or the answers could damage the memory of the process."""
     create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
-    messages = Messages(
-        rows=20_000, keys=[f"s{number}".encode() for number in range(20_000)], values=[b"x" * 300] * 20_000
+    rows = 20_000
+    messages = Readings(
+        rows=rows,
+        keys=[f"s{number:0250}".encode() for number in range(rows)],
+        sensor=pa.array(range(rows)),
+        time=pa.array([0] * rows, pa.timestamp("us")),
+        numbers={"temperature": pa.array([1.5] * rows)},
     )
     older = Noting(settings)
     with Publisher(settings, "source", Shutdown()) as newer, older:

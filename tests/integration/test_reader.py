@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, UnreadableFileError
 from services.producer.reader import BATCH_ROWS, READER
-from services.producer.source import UnreadableFileError, open_source
+from services.producer.source import open_source
 from tests.unit.test_source import settings, table, temperatures, write
 
 
@@ -30,7 +30,7 @@ def test_a_small_file_that_asks_for_terabytes_is_one_line_and_the_next_is_read(
     bomb, good = open_source(settings(tmp_path)).files
     before = peak_mb()
     with pytest.raises(UnreadableFileError, match=r"a.parquet cannot be read beyond row 0 of \d+: "):
-        list(bomb.messages())
+        list(bomb.readings())
     assert temperatures(good) == [0, 1, 2]
     assert peak_mb() - before < 50
     reader = READER._process
@@ -44,7 +44,7 @@ def test_rows_of_megabytes_are_not_taken(tmp_path: Path) -> None:
     pq.write_table(long, tmp_path / "a.parquet", use_dictionary=False, compression="none")
     (file,) = open_source(settings(tmp_path)).files
     with pytest.raises(UnreadableFileError, match="40 rows of it take 4000"):
-        list(file.messages())
+        list(file.readings())
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -56,7 +56,7 @@ def test_the_longest_ids_that_are_valid_are_read(tmp_path: Path, compression: st
     )
     pq.write_table(table(rows).set_column(4, "sensor", ids), tmp_path / "a.parquet", compression=compression)
     (file,) = open_source(settings(tmp_path)).files
-    assert sum(len(messages.keys) for messages in file.messages()) == rows
+    assert sum(messages.sent for messages in file.readings()) == rows
 
 
 def peak_mb() -> float:
@@ -78,7 +78,7 @@ def test_a_file_that_crashes_the_reader_is_one_line_and_the_next_is_read(
                 open_source(settings(crash))
         else:
             (file,) = open_source(settings(crash)).files
-            reading = file.messages()
+            reading = file.readings()
             assert [next(reading).rows for _ in range(2)] == [BATCH_ROWS] * 2
             with pytest.raises(UnreadableFileError, match=rf"cannot be read beyond row {rows} .*\(Aborted\)"):
                 next(reading)

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from services.consumer.blocks import alone, split_refused
 from services.core.block import block_schema, decode_block, encode_block
-from services.core.errors import MalformedMessage, Reason
+from services.core.errors import MalformedMessageError, Reason
 from services.core.kafka import ARROW, FORMAT_HEADER
 from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
 from services.core.reading import EPOCH, MAX_VALUE, Decoder, Reading, reading_type
-from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, RowsDigest, choose_rows
+from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, to_blocks
 from services.producer.columns import Columns
-from services.producer.encoding import encode_batch
+from services.producer.encoding import Digest, choose, to_json
 from tests.examples import many
 from tests.measured import MEASUREMENTS, reading_of
 
@@ -70,13 +70,12 @@ def test_blocks_hold_the_readings_that_json_would_in_the_partitions_of_their_key
     rows: pa.RecordBatch, max_past: timedelta | None, partitions: int
 ) -> None:
     columns = Columns("time", COLUMNS.measurements, "sensor", max_past)
-    messages, found = encode_batch(rows, columns), choose_rows(rows, columns)
-    assert (found.rows, found.sent, found.skipped) == (messages.rows, messages.sent, messages.skipped)
+    found = choose(rows, columns)
     expected: dict[int, list[Reading]] = defaultdict(list)
     blocks: dict[int, list[Reading]] = defaultdict(list)
-    for key, reading in zip(messages.keys, by_json(messages.values), strict=True):
-        expected[partition_of(key, partitions)].append(reading)
-    for partition, count, value in found.blocks(partitions):
+    for at, reading in zip(found.sensor.to_pylist(), by_json(to_json(found)), strict=True):
+        expected[partition_of(found.keys[at], partitions)].append(reading)
+    for partition, count, value in to_blocks(found, partitions):
         readings = by_block(value)
         assert len(readings) == count
         blocks[partition] += readings
@@ -85,9 +84,9 @@ def test_blocks_hold_the_readings_that_json_would_in_the_partitions_of_their_key
 
 def test_a_block_has_a_thousand_readings_and_is_never_too_large_for_a_broker() -> None:
     rows = [(NOON, 1.0, None, "s1")] * 2001 + [(NOON, 1.0, None, "ä" * 255)] * 2001
-    (plain, wide) = (choose_rows(batch(part, pa.float64()), COLUMNS) for part in (rows[:2001], rows))
-    assert [count for _, count, _ in plain.blocks(1)] == [667, 667, 667]
-    sizes = [(count, len(value)) for _, count, value in wide.blocks(1)]
+    (plain, wide) = (choose(batch(part, pa.float64()), COLUMNS) for part in (rows[:2001], rows))
+    assert [count for _, count, _ in to_blocks(plain, 1)] == [667, 667, 667]
+    sizes = [(count, len(value)) for _, count, value in to_blocks(wide, 1)]
     assert sum(count for count, _ in sizes) == 4002
     assert max(count for count, _ in sizes) < BLOCK_ROWS
     assert max(size for _, size in sizes) < BLOCK_BYTES + 1000
@@ -95,20 +94,20 @@ def test_a_block_has_a_thousand_readings_and_is_never_too_large_for_a_broker() -
 
 def test_an_id_that_is_skipped_makes_no_block_smaller() -> None:
     rows = [(NOON, 1.0, None, "s1")] * 1000 + [(NOON, 1.0, None, "x" * 10**6)]
-    found = choose_rows(batch(rows, pa.float64()), COLUMNS)
+    found = choose(batch(rows, pa.float64()), COLUMNS)
     assert found.skipped == {"bad_sensor": 1}
-    assert [count for _, count, _ in found.blocks(1)] == [1000]
+    assert [count for _, count, _ in to_blocks(found, 1)] == [1000]
 
 
 @given(st.lists(st.tuples(times, doubles, doubles, ids)), st.lists(st.integers(0, 20)))
 def test_the_digest_is_that_of_the_readings_wherever_they_are_cut(
     rows: list[tuple[object, ...]], cuts: list[int]
 ) -> None:
-    whole, parts = RowsDigest(5), RowsDigest(5)
-    whole.update(choose_rows(batch(rows, pa.float64()), COLUMNS).content)
+    whole, parts = Digest(COLUMNS), Digest(COLUMNS)
+    whole.add(choose(batch(rows, pa.float64()), COLUMNS))
     ends = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
     for first, end in pairwise(ends):
-        parts.update(choose_rows(batch(rows, pa.float64()).slice(first, end - first), COLUMNS).content)
+        parts.add(choose(batch(rows, pa.float64()).slice(first, end - first), COLUMNS))
     assert whole.hexdigest() == parts.hexdigest()
 
 
@@ -116,8 +115,8 @@ def test_the_digest_is_that_of_the_readings_wherever_they_are_cut(
 def test_the_digest_of_other_readings_is_another_one(changed: tuple[object, ...]) -> None:
     digests = []
     for row in ((NOON, 1.0, None, "s1"), changed):
-        digests.append(RowsDigest(5))
-        digests[-1].update(choose_rows(batch([row], pa.float64()), COLUMNS).content)
+        digests.append(Digest(COLUMNS))
+        digests[-1].add(choose(batch([row], pa.float64()), COLUMNS))
     assert digests[0].hexdigest() != digests[1].hexdigest()
 
 
@@ -185,20 +184,20 @@ def replaced(name: str, column: pa.Array) -> bytes:
     ],
 )
 def test_what_is_no_block_is_refused_as_a_whole(value: bytes, why: str) -> None:
-    with pytest.raises(MalformedMessage, match=f"^no block of readings: {why}") as refused:
+    with pytest.raises(MalformedMessageError, match=f"^no block of readings: {why}") as refused:
         decode_block(value, DEFAULT)
     assert refused.value.reason == "invalid_block"
 
 
 def test_an_id_that_is_not_utf_8_makes_the_block_invalid() -> None:
     value = stream(ROWS).replace(b"s1s2", b"\xff1s2")
-    with pytest.raises(MalformedMessage, match="UTF8"):
+    with pytest.raises(MalformedMessageError, match="UTF8"):
         decode_block(value, DEFAULT)
 
 
 @pytest.mark.parametrize("value", [None, b""])
 def test_no_value_is_empty(value: bytes | None) -> None:
-    with pytest.raises(MalformedMessage) as refused:
+    with pytest.raises(MalformedMessageError) as refused:
         decode_block(value, DEFAULT)
     assert refused.value.reason == "empty"
 
@@ -211,7 +210,7 @@ def test_whatever_the_bytes_nothing_is_raised_but_malformed(damage: list[tuple[i
         value[place] = byte
     try:
         found, refused = read(bytes(value))
-    except MalformedMessage:
+    except MalformedMessageError:
         return
     assert found.schema == BLOCK_SCHEMA
     assert found.num_rows + len(refused) <= ROWS.num_rows
@@ -221,7 +220,7 @@ def test_whatever_the_bytes_nothing_is_raised_but_malformed(damage: list[tuple[i
 @given(st.binary(max_size=200))
 def test_noise_is_malformed(value: bytes) -> None:
     for prefix in (b"", stream(ROWS)[:300], struct.pack("<Ii", 0xFFFF_FFFF, len(value))):
-        with pytest.raises(MalformedMessage):
+        with pytest.raises(MalformedMessageError):
             decode_block(prefix + value, DEFAULT)
 
 
@@ -284,13 +283,13 @@ def test_a_row_is_a_reading_exactly_if_its_json_is(
         fields = {"sensor_id": sensor, "time": time_text(time), "temperature": temperature, "humidity": humidity}
         try:
             stored.append(decoder().decode(json.dumps(fields).encode()))
-        except MalformedMessage as error:
+        except MalformedMessageError as error:
             reasons.append((sensor, error.reason))
     batch, refused = read(encode_block(pa.record_batch(columns, schema=BLOCK_SCHEMA)))
     assert batch.to_pylist() == [msgspec.structs.asdict(reading) for reading in stored]
     assert [(sensor, reason) for sensor, _, reason, _ in refused] == reasons
     for _, value, reason, _ in refused:  # as a message it is refused again, for the same reason
-        with pytest.raises(MalformedMessage) as again:
+        with pytest.raises(MalformedMessageError) as again:
             decoder().decode(value)
         assert again.value.reason == reason
 

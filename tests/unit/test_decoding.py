@@ -14,7 +14,7 @@ from confluent_kafka import Message
 
 from services.consumer.decoding import decode, decode_at_once
 from services.core import block
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessageError
 from services.core.kafka import (
     ARROW,
     FORMAT_HEADER,
@@ -22,7 +22,7 @@ from services.core.kafka import (
     REPEAT_HEADER,
     REPEATED,
     REPEATED_IF_MOVED,
-    place_of,
+    position_of,
 )
 from services.core.measurements import DEFAULT
 from services.core.reading import EPOCH, Decoder
@@ -155,12 +155,12 @@ def test_blocks_are_what_their_rows_say_one_by_one(fills_gaps: bool) -> None:
             for text in texts:
                 try:
                     reading = decoder().decode(text)
-                except MalformedMessage as error:
+                except MalformedMessageError as error:
                     refused.append((message.offset(), error.reason))
                 else:
                     time = (reading.time - EPOCH) // MICROSECOND
                     values = (reading.sensor_id, time, reading.temperature, reading.humidity)
-                    rows.append((*values, *[None] * (len(MEASUREMENTS) - 2), *place_of(message), marked))
+                    rows.append((*values, *[None] * (len(MEASUREMENTS) - 2), *position_of(message), marked))
         messages = [message for message, _ in pairs]
         chunks, letters, size = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(chunks)) == repr(rows)
@@ -209,12 +209,12 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
             repeated = dict(message.headers() or []).get(REPEAT_HEADER)
             try:
                 reading = decoder().decode(message.value())
-            except MalformedMessage as error:
+            except MalformedMessageError as error:
                 refused.append((message.offset(), error.reason, str(error)))
             else:
                 time, marked = (reading.time - EPOCH) // MICROSECOND, {REPEATED, fills_gaps and REPEATED_IF_MOVED}
                 row = (reading.sensor_id, time, *msgspec.structs.astuple(reading)[2:])
-                rows.append((*row, *place_of(message), repeated in marked))
+                rows.append((*row, *position_of(message), repeated in marked))
         decoded, letters, decoded_size = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(decoded)) == repr(rows)
         assert [(letter.message.offset(), letter.reason, letter.detail) for letter in letters] == refused

@@ -11,21 +11,14 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.producer.columns import Columns
-from services.producer.encoding import Messages
 from services.producer.pacing import FixedRate, Pacing, Replay, choose_pace, parse_speed
 from tests.measured import make_settings
-
-NOTHING = Messages(rows=0, keys=[], values=[])
 
 
 def batch(*seconds: float | None) -> pa.RecordBatch:
     """A row for each time."""
     microseconds = [None if second is None else int(second * 1e6) for second in seconds]
     return pa.record_batch({"time": pa.array(microseconds, pa.int64()).cast(pa.timestamp("us"))})
-
-
-def messages(count: int) -> Messages:
-    return Messages(rows=count, keys=[b"a"] * count, values=[b"{}"] * count)
 
 
 @pytest.mark.parametrize(("rate", "rows"), [(0.1, 1), (99, 1), (1000, 10), (10_000_000, 20_000)])
@@ -38,19 +31,19 @@ def test_a_part_of_a_fixed_rate_is_a_hundredth_of_a_second(rate: float, rows: in
 def test_parts_of_a_fixed_rate_are_due_one_after_the_other() -> None:
     pace = FixedRate(100)
     pace.begin()
-    first = pace.due(messages(50))
+    first = pace.due(50)
     assert first == pytest.approx(time.monotonic(), abs=0.1)
-    assert pace.due(NOTHING) - first == pytest.approx(0.5)  # skipped rows take no time
-    assert pace.due(messages(1)) - first == pytest.approx(0.5)
+    assert pace.due(0) - first == pytest.approx(0.5)  # skipped rows take no time
+    assert pace.due(1) - first == pytest.approx(0.5)
     pace.begin()  # goes on: between two files there is no burst
-    assert pace.due(messages(1)) - first == pytest.approx(0.51)
+    assert pace.due(1) - first == pytest.approx(0.51)
 
 
 def test_after_a_long_hold_up_a_fixed_rate_makes_up_for_a_second_at_most() -> None:
     pace = FixedRate(100)
-    assert pace.due(messages(1)) == pytest.approx(time.monotonic() - 1, abs=0.1)
+    assert pace.due(1) == pytest.approx(time.monotonic() - 1, abs=0.1)
     pace.begin()
-    assert pace.due(messages(1)) == pytest.approx(time.monotonic(), abs=0.1)
+    assert pace.due(1) == pytest.approx(time.monotonic(), abs=0.1)
 
 
 def test_the_clock_of_a_replay_never_goes_back() -> None:
@@ -58,7 +51,7 @@ def test_the_clock_of_a_replay_never_goes_back() -> None:
     due = []
     for rows in (batch(None, 100, 100.5, 160, 130, None), batch(150, 220, 100)):
         for part in pace.parts(rows):
-            due.append((part.num_rows, pace.due(NOTHING)))
+            due.append((part.num_rows, pace.due(0)))
     assert due[0] == (1, -math.inf)
     began = due[1][1]
     assert began == pytest.approx(time.monotonic(), abs=0.1)
@@ -95,5 +88,5 @@ def test_a_replay_reads_times_as_the_settings_say() -> None:
         (pa.array(local, pa.timestamp("us")), 2, {"data_feature_timezone": "Europe/Berlin"}),
     ):
         pace = choose_pace(make_settings(data_feature_date="time", **changes), 1.0)
-        first, last = [pace.due(NOTHING) for _ in pace.parts(pa.record_batch({"time": column}))]
+        first, last = [pace.due(0) for _ in pace.parts(pa.record_batch({"time": column}))]
         assert last - first == pytest.approx(seconds)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.errors import MalformedMessage
+from services.core.errors import MalformedMessageError
 from services.core.reading import (
     EARLIEST,
     EPOCH,
@@ -54,7 +54,7 @@ def value(**changes: object) -> bytes:
 
 
 def reason(message: bytes | None, max_age: timedelta | None = None) -> str:
-    with pytest.raises(MalformedMessage) as caught:
+    with pytest.raises(MalformedMessageError) as caught:
         decoder(max_age).decode(message)
     assert str(caught.value)
     return caught.value.reason
@@ -175,7 +175,7 @@ def test_the_largest_message_and_the_longest_sensor_id_are_readings() -> None:
 def test_nesting_without_end_is_malformed() -> None:
     deep = Decoder(MEASUREMENTS, max_bytes=1_000_000, max_future=MAX_FUTURE)
     message = value(deep=0).replace(b'"deep": 0', b'"deep": ' + b"[" * 200_000 + b"]" * 200_000)
-    with pytest.raises(MalformedMessage) as caught:
+    with pytest.raises(MalformedMessageError) as caught:
         deep.decode(message)
     assert caught.value.reason == "invalid_json"
 
@@ -189,7 +189,7 @@ def test_the_future_begins_after_the_limit() -> None:
 def test_the_clock_moves_the_limits() -> None:
     ahead = value(time=(NOW + MAX_FUTURE + timedelta(hours=1)).isoformat())
     moving = decoder()
-    with pytest.raises(MalformedMessage, match="MAX_FUTURE_SECONDS"):
+    with pytest.raises(MalformedMessageError, match="MAX_FUTURE_SECONDS"):
         moving.decode(ahead)
     moving.set_clock(NOW + timedelta(hours=1))
     assert moving.decode(ahead).sensor_id == "s1"
@@ -263,7 +263,7 @@ def test_no_message_raises_anything_but_malformed() -> None:
         message = mutated(source, message) if kind < 9 else source.randbytes(source.randrange(80))
         try:
             reading = subject.decode(message)
-        except MalformedMessage as error:
+        except MalformedMessageError as error:
             found[error.reason] += 1
         else:
             found["reading"] += 1

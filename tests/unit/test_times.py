@@ -19,9 +19,8 @@ from services.core.config import load_settings
 from services.core.errors import ConfigurationError
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
 from services.local.check import instants
-from services.producer.blocks import Rows, choose_rows
 from services.producer.columns import Columns
-from services.producer.encoding import Encoded, Messages, encode_batch, event_times
+from services.producer.encoding import Readings, choose, event_times, to_json
 from services.producer.times import TimeFormat
 from tests.measured import make_settings
 
@@ -67,23 +66,16 @@ def columns(zone: str = "UTC", unit: str = "") -> Columns:
     return Columns("time", (("temperature", "temp"),), "sensor", times=TimeFormat(zone, unit))
 
 
-def sent(messages: Messages) -> list[datetime]:
+def sent(messages: Readings) -> list[datetime]:
     """The times that a consumer finds in the messages."""
     decoder = msgspec.json.Decoder(Reading)
-    return [decoder.decode(value).time for value in messages.values]
+    return [decoder.decode(value).time for value in to_json(messages)]
 
 
-def read(column: pa.Array, zone: str = "UTC", unit: str = "") -> tuple[list[datetime], Messages]:
-    """What is sent of these times; the same in both formats, and the same for a replay."""
-    messages = encode_batch(batch(column), columns(zone, unit))
-    blocks = choose_rows(batch(column), columns(zone, unit))
+def read(column: pa.Array, zone: str = "UTC", unit: str = "") -> tuple[list[datetime], Readings]:
+    """What is sent of these times; the same for a replay."""
+    messages = choose(batch(column), columns(zone, unit))
     found = sent(messages)
-    assert blocks.columns[0].cast(pa.int64()).to_pylist() == [(time - EPOCH) // MICROSECOND for time in found]
-    assert (blocks.skipped, blocks.doubtful, blocks.examples) == (
-        messages.skipped,
-        messages.doubtful,
-        messages.examples,
-    )
     replayed = [number for number in event_times(batch(column), columns(zone, unit)).to_pylist() if number is not None]
     assert replayed == [(time - EPOCH) // MICROSECOND for time in found]
     return found, messages
@@ -213,7 +205,7 @@ def test_only_what_is_sent_counts_as_doubtful() -> None:
     limited = Columns(
         "time", (("temperature", "temp"),), "sensor", timedelta(days=7305), times=TimeFormat("Europe/Berlin")
     )
-    messages: Encoded = encode_batch(table, limited)
+    messages = choose(table, limited)
     assert messages.skipped == {"no_measurement": 1, "no_time": 1, "time_out_of_range": 1}
     assert messages.doubtful == {"ambiguous": 1}
 
@@ -265,7 +257,7 @@ LOW, HIGH = int(EARLIEST.timestamp()), int(LATEST.timestamp())
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.decimal128(38, 9), pa.decimal256(60, 9)], ids=str)
 def test_numbers_are_units_since_1970(kind: pa.DataType, unit: str) -> None:
-    most = min(HIGH * UNITS[unit], 2**63 - 1024) // UNITS[unit]
+    most = HIGH if pa.types.is_floating(kind) else min(HIGH * UNITS[unit], 2**63 - 1024) // UNITS[unit]
 
     @given(st.lists(st.integers(LOW, most - 1) | st.integers(-3, 3), min_size=1), st.integers(0, 10**9 - 1))
     def check(seconds: list[int], nanoseconds: int) -> None:
@@ -283,6 +275,12 @@ def test_numbers_are_units_since_1970(kind: pa.DataType, unit: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("number", [0.0365, 0.0735, -0.0365, 1719792000123.0005])
+def test_a_double_near_the_middle_of_two_microseconds_is_exactly_what_it_is(number: float) -> None:
+    """What its shortest text says is another number."""
+    assert read(pa.array([number]), unit="ms")[0] == [nearest(Fraction(number), "ms")]
+
+
 @pytest.mark.parametrize("kind", [pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint32(), pa.uint64()], ids=str)
 def test_integers_of_any_width(kind: pa.DataType) -> None:
     found, _ = read(pa.array([0, 100, None], kind), unit="s")
@@ -295,8 +293,9 @@ def test_nanoseconds_beyond_63_bits() -> None:
     found, messages = read(pa.array([2**63 + 500, 2**64 - 1], pa.uint64()), unit="ns")
     assert found == [nearest(Fraction(number), "ns") for number in (2**63 + 500, 2**64 - 1)]
     assert messages.skipped == {}
-    for number in (2.0**63, 1e19, -1e19):  # a float of that size says nothing finer than two microseconds
-        assert read(pa.array([number]), unit="ns")[1].skipped == {"time_out_of_range": 1}
+    found, _ = read(pa.array([2.0**63, 1e19]), unit="ns")
+    assert found == [nearest(Fraction(number), "ns") for number in (2**63, 10**19)]
+    assert read(pa.array([-1e19]), unit="ns")[1].skipped == {"time_out_of_range": 1}
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -378,7 +377,7 @@ def test_the_first_row_of_each_reason_is_an_example() -> None:
             "sensor": ["s", "s", "s", "s", "", "a\nb", "s", "s"],
         }
     )
-    assert encode_batch(table, columns()).examples == {
+    assert choose(table, columns()).examples == {
         "no_measurement": (0, "temp=null"),
         "bad_time": (1, "time=soon"),
         "no_time": (3, "time=null"),
@@ -393,10 +392,9 @@ def test_an_example_of_what_is_too_old_says_how_it_was_read() -> None:
     """Seconds that are taken for milliseconds."""
     limited = replace(columns(unit="ms"), max_past=timedelta(days=7305))
     table = batch(pa.array([None, 1_709_294_400, 1_709_294_401]))
-    for found in (encode_batch(table, limited), choose_rows(table, limited)):
-        assert isinstance(found, Messages | Rows)
-        assert found.skipped == {"no_time": 1, "time_out_of_range": 2}
-        assert found.examples["time_out_of_range"] == (1, "time=1709294400 (read as 1970-01-20 18:48:14.400000 UTC)")
+    found = choose(table, limited)
+    assert found.skipped == {"no_time": 1, "time_out_of_range": 2}
+    assert found.examples["time_out_of_range"] == (1, "time=1709294400 (read as 1970-01-20 18:48:14.400000 UTC)")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +414,7 @@ def test_an_example_of_what_is_too_old_says_how_it_was_read() -> None:
     ids=lambda column: str(column.type),
 )
 def test_whatever_is_no_time_is_shown(column: pa.Array) -> None:
-    ((row, text),) = encode_batch(batch(column), columns(unit="s")).examples.values()
+    ((row, text),) = choose(batch(column), columns(unit="s")).examples.values()
     assert row == 0
     assert text.startswith("time=")
     assert len(text) < 120

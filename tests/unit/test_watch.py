@@ -1,4 +1,4 @@
-"""A file is whole when it can be opened and did not change between two looks."""
+"""A file is whole when it can be opened and did not change between two polls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.core.errors import ConfigurationError
+from services.core.errors import ConfigurationError, StoppedError, UnreadableFileError
 from services.core.shutdown import Shutdown
-from services.producer.progress import Stopped
-from services.producer.source import UnreadableFileError
 from services.producer.watch import Watch
 from tests.measured import make_settings
 
@@ -31,18 +29,18 @@ def watch(url: Path | str) -> Watch:
 
 
 def names(watch: Watch) -> list[str]:
-    return [Path(file.path).name for file in watch.look().files]
+    return [Path(file.path).name for file in watch.poll().files]
 
 
-def test_a_file_is_found_at_the_second_look_until_it_is_noted_as_sent(tmp_path: Path) -> None:
+def test_a_file_is_found_at_the_second_poll_until_it_is_noted_as_sent(tmp_path: Path) -> None:
     watching = watch(tmp_path)
     assert names(watching) == []
     write(tmp_path / "b.parquet")
     write(tmp_path / "a.parquet")
     assert names(watching) == []
-    (first, second) = watching.look().files
+    (first, second) = watching.poll().files
     assert [Path(file.path).name for file in (first, second)] == ["a.parquet", "b.parquet"]
-    watching.note_sent(first)
+    watching.settle([first])
     assert names(watching) == ["b.parquet"]
 
 
@@ -59,15 +57,15 @@ def test_a_whole_file_that_still_changes_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_that_is_sent_is_found_again_when_it_changes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
     watching = watch(path)
-    watching.look()
-    (first,) = watching.look().files
-    watching.note_sent(first)
+    watching.poll()
+    (first,) = watching.poll().files
+    watching.settle([first])
     write(path, 5)
     assert (names(watching), names(watching)) == ([], ["a.parquet"])
-    (second,) = watching.look().files
+    (second,) = watching.poll().files
     assert second.fingerprint != first.fingerprint
     with pytest.raises(UnreadableFileError, match="changed after it was checked"):
-        next(first.messages())
+        next(first.readings())
 
 
 def test_what_cannot_be_read_is_said_once_and_again_when_it_changes(
@@ -78,14 +76,14 @@ def test_what_cannot_be_read_is_said_once_and_again_when_it_changes(
     path.write_bytes(whole[:-100])
     write(tmp_path / "b.parquet")
     watching = watch(tmp_path)
-    watching.look()
+    watching.poll()
     with caplog.at_level(logging.WARNING, "producer"):
         for _ in range(3):
             assert names(watching) == ["b.parquet"]
         assert len(caplog.records) == 1
         path.write_bytes(whole[:-50])
         for _ in range(3):
-            watching.look()
+            watching.poll()
         assert len(caplog.records) == 2
     path.write_bytes(whole)
     assert (names(watching), names(watching)) == (["b.parquet"], ["a.parquet", "b.parquet"])
@@ -96,11 +94,11 @@ def test_a_file_or_a_directory_that_goes_is_no_error(tmp_path: Path) -> None:
     data.mkdir()
     path = write(data / "a.parquet")
     watching = watch(data)
-    watching.look()
-    (file,) = watching.look().files
+    watching.poll()
+    (file,) = watching.poll().files
     path.unlink()
     with pytest.raises(UnreadableFileError):
-        next(file.messages())
+        next(file.readings())
     assert names(watching) == []
     data.rmdir()
     assert names(watching) == []
@@ -114,7 +112,7 @@ def test_hidden_files_and_what_no_glob_matches_are_left_alone(tmp_path: Path) ->
         write(tmp_path / name)
     for url in (tmp_path, tmp_path / "[!x].parquet"):
         watching = watch(url)
-        watching.look()
+        watching.poll()
         assert names(watching) == ["d.parquet"]
     assert names(watch(tmp_path / "none-*.parquet")) == []
 
@@ -127,17 +125,17 @@ def test_a_url_that_names_nothing_is_a_mistake(tmp_path: Path) -> None:
 def test_the_contents_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.parquet")
     watching = watch(tmp_path)
-    watching.look()
-    (first,) = watching.look().files
+    watching.poll()
+    (first,) = watching.poll().files
     monkeypatch.setattr("services.producer.source._contents", None)
-    assert watching.look().files == (first,)
+    assert watching.poll().files == (first,)
 
 
 def test_the_end_of_the_service_ends_the_hashing(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     shutdown = Shutdown()
     watching = Watch(make_settings(parquet_url=str(tmp_path)), shutdown)
-    watching.look()
+    watching.poll()
     shutdown.request()
-    with pytest.raises(Stopped):
-        watching.look()
+    with pytest.raises(StoppedError):
+        watching.poll()
