@@ -1,9 +1,8 @@
-"""Readings as sensors send them, made up: Parquet files to try the pipeline with, of any size.
+"""Made-up readings in Parquet files of any size, to try the pipeline with.
 
-Each sensor has a place of its own (its mean and its daily cycle); all have one year, spells of warm days, and noise.
-The air is driest in the afternoon.
-Rows are in the order of time and written one row group after the other, so memory does not grow with their
-number. The same options and the same version of pyarrow give the same rows.
+Each sensor has a level of its own; a year, a day and noise move all of them. Rows are in the order of time and written
+one row group after the other, so memory does not grow with their number. The same options and the same version of
+pyarrow give the same rows.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ import fcntl
 import hashlib
 import math
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import reduce
 from pathlib import Path
 
@@ -27,14 +25,20 @@ import pyarrow.parquet as pq
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, StoppedError
 from services.core.measurements import HUMIDITY, TEMPERATURE
+from services.core.reading import EPOCH
 from services.core.shutdown import Shutdown
 from services.producer.columns import Columns
 
 GROUP_ROWS = 100_000
-BLOCK_STEPS = 10  # gaps and late rows come in runs: a sensor is silent, or cut off and sends later
-YEAR_DAYS, SPELL_DAYS = 365.25, 5.3
-WARMEST_DAY, WARMEST_HOUR = 200.0, 15.0
+MIN_STEPS = 10  # of one table, or no row of it could be late
+DAY_S, YEAR_S = 86_400, 31_557_600
+WARMEST_S = 200 * DAY_S + 15 * 3600  # since a year began: in July, in the afternoon
 LAST_YEAR = 9999
+
+
+# The mean, and how far a year, a day, the sensor and chance move a reading from it.
+WAVES = {TEMPERATURE: (11.0, 8.0, 4.0, 4.0, 0.3), HUMIDITY: (65.0, 0.0, -12.0, 10.0, 2.0)}
+OTHER = (500.0, 0.0, 0.0, 0.0, 50.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +61,17 @@ class Plan:
     @property
     def steps(self) -> int:
         """Readings of one sensor."""
-        return int(self.days * 86_400 / self.interval_s)
+        return int(self.days * DAY_S / self.interval_s)
 
 
 @dataclass(slots=True)
 class Counts:
-    """What a file holds: ``rows`` in all, of which ``duplicates`` repeat a row and ``late`` come after a newer one.
+    """What a file holds."""
 
-    A duplicate is not counted as late. ``gaps`` rows were left out.
-    """
-
-    rows: int = 0
-    duplicates: int = 0
-    late: int = 0
-    gaps: int = 0
+    rows: int = 0  # in all
+    duplicates: int = 0  # that repeat a row
+    late: int = 0  # that come after a newer one, without duplicates
+    gaps: int = 0  # that were left out
 
 
 def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, force: bool = False) -> Counts:
@@ -86,8 +87,8 @@ def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, f
     try:
         with _alone(part, out):
             _check(plan, columns, out, force=force)  # another may just have finished
-            with pq.ParquetWriter(part, _schema(columns), compression="zstd") as writer:
-                for table in _Generator(plan, columns, counts).tables():
+            with pq.ParquetWriter(part, pa.schema(_named(columns)), compression="zstd") as writer:
+                for table in _tables(plan, columns, counts):
                     if shutdown.requested:
                         raise StoppedError(f"stopped: {out} was not written")
                     writer.write_table(table, row_group_size=GROUP_ROWS)
@@ -100,9 +101,9 @@ def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, f
 
 @contextmanager
 def _alone(part: Path, out: Path) -> Iterator[None]:
-    """Keep ``part`` to this process while the block runs, and remove it in the end unless it has another name by then.
+    """Keep ``part`` to this process during the block, then remove it unless it has another name by then.
 
-    Raises ConfigurationError where another process keeps it, or has just given it its name.
+    Raises ConfigurationError where another process keeps it, or has just renamed it.
     """
     with part.open("ab") as file:
         try:
@@ -122,14 +123,13 @@ def _alone(part: Path, out: Path) -> Iterator[None]:
 def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:
     if not columns.sensor and plan.sensors > 1:
         raise ConfigurationError("DATA_FEATURE_SENSOR is empty, so all readings belong to one sensor: use --sensors 1")
-    if len(columns.names) < 1 + len(columns.measurements) + bool(columns.sensor):
+    if len(columns.names) < len(_named(columns)):
         raise ConfigurationError("two of the settings DATA_FEATURE_* name one column")
     if plan.steps < 1:
         raise ConfigurationError(f"--days={plan.days:g} is shorter than --interval={plan.interval_s}: no reading")
-    if plan.start.year + plan.days / YEAR_DAYS >= LAST_YEAR:
-        raise ConfigurationError(
-            f"--start={plan.start:%Y-%m-%d} and --days={plan.days:g} go beyond the year {LAST_YEAR}"
-        )
+    if plan.start.year + plan.days * DAY_S / YEAR_S >= LAST_YEAR:
+        days = f"--start={plan.start:%Y-%m-%d} and --days={plan.days:g}"
+        raise ConfigurationError(f"{days} go beyond the year {LAST_YEAR}")
     if out.is_dir():
         raise ConfigurationError(f"{out} is a directory: name a file in it")
     if out.exists() and not force:
@@ -138,112 +138,72 @@ def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:
         raise ConfigurationError(f"{out} cannot be written: there is no directory {out.parent}")
 
 
-def _schema(columns: Columns) -> pa.Schema:
-    named = [
-        (columns.time, pa.timestamp("ms", "UTC")),
-        (columns.sensor, pa.string()),
-        *((column, pa.float64()) for _, column in columns.measurements),
-    ]
-    return pa.schema([(name, kind) for name, kind in named if name])
+def _named(columns: Columns) -> list[tuple[str, pa.DataType]]:
+    """The columns of the file."""
+    times, sensors = (columns.time, pa.timestamp("ms", "UTC")), (columns.sensor, pa.string())
+    numbers = [(column, pa.float64()) for _, column in columns.measurements]
+    return [each for each in (times, sensors, *numbers) if each[0]]
 
 
-class _Generator:
-    """A table at a time: some steps of all sensors, in the order of time, then what comes late and again."""
-
-    def __init__(self, plan: Plan, columns: Columns, counts: Counts) -> None:
-        self._plan, self._columns, self._counts = plan, columns, counts
-        self._schema = _schema(columns)
-        width = max(4, len(str(plan.sensors)))
-        self._names = pa.array([f"s{number:0{width}}" for number in range(1, plan.sensors + 1)])
-        self._sensors = _characters(plan)
-        self._newest: pa.Scalar | None = None
-
-    def tables(self) -> Iterator[pa.Table]:
-        """All rows; late ones are held back for one table, and come at the end of the last one if need be."""
-        plan, time = self._plan, self._columns.time
-        max_steps = max(BLOCK_STEPS, GROUP_ROWS // plan.sensors // BLOCK_STEPS * BLOCK_STEPS)
-        held = self._schema.empty_table()
-        for first in range(0, plan.steps, max_steps):
-            steps = min(max_steps, plan.steps - first)
-            table, gap, late = self._readings(first, steps)
-            self._counts.gaps += gap.true_count
-            punctual = table.filter(pc.invert(pc.or_(gap, late)))
-            overdue, held = held, table.filter(pc.and_not(late, gap))
-            if first + steps >= plan.steps:
-                overdue, held = pa.concat_tables([overdue, held]), held.slice(0, 0)
-            if punctual.num_rows:
-                self._newest = punctual.column(time)[-1]
-            if overdue.num_rows and self._newest is not None:
-                self._counts.late += pc.sum(pc.less(overdue.column(time), self._newest)).as_py()
-            table = pa.concat_tables([punctual, overdue])
-            again = table.filter(pc.less(self._random(first, "duplicates", table.num_rows), plan.duplicates))
-            self._counts.duplicates += again.num_rows
-            yield pa.concat_tables([table, again])
-
-    def _readings(self, first: int, steps: int) -> tuple[pa.Table, pa.Array, pa.Array]:
-        """Every reading of ``steps`` steps from number ``first`` on; which are left out, and which come late."""
-        plan = self._plan
-        rows = steps * plan.sensors
-        row = pa.array(range(rows), pa.int64())
-        step = pc.divide(row, plan.sensors)
-        sensor = pc.subtract(row, pc.multiply(step, plan.sensors))
-        seconds = pc.multiply(pc.add(step, first), plan.interval_s)
-        start_ms = (plan.start - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
-        times = pc.add(pc.multiply(seconds, 1000), start_ms).cast(pa.timestamp("ms")).cast(pa.timestamp("ms", "UTC"))
-        weather = self._weather(first, pc.divide(seconds.cast(pa.float64()), 86_400.0), sensor)
-        columns = {
-            self._columns.time: times,
-            self._columns.sensor: self._names.take(sensor),
-        } | {
-            column: weather[name] if name in weather else self._other(first, name, rows)
-            for name, column in self._columns.measurements
-        }
-        table = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
-        block = pc.add(pc.multiply(pc.divide(step, BLOCK_STEPS), plan.sensors), sensor)
-        blocks = math.ceil(steps / BLOCK_STEPS) * plan.sensors
-
-        def chosen(purpose: str, share: float) -> pa.Array:
-            return pc.less(self._random(first, purpose, blocks), share).take(block)
-
-        return table, chosen("gaps", plan.gaps), chosen("late", plan.late)
-
-    def _weather(self, first: int, day: pa.Array, sensor: pa.Array) -> dict[str, pa.Array]:
-        """Degrees Celsius and per cent, with two digits; ``day``: days since the start."""
-        of = {name: values.take(sensor) for name, values in self._sensors.items()}
-        start = self._plan.start
-        now = pc.add(day, start.timetuple().tm_yday + (start.hour * 60 + start.minute) / 1440)
-        summer = pc.multiply(_cycle(now, YEAR_DAYS, WARMEST_DAY), 8.0)
-        spell = pc.multiply(_cycle(day, SPELL_DAYS, 0.0), 2.0)
-        afternoon = pc.multiply(_cycle(now, 1.0, WARMEST_HOUR / 24), of["daily"])
-        noise = {name: self._noise(first, name, len(day)) for name in (TEMPERATURE, HUMIDITY)}
-        air = reduce(pc.add, (of["mean"], summer, spell, afternoon, pc.multiply(noise[TEMPERATURE], 0.15)))
-        dry = pc.add(pc.multiply(afternoon, 4.0), noise[HUMIDITY])  # when it is warm
-        humidity = pc.min_element_wise(pc.max_element_wise(pc.subtract(of["humid"], dry), 1.0), 100.0)
-        return {TEMPERATURE: pc.round(air, 2), HUMIDITY: pc.round(humidity, 2)}
-
-    def _other(self, first: int, name: str, rows: int) -> pa.Array:
-        """Of what we know nothing about: numbers around 500."""
-        return pc.round(pc.add(pc.multiply(self._noise(first, name, rows), 50.0), 500.0), 2)
-
-    def _noise(self, first: int, purpose: str, rows: int) -> pa.Array:
-        """Nearly normal, of mean 0 and deviation 1: three uniform numbers together."""
-        parts = [self._random(first, f"{purpose} {part}", rows) for part in range(3)]
-        return pc.multiply(pc.subtract(reduce(pc.add, parts), 1.5), 2.0)
-
-    def _random(self, first: int, purpose: str, rows: int) -> pa.Array:
-        """Uniform in [0, 1): the same for the same seed, step and purpose."""
-        text = f"{self._plan.seed} {first} {purpose}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
-        return pc.random(rows, initializer=number)
+def _tables(plan: Plan, columns: Columns, counts: Counts) -> Iterator[pa.Table]:
+    """Some steps of all sensors at a time, in the order of time, then of these what comes late, and again."""
+    max_steps = max(MIN_STEPS, GROUP_ROWS // plan.sensors)
+    for first in range(0, plan.steps, max_steps):
+        table = _readings(plan, columns, first, min(max_steps, plan.steps - first))
+        gap, is_late = (
+            pc.less(_random(plan, f"{first} {purpose}", table.num_rows), share)
+            for purpose, share in (("gaps", plan.gaps), ("late", plan.late))
+        )
+        punctual = table.filter(pc.invert(pc.or_(gap, is_late)))
+        late = table.filter(pc.and_not(is_late, gap))
+        counts.gaps += gap.true_count
+        if punctual.num_rows:
+            newest = punctual.column(columns.time)[-1]
+            counts.late += pc.sum(pc.less(late.column(columns.time), newest), min_count=0).as_py()
+        table = pa.concat_tables([punctual, late])
+        again = table.filter(pc.less(_random(plan, f"{first} duplicates", table.num_rows), plan.duplicates))
+        counts.duplicates += again.num_rows
+        yield pa.concat_tables([table, again])
 
 
-def _characters(plan: Plan) -> dict[str, pa.Array]:
-    """What is special about each sensor: degrees, degrees and per cent, by its number."""
-    ranges = {"mean": (7.0, 15.0), "daily": (2.0, 6.0), "humid": (55.0, 75.0)}
-    numbers = [random.Random(f"{plan.seed} {sensor}") for sensor in range(plan.sensors)]  # noqa: S311 - repeatable
-    return {name: pa.array([number.uniform(*bounds) for number in numbers]) for name, bounds in ranges.items()}
+def _readings(plan: Plan, columns: Columns, first: int, steps: int) -> pa.Table:
+    """Every reading of ``steps`` steps from number ``first`` on."""
+    row = pa.array(range(steps * plan.sensors), pa.int64())
+    step = pc.divide(row, plan.sensors)
+    sensor = pc.subtract(row, pc.multiply(step, plan.sensors))
+    seconds = pc.add(pc.multiply(pc.add(step, first), plan.interval_s), int((plan.start - EPOCH).total_seconds()))
+    width = max(4, len(str(plan.sensors)))
+    names = pa.array([f"s{number:0{width}}" for number in range(1, plan.sensors + 1)])
+    found = {
+        columns.time: pc.multiply(seconds, 1000).cast(pa.timestamp("ms", "UTC")),
+        columns.sensor: names.take(sensor),
+    } | {column: _numbers(plan, name, first, seconds, sensor) for name, column in columns.measurements}
+    schema = pa.schema(_named(columns))
+    return pa.table([found[name] for name in schema.names], schema=schema)
 
 
-def _cycle(day: pa.Array, period: float, peak: float) -> pa.Array:
-    """Between -1 and 1 every ``period`` days, highest on day ``peak``."""
-    return pc.cos(pc.multiply(pc.subtract(day, peak), 2 * math.pi / period))
+def _numbers(plan: Plan, name: str, first: int, seconds: pa.Array, sensor: pa.Array) -> pa.Array:
+    """A measurement of each row, with two digits."""
+
+    def cycle(period_s: float, peak_s: float) -> pa.Array:
+        return pc.cos(pc.multiply(pc.subtract(seconds, peak_s), 2 * math.pi / period_s))
+
+    mean, *amplitudes = WAVES.get(name, OTHER)
+    parts = (
+        cycle(YEAR_S, WARMEST_S),
+        cycle(DAY_S, WARMEST_S),
+        _around_zero(plan, name, plan.sensors).take(sensor),
+        _around_zero(plan, f"{first} {name}", len(seconds)),
+    )
+    return pc.round(reduce(pc.add, map(pc.multiply, parts, amplitudes), pa.scalar(mean)), 2)
+
+
+def _around_zero(plan: Plan, purpose: str, rows: int) -> pa.Array:
+    """Uniform in [-1, 1)."""
+    return pc.subtract(pc.multiply(_random(plan, purpose, rows), 2.0), 1.0)
+
+
+def _random(plan: Plan, purpose: str, rows: int) -> pa.Array:
+    """Uniform in [0, 1): the same for the same seed and purpose."""
+    digest = hashlib.sha256(f"{plan.seed} {purpose}".encode()).digest()
+    return pc.random(rows, initializer=int.from_bytes(digest[:8]) >> 1)
