@@ -136,10 +136,11 @@ class _Choice:
 
 def _content(keys: list[bytes], sensor: pa.Array, time: pa.Array, *numbers: pa.Array) -> list[pa.Buffer]:
     """The bytes of each column: lengths of the ids, ids, times, numbers."""
-    names = pa.array(keys, pa.binary()).take(sensor)
-    columns = [pc.binary_length(names), time.cast(pa.int64()), *(pc.fill_null(number, NAN) for number in numbers)]
-    lengths, *others = map(_bytes, columns)
-    return [lengths, pa.py_buffer(b"".join(names.to_pylist())), *others]
+    ids = pa.array(keys, pa.binary()).take(sensor)
+    lengths = pc.binary_length(ids)
+    text = (ids.buffers()[2] or pa.py_buffer(b"")).slice(0, pc.sum(lengths, min_count=0).as_py())
+    columns = [time.cast(pa.int64()), *(pc.fill_null(number, NAN) for number in numbers)]
+    return [_bytes(lengths), text, *map(_bytes, columns)]
 
 
 def _bytes(column: pa.Array) -> pa.Buffer:
