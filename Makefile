@@ -6,7 +6,7 @@ READY := .venv/ready
 # KEEP=0 and KEEP=no mean what they say.
 yes = $(filter-out 0 no false off,$(1))
 
-.PHONY: help setup demo demo-down unit test chaos load bench lint types fmt docs wheel lock sbom clean secrets
+.PHONY: help setup demo demo-down unit test test-all chaos load bench lint types fmt docs wheel lock sbom clean secrets
 
 help: ## this list; what plain "make" prints
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,20 +39,26 @@ demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, 
 demo-down: setup ## stop a demo that was left running
 	@$(BIN)/sensor-pipeline demo --down
 
-unit: setup ## the tests that need no servers: 5 seconds
+unit: setup ## the tests that need no servers
 	@$(BIN)/python -m pytest tests/unit -m "not slow"
 
 # Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
-WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist loadfile)
+WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist worksteal)
 
 # What depends on the number of measurements, with more of them.
 MORE := $(addprefix tests/unit/test_,$(addsuffix .py,blocks decoding reading sink)) \
 	$(addprefix tests/integration/test_,$(addsuffix .py,blocks density measurements sink))
 
-test: setup $(GATEWAY_READY) ## all tests, on a local stack that they start themselves
+PYTEST := $(BIN)/python -m pytest --hypothesis-profile full
+
+test: setup $(GATEWAY_READY) ## what must pass before a change lands, on a local stack that the tests start themselves
 	@$(NPM) run --silent test
-	@$(BIN)/python -m pytest $(WORKERS) --hypothesis-profile full
-	@MEASUREMENTS=temperature,humidity,pressure,co2 $(BIN)/python -m pytest $(WORKERS) --hypothesis-profile full $(MORE)
+	@$(PYTEST) $(WORKERS) -m "not slow"
+
+test-all: setup $(GATEWAY_READY) ## all tests, and some of them with more measurements
+	@$(NPM) run --silent test
+	@$(PYTEST) $(WORKERS)
+	@MEASUREMENTS=temperature,humidity,pressure,co2 $(PYTEST) $(WORKERS) $(MORE)
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,8 +26,9 @@ from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settings, headers_of
 from services.core.reading import Reading
 from services.etl import aggregates
-from tests.fix_stack import ROOT, as_environment
+from tests.fix_stack import as_environment
 from tests.measured import MEASUREMENTS
+from tests.processes import Forked, Fresh
 
 PATIENCE_S = 30.0
 NOWHERE = Move("", {}, {})  # of no partition
@@ -45,19 +46,22 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATI
 
 
 class Service:
-    """One ``sensor-pipeline`` process with its log lines; ``module`` may be one that wraps the command line."""
+    """One ``sensor-pipeline`` process with its log lines; ``module`` may be one that wraps the command line.
 
-    def __init__(self, settings: Settings, *arguments: str, log_path: Path, module: str = "services.cli") -> None:
+    ``begin`` makes the process: ``Fresh`` does it as a user does, for who measures it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *arguments: str,
+        log_path: Path,
+        module: str = "services.cli",
+        begin: type[Forked | Fresh] = Forked,
+    ) -> None:
         self.log_path = log_path
-        with log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                cwd=ROOT,
-                env=os.environ | as_environment(settings),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        log_path.touch()
+        self.process = begin(module, arguments, os.environ | as_environment(settings), log_path, log_path)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log lines of one event so far."""
@@ -122,16 +126,15 @@ def start(tmp_path: Path, settings: Settings) -> Iterator[StartService]:
 
 def run_cli(settings: Settings, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments],
-        cwd=ROOT,
-        env=os.environ | as_environment(settings) | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with TemporaryDirectory() as directory:
+        out, err = Path(directory) / "out", Path(directory) / "err"
+        process = Forked("services.cli", arguments, os.environ | as_environment(settings) | environment, out, err)
+        try:
+            code = process.wait(120)
+        finally:
+            process.kill()
+        written = (path.read_text(encoding="utf-8") for path in (out, err))
+        return subprocess.CompletedProcess(arguments, code, *written)
 
 
 def store(settings: Settings, *readings: Reading, repeated: Sequence[Reading] = ()) -> WriteResult:

@@ -156,16 +156,22 @@ def own_stack(stack: Stack | None) -> Stack:
     return stack
 
 
-@pytest.fixture
-def native(stack: Stack | None) -> None:
+@pytest.fixture(scope="session")
+def native() -> None:
     """For a test that needs transactions at the same time, which the embedded database does not have."""
-    if stack is not None:
+    if not is_native():
         pytest.skip("the embedded database runs one statement at a time: name a native server with TEST_POSTGRE_*")
 
 
+@pytest.fixture(scope="session")
+def kafka_admin(servers: Settings) -> AdminClient:
+    """A client that creates topics."""
+    return AdminClient(client_settings(servers, "test"))
+
+
 @pytest.fixture
-def settings(servers: Settings) -> Settings:
-    """Settings of this test alone: empty tables, a topic and a consumer group of its own."""
+def settings(servers: Settings, request: pytest.FixtureRequest) -> Settings:
+    """Settings of this test alone: empty tables, topics (unless it is ``without_topics``) and a group of its own."""
     with connect(servers) as connection:
         empty(connection)
     number = next(_numbers)
@@ -179,7 +185,8 @@ def settings(servers: Settings) -> Settings:
             "log_format": "json",
         }
     )
-    create_topics(AdminClient(client_settings(own, "test")), own)
+    if request.node.get_closest_marker("without_topics") is None:
+        create_topics(request.getfixturevalue("kafka_admin"), own)
     return own
 
 

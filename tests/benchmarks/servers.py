@@ -29,6 +29,7 @@ from tests.benchmarks.history import BATCH, COPY, History, Row
 from tests.fix_services import Service, wait_until
 from tests.fix_stack import empty, is_native, make_stack, native_settings, stack_settings, upgrade
 from tests.measured import MEASUREMENTS, encode
+from tests.processes import Fresh
 
 PATIENCE_S = 600.0
 
@@ -175,7 +176,8 @@ class Bench:
 
     def start(self, settings: Settings, *arguments: str) -> Service:
         """One of the project's commands as a process."""
-        return Service(settings, *arguments, log_path=self.directory / f"{arguments[0]}-{time.time_ns()}.log")
+        path = self.directory / f"{arguments[0]}-{time.time_ns()}.log"
+        return Service(settings, *arguments, log_path=path, begin=Fresh)
 
     def drain(self, settings: Settings, consumers: int = 1) -> Drained:
         """Consume a filled topic to its end with real processes."""

@@ -78,6 +78,7 @@ def measured(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = round(time.monotonic() - started, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ROWS, reason="takes long: make load ROWS=20000000")
 @pytest.mark.usefixtures("native")
 def test_no_reading_is_missed_under_load(

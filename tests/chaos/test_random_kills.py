@@ -321,6 +321,7 @@ def make_chaos(directory: Path, seed: int) -> Iterator[Chaos]:
         yield Chaos(settings, stack, directory, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [SEED + run for run in range(RUNS)])
 def test_nothing_is_lost_or_doubled_whatever_dies(
     seed: int, tmp_path: Path, record_property: Callable[[str, object], None]

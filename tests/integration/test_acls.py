@@ -106,6 +106,7 @@ def allow(settings: Settings) -> None:
         created.result()
 
 
+@pytest.mark.slow
 def test_the_listed_rights_are_enough(guarded: tuple[Settings, int], connection: psycopg.Connection) -> None:
     trusted, port = guarded
     allow(trusted)

@@ -105,6 +105,7 @@ def test_within_a_block_the_last_value_of_each_field_wins(settings: Settings, co
     assert stored(connection) == [("s1", minutes(0), 2.0, 6.0)]
 
 
+@pytest.mark.slow
 def test_a_consumer_that_is_killed_again_and_again_loses_and_doubles_nothing(
     settings: Settings, connection: psycopg.Connection, start: StartService, tmp_path: Path
 ) -> None:
@@ -255,6 +256,7 @@ def test_what_a_file_sends_again_in_blocks_leaves_corrections(
         assert stored(connection)[0] == (sensor, time, temperature, None)
 
 
+@pytest.mark.slow
 def test_a_flood_of_blocks_takes_little_memory(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:

@@ -90,6 +90,7 @@ def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(
     assert len(listed(settings)) == 3
 
 
+@pytest.mark.slow
 def test_what_stays_bad_is_there_once(settings: Settings, connection: psycopg.Connection, start: StartService) -> None:
     """However often it is replayed, whether anybody consumes meanwhile or not, and behind what is never sent."""
     quiet = settings.model_copy(update={"log_level": "ERROR"})

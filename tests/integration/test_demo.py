@@ -90,6 +90,7 @@ def test_elsewhere_the_demo_says_at_once_that_it_lacks_its_file(tmp_path: Path) 
     assert not (tmp_path / ".local" / "runtime").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demo", [("--tls", "--keep")], indirect=True)
 def test_the_demo_with_tls_and_sasl_is_kept_and_looked_at_while_its_database_dies(
     workspace: Path, demo: subprocess.Popen[bytes], stop_kept: None

@@ -20,6 +20,8 @@ from tests.fix_services import NOWHERE, StartService, minutes, run_cli, wait_unt
 from tests.integration.test_etl import aggregates, differences, queue_length, readers, summary
 from tests.measured import of_default, reading_of
 
+pytestmark = pytest.mark.without_topics
+
 SENSORS = 20
 DENSE, SPARSE = [at / 60 for at in range(150)], [60.0 + 10 * at for at in range(150)]  # each second; each ten minutes
 WEEK = 7 * 24 * 60.0
@@ -223,6 +225,7 @@ def test_what_was_begun_and_given_up_feeds_nothing(
         assert differences(connection, settings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True], ids=["of readings", "of minutes"])
 def test_frozen_history_stays_while_what_it_was_made_of_changes(
     connection: psycopg.Connection, settings: Settings, sink: Sink, dense: list[bool], first: bool

@@ -125,6 +125,7 @@ def test_ctrl_c_before_anything_has_begun_ends_in_silence() -> None:
         assert process.wait(30) == -signal.SIGINT  # which shells call 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("command", "server", "port"), [("consume", "Kafka", "KAFKA_PORT"), ("etl", "PostgreSQL", "POSTGRE_PORT")]

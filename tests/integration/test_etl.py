@@ -30,6 +30,8 @@ from services.local.check import Values, differences_in_readings, differences_in
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
 from tests.measured import of_default, reading_of
 
+pytestmark = pytest.mark.without_topics
+
 Summary = list[tuple[object, ...]]
 
 

@@ -29,7 +29,7 @@ from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
 from tests.measured import MEASUREMENTS, reading_of
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.without_topics]
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
 NOTHING = dict.fromkeys(MEASUREMENTS, 0)
 

@@ -59,6 +59,7 @@ def test_a_database_that_refuses_connections_is_waited_for(
     assert_alive(consumer, etl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sqlstate", "text"),
     [("53300", "sorry, too many clients already"), ("57P03", "the database system is starting up")],
@@ -96,6 +97,7 @@ def test_a_killed_database_is_waited_for(own_stack: Stack, settings: Settings, s
     assert_alive(consumer, etl)
 
 
+@pytest.mark.slow
 def test_a_stalled_database_costs_the_consumer_neither_its_partitions_nor_memory(
     proxied: Settings, proxy: Proxy, expected: Expected, start: StartService
 ) -> None:
@@ -159,6 +161,7 @@ def test_connections_cut_at_any_step_of_a_write_leave_every_reading_once(
     assert_alive(consumer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", list(Moment))
 def test_a_merge_cut_at_its_commit_is_repeated_without_harm(
     proxied: Settings, proxy: Proxy, expected: Expected, start: StartService, moment: Moment
@@ -339,6 +342,7 @@ def test_a_role_that_may_not_write_ends_the_consumer_and_commits_nothing(
 # The broker ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_broker_is_waited_for(own_stack: Stack, settings: Settings, start: StartService) -> None:
     expected = Expected(settings)
     consumer, etl = start("consume"), start("etl")
@@ -356,6 +360,7 @@ def test_a_killed_broker_is_waited_for(own_stack: Stack, settings: Settings, sta
 # The end of a service while something is down --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["refuse", "stall"])
 def test_services_end_in_time_while_the_database_is_away(
     proxied: Settings, proxy: Proxy, expected: Expected, start: StartService, fault: str

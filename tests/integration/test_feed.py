@@ -40,6 +40,7 @@ def sending_times(settings: Settings) -> list[tuple[float, int]]:
 # --- pace --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rate_is_held_without_bursts(settings: Settings, start: StartService, tmp_path: Path) -> None:
     rows = 3 * RATE
     settings = source(settings, write(tmp_path / "a.parquet", rows), producer_rate=RATE)
@@ -76,6 +77,7 @@ def test_a_slow_feed_is_seen_at_once_and_ends_at_once(settings: Settings, start:
     assert_once(settings, 3)
 
 
+@pytest.mark.slow
 def test_replay_keeps_the_gaps_divided_by_the_speed(settings: Settings, start: StartService, tmp_path: Path) -> None:
     """Number 3 is older than the one before it, number 4 is newer but older than the newest."""
     seconds = [0, 60, 60, 10, 30, 120, 180]
@@ -143,6 +145,7 @@ def test_files_are_sent_as_they_become_whole(
     assert watcher.wait(timeout_s=10) == 0
 
 
+@pytest.mark.slow
 def test_a_file_that_goes_while_it_is_sent_does_not_end_the_watching(
     arriving: tuple[Settings, Path], start: StartService, tmp_path: Path
 ) -> None:

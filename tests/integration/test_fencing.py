@@ -262,6 +262,7 @@ class Load:
         return self.gaps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["consumer", "classic"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_go_on_without_a_pause(

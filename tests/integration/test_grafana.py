@@ -18,6 +18,8 @@ from tests.fix_stack import ROOT
 from tests.grafana import MONITORING, dashboard, fill_sql, queries
 from tests.measured import reading_of
 
+pytestmark = pytest.mark.without_topics
+
 SENSORS = ["attic", "o'hare"]
 MACRO = "$x()"
 DAY = timedelta(days=1)

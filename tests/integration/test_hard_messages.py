@@ -166,6 +166,7 @@ def own_kafka(tmp_path: Path, servers: Settings, request: pytest.FixtureRequest)
         broker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_kafka", ["group.coordinator.rebalance.protocols=classic\n"], indirect=True)
 def test_a_broker_without_the_new_group_protocol(
     settings: Settings, own_kafka: Settings, connection: psycopg.Connection, start: StartService

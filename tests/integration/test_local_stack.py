@@ -71,6 +71,7 @@ def processes(stack: Stack, directory: Path) -> list[psutil.Process]:
     return [psutil.Process(part.pid) for record in records if record for part in (record.supervisor, record.server)]
 
 
+@pytest.mark.slow
 def test_up_is_idempotent_and_says_so(ready: Stack, options: StackOptions) -> None:
     lines: list[str] = []
     again = Stack(options, lines.append)
@@ -94,6 +95,7 @@ def test_servers_listen_on_loopback_only(ready: Stack) -> None:
         assert {address.removeprefix("::ffff:") for address in listening} == {HOST}
 
 
+@pytest.mark.slow
 def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: Stack, options: StackOptions) -> None:
     address: dict[str, str | int | float | bool] = {
         "bootstrap.servers": f"{HOST}:{options.kafka_port}",
@@ -197,6 +199,7 @@ def test_servers_have_no_secrets_of_ours(tmp_path: Path, monkeypatch: pytest.Mon
             assert "hunter2" not in Path(f"/proc/{server.pid}/environ").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:
     options = options_in(tmp_path)
     stack = Stack(options)
@@ -232,6 +235,7 @@ if mode == "stay":
 """
 
 
+@pytest.mark.slow
 def test_who_outlives_whom(ready: Stack, options: StackOptions) -> None:
     """Servers die with a starter that was killed; detached ones outlive it until `down`."""
     visits = count(options)

@@ -22,6 +22,8 @@ from tests.fix_proxy import ENCRYPTION_REQUESTS, Proxy
 from tests.fix_services import StartService, run_cli, wait_until
 from tests.fix_stack import downgrade, free_port, upgrade
 
+pytestmark = pytest.mark.without_topics
+
 PASSWORD = "sesame, and 'more' \\"
 
 

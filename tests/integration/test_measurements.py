@@ -184,6 +184,7 @@ def test_what_is_added_gets_its_summaries_and_nothing_of_the_others_is_made_agai
     assert differences(connection, added) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["", OF_MINUTES])
 def test_what_is_taken_off_the_list_stays_and_catches_up_when_it_is_put_back(
     added: Settings, settings: Settings, connection: psycopg.Connection, request: pytest.FixtureRequest, of: str

@@ -25,6 +25,8 @@ from tests.fix_services import NOWHERE, START, wait_until
 from tests.fix_stack import ROOT, answers, as_environment, downgrade, free_port, upgrade
 from tests.measured import MEASUREMENTS, reading_of
 
+pytestmark = pytest.mark.without_topics
+
 TABLES = {
     "sensor_data",
     "partition_progress",
@@ -85,6 +87,7 @@ def test_down_and_up_again_with_readings_and_summaries(settings: Settings, conne
     store_and_summarise(settings, connection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["sensor_data", "temperature_summary", "humidity_summary"])
 def test_a_downgrade_drops_no_data_unless_told_so(
     settings: Settings, connection: psycopg.Connection, left: str

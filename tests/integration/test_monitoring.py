@@ -274,6 +274,7 @@ SOURCE = pa.table(
 )
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_away_and_what_was_sent(
     own_stack: Stack, settings: Settings, start: StartService, tmp_path: Path
 ) -> None:

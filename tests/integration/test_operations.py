@@ -22,6 +22,8 @@ from tests.fix_services import NOWHERE, minutes
 from tests.fix_stack import ROOT, remove_measurement, upgrade
 from tests.measured import with_measurement
 
+pytestmark = pytest.mark.without_topics
+
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 

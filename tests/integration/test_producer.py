@@ -66,7 +66,7 @@ def enough(form: str) -> int:
     return MANY if form == "json" else 5 * MANY
 
 
-FORMATS = pytest.mark.parametrize("form", ["json", "arrow"])
+FORMATS = pytest.mark.parametrize("form", ["json", pytest.param("arrow", marks=pytest.mark.slow)])
 
 
 def source(settings: Settings, url: Path, **changes: object) -> Settings:
@@ -328,6 +328,7 @@ def test_the_same_files_by_another_url_are_not_sent_again(
     assert_once(settings, 10)
 
 
+@pytest.mark.slow
 def test_resend_sends_all_again_and_is_itself_resumed(settings: Settings, start: StartService, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -535,6 +536,7 @@ def test_a_fenced_client_ends_when_all_that_it_sent_was_answered(settings: Setti
     assert not older.codes[KafkaError._PURGE_INFLIGHT]
 
 
+@pytest.mark.slow
 def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_went_on(
     settings: Settings, start: StartService, tmp_path: Path
 ) -> None:
@@ -563,6 +565,7 @@ def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_we
         assert_once(each, MANY)
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_suspended_is_not_taken_for_a_producer_that_was_replaced(
     settings: Settings, start: StartService, tmp_path: Path
 ) -> None:
@@ -608,6 +611,7 @@ def open_transactions(settings: Settings) -> list[int]:
     return [number for number, (a, b) in enumerate(zip(stable, last, strict=True)) if a < b]
 
 
+@pytest.mark.slow
 def test_progress_that_an_open_transaction_of_another_producer_hides_is_waited_for(
     settings: Settings, start: StartService, tmp_path: Path
 ) -> None:
@@ -657,6 +661,7 @@ def own_settings(settings: Settings, broker: KafkaProcess) -> Settings:
     return changed(settings, kafka_host="127.0.0.1", kafka_port=broker.port)
 
 
+@pytest.mark.slow
 @FORMATS
 def test_a_broker_that_dies_is_waited_for(
     own_settings: Settings, start: StartService, tmp_path: Path, broker: KafkaProcess, form: str
@@ -681,6 +686,7 @@ def test_a_broker_that_dies_is_waited_for(
     assert_once(settings, rows)
 
 
+@pytest.mark.slow
 @FORMATS
 def test_sigterm_while_the_broker_is_away_ends_in_time(
     own_settings: Settings, start: StartService, tmp_path: Path, broker: KafkaProcess, form: str
@@ -702,6 +708,7 @@ def test_sigterm_while_the_broker_is_away_ends_in_time(
     assert_once(settings, rows)
 
 
+@pytest.mark.slow
 def test_a_file_may_go_on_in_the_other_format(settings: Settings, start: StartService, tmp_path: Path) -> None:
     """In the middle of it, and when it has grown."""
     path = write(tmp_path / "a.parquet", MANY)

@@ -127,6 +127,7 @@ def summaries(connection: psycopg.Connection) -> dict[str, list[tuple[object, ..
     return {name: connection.execute(query.format(sql.Identifier(name))).fetchall() for name in names}
 
 
+@pytest.mark.slow
 def test_a_setting(database: Settings, tmp_path: Path) -> None:
     follower = Follower("Add a setting", database, tmp_path)
     follower.follow()
@@ -137,6 +138,7 @@ def test_a_setting(database: Settings, tmp_path: Path) -> None:
     assert shown.strip() == ""
 
 
+@pytest.mark.slow
 def test_a_migration(database: Settings, tmp_path: Path) -> None:
     follower = Follower("Add a migration", database, tmp_path)
     follower.follow()

@@ -7,6 +7,7 @@ from pathlib import Path
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from services.core.config import Settings
 from tests.fix_services import message, minutes, publish, run_cli
@@ -58,6 +59,7 @@ def stored(connection: psycopg.Connection) -> Table:
     return connection.execute("SELECT temperature, humidity FROM sensor_data ORDER BY time").fetchall()
 
 
+@pytest.mark.slow
 def test_a_dead_letter_that_is_replayed_twice_leaves_a_correction(
     settings: Settings, connection: psycopg.Connection
 ) -> None:
@@ -100,6 +102,7 @@ def test_a_file_that_is_renamed_leaves_a_correction(
     assert stored(connection) == [(NEW, None), (OLD, None)]
 
 
+@pytest.mark.slow
 def test_rows_that_are_added_to_a_file_leave_a_correction_and_other_contents_are_one(
     settings: Settings, connection: psycopg.Connection, tmp_path: Path
 ) -> None:
@@ -112,6 +115,7 @@ def test_rows_that_are_added_to_a_file_leave_a_correction_and_other_contents_are
     assert stored(connection) == [(OTHER, None), (OLD, None), (OLD, None)]
 
 
+@pytest.mark.slow
 def test_a_new_topic_that_is_filled_with_old_files_leaves_a_correction(
     settings: Settings, connection: psycopg.Connection, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_messages_that_expired_before_they_were_stored_are_counted(
     assert group_lag(settings) == 0
 
 
+@pytest.mark.slow
 def test_a_position_behind_the_end_goes_back_to_it_and_says_so(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_position_behind_the_end_goes_back_to_it_and_says_so(
     assert counts(connection) == (200, 200)
 
 
+@pytest.mark.slow
 def test_rewind_goes_back_under_a_running_consumer(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:

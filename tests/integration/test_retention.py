@@ -188,6 +188,7 @@ def assert_open(settings: Settings, connection: psycopg.Connection, **environmen
     assert rows == [(7.0,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", ["10080", "43200", "527040"])
 def test_a_chunk_is_kept_as_long_as_the_intervals_that_it_is_part_of(
     settings: Settings, connection: psycopg.Connection, width: str
@@ -281,6 +282,7 @@ def has_procedure(connection: psycopg.Connection, name: str) -> bool:
     return connection.execute("SELECT FROM pg_proc WHERE proname = %s", [name]).fetchone() is not None
 
 
+@pytest.mark.slow
 def test_chunks_that_were_merged_or_split_are_not_gone(settings: Settings, connection: psycopg.Connection) -> None:
     if not has_procedure(connection, "split_chunk"):
         pytest.skip("this TimescaleDB cannot split chunks")

@@ -139,6 +139,7 @@ def test_a_password_that_anybody_on_the_way_can_read_is_a_warning(
     assert ("password_in_clear_text" in caplog.messages) == warned
 
 
+@pytest.mark.slow
 def test_what_waiting_cannot_change_is_said_at_once(client: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     patient = changed(client, startup_timeout_seconds=40)
@@ -234,6 +235,7 @@ def test_what_comes_before_the_handshake_is_not_taken_for_the_clients(client: Se
         assert line.recv(1) == b""
 
 
+@pytest.mark.slow
 def test_each_command_tells_it_in_one_line(client: Settings) -> None:
     for command, changes in (
         ("produce", {"kafka_security_protocol": "PLAINTEXT"}),
@@ -283,6 +285,7 @@ def test_local_up_writes_down_what_clients_need(
     connect(settings).close()
 
 
+@pytest.mark.slow
 def test_a_broker_that_was_killed_comes_back_with_a_new_password(
     client: Settings, capfd: pytest.CaptureFixture[str], tls_stack: Stack, security: Security
 ) -> None:

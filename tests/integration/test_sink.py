@@ -20,6 +20,8 @@ from tests.fix_proxy import Moment, Proxy
 from tests.fix_services import NOWHERE, minutes, wait_until
 from tests.measured import MEASUREMENTS, reading_of
 
+pytestmark = pytest.mark.without_topics
+
 Row = tuple[str, datetime, float | None, float | None]
 
 

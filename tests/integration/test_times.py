@@ -52,6 +52,7 @@ def instant(shown: datetime) -> datetime:
     return shown.replace(tzinfo=BERLIN, fold=0).astimezone(UTC)
 
 
+@pytest.mark.slow
 @FORMATS
 def test_integer_milliseconds_are_read_in_their_unit(
     settings: Settings, connection: psycopg.Connection, start: StartService, tmp_path: Path, form: str
@@ -72,6 +73,7 @@ def test_integer_milliseconds_are_read_in_their_unit(
     assert stored(settings, connection) == dict(zip(times, map(float, range(1000)), strict=True))
 
 
+@pytest.mark.slow
 @FORMATS
 @pytest.mark.parametrize("text", [False, True], ids=["timestamp", "text"])
 def test_local_times_over_a_year_with_its_changes(

@@ -64,6 +64,7 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     assert changed(admin, compressed.kafka_topic) == {"compression.type": "lz4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
 @pytest.mark.parametrize("messages", [1, 50_000])
 def test_a_decompression_bomb_is_refused_before_a_consumer_meets_it(
@@ -85,6 +86,7 @@ def test_a_decompression_bomb_is_refused_before_a_consumer_meets_it(
     assert read_topic(settings, settings.kafka_topic) == []
 
 
+@pytest.mark.slow
 def test_a_broker_that_goes_away_meanwhile_is_waited_for(own_stack: Stack, settings: Settings) -> None:
     admin = AdminClient(client_settings(settings, "test") | {"log_level": 0})
     late = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.late", "startup_timeout_seconds": 60})

@@ -82,6 +82,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fresh / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     ours = {
@@ -94,6 +95,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
     assert held == {re.sub("^migrations/", "services/migrations/", name) for name in runtime}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_tables")
 def test_the_pipeline_from_the_wheel(
     programs: Path, settings: Settings, connection: psycopg.Connection, tmp_path: Path
@@ -118,6 +120,7 @@ def test_the_pipeline_from_the_wheel(
     assert connection.execute("SELECT sum(reading_count) FROM temperature_summary").fetchone() == (2 * 1440,)
 
 
+@pytest.mark.slow
 def test_without_the_extra_packages_one_line_names_them(programs: Path, tmp_path: Path) -> None:
     for arguments, extra in ((("demo",), "[local]"), (("dashboard",), "[dashboard]")):
         done = typed(tmp_path, programs / "sensor-pipeline", *arguments)

@@ -158,12 +158,34 @@ def test_every_path_exists(document: str) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-def test_every_test_that_is_named_exists(document: str) -> None:
+def named_tests(text: str) -> list[tuple[str, str]]:
     """``tests/…/test_x.py::test_name``, or ``::test_name`` for another one of the file named before it."""
-    file = ""
-    for named, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", read(document)):
+    file, found = "", []
+    for named, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", text):
         file = named or file
-        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+        found.append((file, name))
+    return found
+
+
+def test_every_test_that_is_named_exists(document: str) -> None:
+    for file, name in named_tests(read(document)):
+        assert f"def {name}(" in read(file), f"{file}::{name}"
+
+
+def test_each_promise_has_a_test_that_is_not_slow() -> None:
+    """``make test`` leaves slow ones out."""
+    sections = re.split(r"^## ", read("docs/guarantees.md"), flags=re.MULTILINE)
+    shown = {text.partition("\n")[0]: named_tests(text) for text in sections if "**Shown by**" in text}
+    assert len(shown) >= 8
+    for promise, tests in shown.items():
+        slow = {(file, name) for file, name in tests if is_slow(file, name)}
+        assert set(tests) - slow, promise
+
+
+def is_slow(file: str, name: str) -> bool:
+    """Whether all of a test, or of its file, is marked so."""
+    found = re.findall(rf"^((?:@(?:.+|.+\((?:\n .*)+\n\))\n)*)def {name}\(", read(file), re.MULTILINE)
+    return "@pytest.mark.slow" in found[0] or "\npytestmark = pytest.mark.slow" in read(file)
 
 
 def test_every_identifier_is_in_the_source(document: str) -> None:
