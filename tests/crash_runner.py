@@ -75,7 +75,8 @@ class Step:
 STEPS = {
     "positions": Step(Positions, "read", lambda arguments: len(arguments[1]) > 0),
     "write": Step(Sink, "write"),
-    "copy": Step(psycopg.Copy, "write"),  # after it: in the middle of COPY, whose end has not come
+    # After the rows: in the middle of COPY, whose end has not come.
+    "copy": Step(psycopg.Copy, "write", lambda arguments: len(arguments[1]) > 50),
     "commit": Step(Sink, "_commit"),
     "letters": Step(DeadLetterTopic, "send", lambda arguments: len(arguments[1]) > 0),
     "offsets": Step(Worker, "_settle", lambda arguments: isinstance(arguments[2], Stored)),

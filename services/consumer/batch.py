@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import pyarrow as pa
@@ -54,7 +54,7 @@ class Batch:
     """Messages that are stored together. Of those that are readings only the columns are kept.
 
     ``start`` and ``end`` are positions, by partition: where the database must be, and where it is afterwards. Offsets
-    between two messages may be missing (aborted transactions, markers), so a position is no offset of a message.
+    between two messages may be missing (aborted transactions, markers), so a position is not a message's offset.
     """
 
     topic_id: str = ""
@@ -86,18 +86,17 @@ class Batch:
 
     def add(self, messages: Sequence[Message], decoder: Decoder, positions: dict[int, int]) -> None:
         """Decode messages, in the order they came; ``positions`` is where each partition is, and follows."""
-        first = 0
+        after = 0
         for _, run in groupby(map(Message.partition, messages)):
-            after = first + len(list(run))
+            first, after = after, after + len(list(run))
             partition, offset = position_of(messages[first])
             if offset < positions.get(partition, math.inf):
                 raise OutOfPlaceError(f"a message of partition {partition} at {offset}")
             self.move(partition, position_of(messages[after - 1])[1] + 1, positions)
-            first = after
-        chunks, letters, size_bytes = decode(messages, decoder, fills_gaps=self.fills_gaps)
+        chunks, letters = decode(messages, decoder, fills_gaps=self.fills_gaps)
         self.chunks += chunks
         self.dead_letters += letters
-        self.size_bytes += size_bytes
+        self.size_bytes += sum(map(len, messages))
 
     def move(self, partition: int, position: int, positions: dict[int, int]) -> None:
         """The partition is at ``position`` once the batch is stored."""
@@ -107,15 +106,12 @@ class Batch:
         self.end[partition] = positions[partition] = position
 
     def without(self, partitions: Collection[int]) -> Batch:
-        """What is left when these partitions are another consumer's."""
+        """What remains when these partitions are another consumer's."""
         gone = pa.array(list(partitions), pa.int32())
-        return Batch(
-            topic_id=self.topic_id,
-            fills_gaps=self.fills_gaps,
+        return replace(
+            self,
             chunks=[chunk.filter(pc.invert(pc.is_in(chunk["partition"], gone))) for chunk in self.chunks],
             dead_letters=[letter for letter in self.dead_letters if letter.message.partition() not in partitions],
             start={partition: position for partition, position in self.start.items() if partition not in partitions},
             end={partition: position for partition, position in self.end.items() if partition not in partitions},
-            size_bytes=self.size_bytes,
-            opened_at=self.opened_at,
         )

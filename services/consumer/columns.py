@@ -1,4 +1,4 @@
-"""Readings as columns, and what the sink works out from them before it meets the database.
+"""Readings as columns, and what the sink computes from them before its transaction begins.
 
 Columns are an Arrow record batch, with numbers instead of objects: a reading costs 50 bytes, and sorting, comparing and
 encoding tens of thousands of them takes milliseconds, most of it without Python's lock.
@@ -6,6 +6,8 @@ encoding tens of thousands of them takes milliseconds, most of it without Python
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cache
@@ -34,8 +36,8 @@ pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what batches ha
 
 pack = msgspec.msgpack.Encoder().encode
 
-# A transaction that holds old and new rows makes TimescaleDB distrust all that lies between. So a batch is
-# split where its times jump, but not into so many transactions that late readings slow the others down.
+# TimescaleDB keeps one range of changed times per transaction: with old and new rows it invalidates everything between
+# them. So a batch is split where its times jump, but not into so many transactions that late readings slow the others.
 JUMP = timedelta(hours=1)
 MAX_TRANSACTIONS = 4
 # Each week may be a chunk to create, and a transaction locks all its chunks in a table of limited size.
@@ -82,13 +84,7 @@ def microseconds_of(times: list[datetime]) -> pa.Array:
 
 def joined(chunks: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Several columns as one."""
-    return whole(pa.Table.from_batches(chunks, chunks[0].schema if chunks else schema_of(())))
-
-
-def whole(table: pa.Table) -> pa.RecordBatch:
-    """A table in one piece."""
-    pieces = table.combine_chunks().to_batches()
-    return pieces[0] if pieces else pa.RecordBatch.from_pylist([], table.schema)
+    return pa.concat_batches(chunks) if chunks else pa.RecordBatch.from_pylist([], schema_of(()))
 
 
 def microseconds(moment: datetime) -> int:
@@ -96,46 +92,45 @@ def microseconds(moment: datetime) -> int:
     return (moment - EPOCH) // MICROSECOND
 
 
-def encode(rows: pa.RecordBatch) -> bytes:
-    """Readings as COPY takes them in binary form: time, measurements, sensor."""
+def encode(rows: pa.RecordBatch) -> Sequence[bytes | memoryview]:
+    """Readings as COPY takes them in binary form, in pieces: sensor, time, measurements."""
     measurements = measured(rows)
     names = rows["sensor_id"].dictionary_encode()
-    fields = [bytes_of(name.encode()) for name in names.dictionary.to_pylist()]
-    encoded = pc.binary_join_element_wise(
-        (2 + len(measurements)).to_bytes(2, "big"),
-        eight_bytes(pc.subtract(rows["time"], POSTGRES_EPOCH_US)),
-        *(eight_bytes(rows[name]) for name in measurements),
-        pa.array(fields, pa.binary()).take(names.indices),
-        b"",
-    )
-    return b"".join((COPY_HEADER, encoded.buffers()[2], COPY_TRAILER))
+    starts = [start_of_row(2 + len(measurements), name.encode()) for name in names.dictionary.to_pylist()]
+    fields = [pa.array(starts, pa.binary()).take(names.indices)]
+    for numbers in (pc.subtract(rows["time"], POSTGRES_EPOCH_US), *(rows[name] for name in measurements)):
+        field = big_endian(numbers)
+        if numbers.null_count:  # a null has no EIGHT_BYTES before it, so it is joined to the field before
+            field = pc.if_else(numbers.is_valid(), pc.binary_join_element_wise(EIGHT_BYTES, field, b""), NULL)
+            fields[-1] = pc.binary_join_element_wise(fields[-1], field, b"")
+        else:
+            fields.append(field)
+    joined_rows = pc.binary_join_element_wise(*fields, EIGHT_BYTES)
+    return COPY_HEADER, memoryview(joined_rows.buffers()[2]), COPY_TRAILER
 
 
-def bytes_of(value: bytes) -> bytes:
-    """A field: its length and its bytes."""
-    return len(value).to_bytes(4, "big") + value
+def start_of_row(fields: int, sensor: bytes) -> bytes:
+    """How many fields follow, and the first of them."""
+    return struct.pack(">hi", fields, len(sensor)) + sensor
 
 
-def eight_bytes(numbers: pa.Array) -> pa.Array:
-    """A field of each of these int64 or float64, most significant byte first."""
-    count, width = len(numbers), len(EIGHT_BYTES) + 8
-    values = numbers.buffers()[1].to_pybytes()[numbers.offset * 8 :][: count * 8]
-    fields = bytearray(EIGHT_BYTES + bytes(8)) * count
-    for byte in range(8):
-        fields[len(EIGHT_BYTES) + byte :: width] = values[7 - byte :: 8]
-    found = pa.Array.from_buffers(pa.binary(width), count, [None, pa.py_buffer(fields)]).cast(pa.binary())
-    return pc.if_else(numbers.is_valid(), found, NULL) if numbers.null_count else found
+def big_endian(numbers: pa.Array) -> pa.Array:
+    """The eight bytes of each of these int64 or float64, most significant first."""
+    count = len(numbers)
+    swapped = array("Q", numbers.buffers()[1].slice(numbers.offset * 8, count * 8).to_pybytes())
+    swapped.byteswap()
+    return pa.Array.from_buffers(pa.binary(8), count, [None, pa.py_buffer(swapped)]).cast(pa.binary())
 
 
 def last_values(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """One row for each (sensor, time), by time and sensor: for each field the last value that is not null.
+    """One row for each (sensor, time), with the last value of each measurement that is not null.
 
-    The order is the same for every consumer, so that two of them never wait for each other in a circle.
+    They are in the order of time and sensor, the same for every consumer, so that two never deadlock.
     """
     grouped = pa.Table.from_batches([rows]).group_by(list(dict(KEY)), use_threads=False)
     names = measured(rows)
     latest = grouped.aggregate([(name, "last") for name in names]).rename_columns([*dict(KEY), *names])
-    return whole(latest.sort_by([("time", "ascending"), ("sensor_id", "ascending")]))
+    return joined(latest.sort_by([("time", "ascending"), ("sensor_id", "ascending")]).to_batches())
 
 
 def periods(times: pa.Array, width: timedelta) -> pa.Array:

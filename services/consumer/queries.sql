@@ -6,13 +6,13 @@
 SET timescaledb.max_tuples_decompressed_per_dml_transaction = 0
 
 -- name: begin
--- Until the transaction ends no history is closed: whoever closes it locks all writers of readings out.
+-- Until the transaction ends no history is closed: closing it locks out all writers of readings.
 BEGIN;
 LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE;
 SELECT max(closed_before) FILTER (WHERE isfinite(closed_before)), clock_timestamp() FROM summary_state
 
 -- name: copy_readings
-COPY sensor_data (time, {measurements}, sensor_id) FROM STDIN (FORMAT binary)
+COPY sensor_data (sensor_id, time, {measurements}) FROM STDIN (FORMAT binary)
 
 -- name: queue_and_commit
 -- The rows of partition_progress are locked for no longer than it takes to commit.
@@ -27,7 +27,7 @@ SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {n
 CREATE TEMPORARY TABLE incoming (LIKE sensor_data)
 
 -- name: copy_incoming
-COPY incoming (time, {measurements}, sensor_id) FROM STDIN (FORMAT binary)
+COPY incoming (sensor_id, time, {measurements}) FROM STDIN (FORMAT binary)
 
 -- name: merge_incoming
 -- xmax is 0 in a row that this statement inserted, and our transaction's id in one that it updated.
@@ -54,8 +54,8 @@ SELECT advance_partitions({topic}, {partitions}::int[], {expected}::bigint[], {n
 COMMIT
 
 -- name: end_dead_writers
--- Consumers encode before they begin and never pause inside a transaction, so one that is waited for is gone.
--- Materialized: in one WHERE the server chooses the order, and would end sessions before it has looked whose they are.
+-- Consumers encode before they begin and never pause inside a transaction, so one that PostgreSQL waits for is gone.
+-- Materialized: in one WHERE the server chooses the order, and might end sessions before it checks whose they are.
 WITH dead AS MATERIALIZED (
     SELECT pid FROM pg_stat_activity
     WHERE application_name = %(name)s AND usename = current_user AND pid <> pg_backend_pid()
@@ -65,7 +65,7 @@ WITH dead AS MATERIALIZED (
 SELECT pid FROM dead WHERE pg_terminate_backend(pid)
 
 -- name: add_partitions
--- A partition that the database has never heard of begins at the beginning.
+-- A partition that the database does not know begins at the beginning.
 INSERT INTO partition_progress (topic_id, partition, next_offset)
 SELECT %(topic)s, partition, 0 FROM unnest(%(partitions)s::int[]) AS partition ORDER BY partition
 ON CONFLICT DO NOTHING

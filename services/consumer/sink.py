@@ -1,6 +1,6 @@
 """The one transaction that stores readings.
 
-    BEGIN, no history is closed until the end
+    BEGIN; no history is closed until the end
     COPY straight into the hypertable; or, if some of it is stored already, COPY to a temporary table and merge
     queue the time ranges that changed, for etl; advance the partitions; COMMIT
 
@@ -9,8 +9,7 @@ process. The partitions advance only from where the batch began (compare and set
 writes nothing, whatever it believes. A batch that needs several transactions, or has dead letters to send before the
 commit that steps over them, checks the partitions in each and advances them in one of its own.
 
-A row that PostgreSQL refuses is found by bisection and handed back with the server's own words; the rest of the batch
-is stored.
+A row that PostgreSQL refuses is found by bisection and returned with the server's own words; the rest is stored.
 """
 
 from __future__ import annotations
@@ -55,11 +54,9 @@ OUR_TABLES = frozenset({"summary_refresh_queue", "partition_progress"})  # no re
 # If PostgreSQL refuses every row of a batch of at least this size for the same reason, the rows are not to blame.
 LEAST_ALL_REFUSED = 10
 
-# After a unique violation, so many batches are merged without trying COPY first; doubled up to the second
-# figure while violations go on. A replay then costs what merging costs.
-FIRST_MERGES = 1
-MAX_MERGES = 64
-
+# After a unique violation, merge this many batches before trying COPY again; doubles while violations continue, so
+# that a replay costs what merging costs.
+FIRST_MERGES, MAX_MERGES = 1, 64
 
 log = logging.getLogger("consumer")
 
@@ -135,7 +132,7 @@ class Sink:
     ) -> WriteResult:
         """Store readings; when it returns they are committed. Those that are ``repeated`` only fill gaps.
 
-        With ``advance`` the partitions advance too, if one transaction does for all and PostgreSQL refuses none;
+        With ``advance`` the partitions advance too, if one transaction is enough and PostgreSQL refuses none;
         ``WriteResult.advanced`` says whether.
 
         Raises TransientError (nothing is known to be stored: write the same again), PermanentError, or
@@ -148,8 +145,8 @@ class Sink:
         ]
         result = WriteResult()
         for rows, part, fill in parts:
-            alone = advance and len(parts) == 1
-            result.add(self._write_part(rows.take(part), move if alone else move.standing_still(), fill=fill))
+            is_all = advance and len(parts) == 1
+            result.add(self._write_part(rows.take(part), move if is_all else move.standing_still(), fill=fill))
         result.raise_if_all_refused()
         return result
 
@@ -191,10 +188,7 @@ class Sink:
         return result
 
     def _count(self, times: pa.Array, result: WriteResult) -> None:
-        """Tell the metrics what was committed.
-
-        Late is what belongs to an interval that had ended, by the newest reading before.
-        """
+        """Late is what belongs to an interval that had ended, by the newest reading before."""
         for name, count in result.counts().items():
             READINGS_STORED.labels(name).inc(count)
         READINGS_LATE.inc(count_before(times, self._over_before))
@@ -248,7 +242,7 @@ class Sink:
             raise HistoryClosedError(closed_before)
 
     def _commit(self, cursor: Cursor, finish: sql.Composed) -> None:
-        """The last round trip: what is still to be written, the partitions, COMMIT."""
+        """The last round trip."""
         cursor.execute(finish)
 
     @contextmanager
@@ -282,9 +276,9 @@ class Sink:
         return connection
 
     def _end_dead_writers(self) -> None:
-        """We have waited for a lock too long: end transactions of consumers that are frozen or gone.
+        """After waiting too long for a lock: end transactions of consumers that are frozen or gone.
 
-        No time limit of PostgreSQL ends a session in the middle of a COPY whose client stands still.
+        No time limit of PostgreSQL ends a session in the middle of a COPY whose client has stopped sending.
         """
         with connect(self._settings, SESSION_NAME) as connection, translated():
             for (pid,) in connection.execute(SQL["end_dead_writers"], {"name": SESSION_NAME}):
@@ -319,7 +313,8 @@ def count_before(times: pa.Array, moment: datetime) -> int:
     return int(pc.sum(pc.less(times, microseconds(moment))).as_py() or 0)
 
 
-def copy(cursor: Cursor, statement: sql.Composed, encoded: bytes) -> None:
+def copy(cursor: Cursor, statement: sql.Composed, encoded: Sequence[bytes | memoryview]) -> None:
     """COPY readings that are encoded."""
     with cursor.copy(statement) as stream:
-        stream.write(encoded)
+        for piece in encoded:
+            stream.write(piece)

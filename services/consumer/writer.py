@@ -1,7 +1,6 @@
-"""The writer thread: asks where partitions go on, and stores batches; one job at a time.
+"""The writer thread: asks where partitions continue, and stores batches; one job at a time.
 
 It waits for the servers, so that the polling thread never does: a member that does not poll holds the group up.
-
 librdkafka's consumer belongs to the thread that polls it, so the writer only reports.
 """
 
@@ -17,10 +16,10 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from services.consumer.batch import Batch
-from services.consumer.blocks import alone
+from services.consumer.blocks import alone, origin_of
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
-from services.consumer.metrics import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_LEFT
-from services.consumer.positions import Places, Positions
+from services.consumer.metrics import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_ABANDONED
+from services.consumer.positions import Located, Positions
 from services.consumer.sink import Refused, Sink, WriteResult
 from services.core.backoff import Retries
 from services.core.config import Settings
@@ -42,14 +41,14 @@ class Stored:
     letters: Sequence[DeadLetter]
 
 
-Job = Batch | frozenset[int]  # to be stored; or partitions, to be asked where they go on
-Outcome = Places | Stored | BaseException  # AbandonedError: the job was given up; any other has ended the writer
+Job = Batch | frozenset[int]  # to be stored; or partitions to be located
+Outcome = Located | Stored | BaseException  # AbandonedError: only the job has ended; any other has ended the writer
 
 
 class Writer:
-    """Does one job at a time in a thread of its own, and reports the outcome; back-pressure is that it takes no second.
+    """Does one job at a time in a thread of its own, which calls ``report`` with the outcome.
 
-    ``report`` is called in that thread. All else belongs to the thread that polls.
+    All else belongs to the thread that polls.
     """
 
     def __init__(self, settings: Settings, positions: Positions, report: Callable[[Outcome], None]) -> None:
@@ -93,11 +92,11 @@ class Writer:
             raise outcome
 
     def abandon(self) -> None:
-        """Give the job up at the next pause between two tries."""
+        """Abandon the job at the next pause between two tries."""
         self._abandon.set()
 
     def stop(self) -> None:
-        """End the thread soon; a job that still runs is given up."""
+        """End the thread soon; a job that still runs is abandoned."""
         self._abandon.set()
         self._jobs.put(None)
 
@@ -122,10 +121,10 @@ class Writer:
             if isinstance(error, PartitionsMovedError):
                 log.warning("partitions_moved", extra=fields(detail=error))
             if isinstance(job, Batch):
-                MESSAGES_LEFT.inc(len(job))
+                MESSAGES_ABANDONED.inc(len(job))
             return type(error)(*error.args)  # without the traceback, which holds the batch
 
-    def _locate(self, partitions: frozenset[int]) -> Places:
+    def _locate(self, partitions: frozenset[int]) -> Located:
         topic = self._keep_trying(KAFKA, self._positions.topic_id)
         return self._keep_trying(DATABASE, lambda: self._positions.read(topic, partitions))
 
@@ -137,7 +136,7 @@ class Writer:
         result = self._keep_trying(
             DATABASE, lambda: self._sink.write(readings, move, repeated=repeated, advance=advance)
         )
-        letters = batch.dead_letters + self._letters_of(result.refused)
+        letters = batch.dead_letters + (self._letters_of(result.refused) if result.refused else [])
         if letters:
             self._keep_trying(KAFKA, lambda: self._dead_letters.send(letters))
         if not result.advanced:
@@ -148,19 +147,16 @@ class Writer:
 
     def _letters_of(self, refused: Sequence[Refused]) -> list[DeadLetter]:
         """Dead letters for what was refused. Raises AbandonedError if Kafka has dropped a message meanwhile."""
-        if not refused:
-            return []
-        places = [(each.row["partition"][0].as_py(), each.row["offset"][0].as_py()) for each in refused]
-        messages = self._keep_trying(KAFKA, lambda: self._dead_letters.read_again(places))
-        if len(messages) < len(set(places)):
+        positions = {origin_of(each.row) for each in refused}
+        messages = self._keep_trying(KAFKA, lambda: self._dead_letters.read_again(positions))
+        if messages.keys() < positions:
             raise AbandonedError("Kafka does not have all messages of the batch any more")
         return [
-            DeadLetter(alone(messages[place], each.row), each.reason, each.detail)
-            for place, each in zip(places, refused, strict=True)
+            DeadLetter(alone(messages[origin_of(each.row)], each.row), each.reason, each.detail) for each in refused
         ]
 
     def _keep_trying(self, server: Dependency, step: Callable[[], T]) -> T:
-        """Run a step until it succeeds. Raises AbandonedError if the job is to be given up instead.
+        """Run a step until it succeeds. Raises AbandonedError once the job is to be abandoned.
 
         Raises also what is not a TransientError, and PermanentError when a doubtful one keeps coming back.
         """
@@ -178,7 +174,7 @@ class Writer:
                 return done
             if self._abandon.wait(pause):
                 server.note_success()
-                raise AbandonedError("given up while a server was away")
+                raise AbandonedError("abandoned while a server was unavailable")
 
     def _count(self, batch: Batch, result: WriteResult, letters: Sequence[DeadLetter], seconds: float) -> None:
         path = "merge" if result.merged else "copy"
@@ -187,13 +183,5 @@ class Writer:
         BATCH_WRITE_SECONDS.labels(path).observe(seconds)
         for letter in letters:
             DEAD_LETTERS.labels(letter.reason).inc()
-        log.info(
-            "batch_written",
-            extra=fields(
-                readings=readings,
-                **result.counts(),
-                dead_letters=len(letters),
-                path=path,
-                seconds=round(seconds, 4),
-            ),
-        )
+        counts = {"readings": readings, **result.counts(), "dead_letters": len(letters)}
+        log.info("batch_written", extra=fields(**counts, path=path, seconds=round(seconds, 4)))

@@ -2,14 +2,13 @@
 
 Its header FORMAT_HEADER is ARROW. The columns are the fields of a reading (reading.py), by name and in any order; a
 measurement may be missing, and other columns are ignored. Nothing in it is compressed or dictionary-encoded, so a block
-is as large as it looks: it takes no more memory than the broker lets through as a message.
+takes no more memory than the broker lets through as a message.
 """
 
 from __future__ import annotations
 
 import struct
 from functools import cache
-from typing import NoReturn
 
 import pyarrow as pa
 
@@ -36,7 +35,7 @@ def encode_block(batch: pa.RecordBatch) -> bytes:
 
 
 def decode_block(value: bytes | None, measurements: tuple[str, ...], form: bytes | None = ARROW) -> pa.RecordBatch:
-    """The key and these measurements of the record batch in ``value``; rows are valid Arrow, but may be no readings.
+    """The key and these measurements of the record batch in ``value``: valid Arrow, but its rows may not be readings.
 
     ``form`` is what its header says. Raises MalformedMessageError, nothing else, whatever the bytes.
     """
@@ -65,45 +64,41 @@ def _read(value: bytes, wanted: pa.Schema) -> pa.RecordBatch:
     source = pa.BufferReader(value)
     messages = list(pa.ipc.MessageReader.open_stream(source))
     if [message.type for message in messages] != ["schema", "record batch"]:
-        _refuse(f"it holds {', '.join(message.type for message in messages[:10]) or 'nothing'}")
+        raise ValueError(f"it holds {', '.join(message.type for message in messages[:10]) or 'nothing'}")
     if source.tell() != len(value):
-        _refuse("it goes on behind its end")
+        raise ValueError("it continues behind its end")
     schema = pa.ipc.read_schema(messages[0])
     _check_schema(schema, wanted)
     if _is_compressed(messages[1].metadata.to_pybytes()):
-        _refuse("its body is compressed")
+        raise ValueError("its body is compressed")
     return pa.ipc.read_record_batch(messages[1], schema)
 
 
 def _check_schema(schema: pa.Schema, wanted: pa.Schema) -> None:
     names = schema.names
     if len(set(names)) < len(names) or not set(dict(KEY)) <= set(names):
-        _refuse(f"its columns are {', '.join(names)[:1000]}; they should be {', '.join(wanted.names)}")
+        raise ValueError(f"its columns are {', '.join(names)[:1000]}; they should be {', '.join(wanted.names)}")
     for field in wanted:
         found = field.type if field.name not in names else schema.field(field.name).type
         if found != field.type:
-            _refuse(f"its column {field.name} is {found}; it should be {field.type}")
+            raise ValueError(f"its column {field.name} is {found}; it should be {field.type}")
 
 
 def _is_compressed(metadata: bytes) -> bool:
-    """Whether a message says how its body is compressed: a table within a table, where a table names its fields."""
+    """Whether the metadata, a FlatBuffers table that holds one of a record batch, has a field for compression."""
     table = struct.unpack_from("<I", metadata, 0)[0]
     header = _field(metadata, table, _HEADER)
     if header is None:
-        _refuse("it has no header")
+        raise ValueError("it has no header")
     batch = header + struct.unpack_from("<I", metadata, header)[0]
     return _field(metadata, batch, _COMPRESSION) is not None
 
 
 def _field(metadata: bytes, table: int, number: int) -> int | None:
-    """Where a field of a FlatBuffers table is; None where it has none."""
+    """Where a field of a FlatBuffers table is; None if the table does not have it."""
     fields = table - struct.unpack_from("<i", metadata, table)[0]
-    place = 4 + 2 * number
-    if place >= struct.unpack_from("<H", metadata, fields)[0]:
+    entry = 4 + 2 * number
+    if entry >= struct.unpack_from("<H", metadata, fields)[0]:
         return None
-    offset = struct.unpack_from("<H", metadata, fields + place)[0]
+    offset = struct.unpack_from("<H", metadata, fields + entry)[0]
     return table + offset if offset else None
-
-
-def _refuse(why: str) -> NoReturn:
-    raise ValueError(why)

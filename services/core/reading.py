@@ -1,4 +1,4 @@
-"""The message contract: one reading a message, JSON, keyed by sensor.
+"""The message contract: one reading per message, JSON, keyed by sensor.
 
     {"sensor_id": "s0042", "time": "2024-01-01T00:00:00.000Z", "co2": 412.5}
 
@@ -21,7 +21,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 EARLIEST = datetime(1900, 1, 1, tzinfo=UTC)  # the interval of a much earlier time would begin before the year 1
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 MAX_SENSOR_ID = 255
-MAX_VALUE = 1e100  # PostgreSQL ends an average whose sum of squares overflows with an error
+MAX_VALUE = 1e100  # PostgreSQL's avg() fails if its sum of squares overflows
 
 SensorId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SENSOR_ID)]
 Value = Annotated[float, msgspec.Meta(ge=-MAX_VALUE, le=MAX_VALUE)]
@@ -52,10 +52,9 @@ def _ago(now: datetime, age: timedelta | None) -> datetime:
 class Decoder:
     """Turns message values into readings of ``measurements``, or says why a value is not one.
 
-    ``max_bytes`` bounds a message, ``max_future`` bounds how far ahead of ``now`` (aware) a reading may be:
-    one device with a wrong clock must not create chunks in the year 2999, nor one for each week since the year 1,
-    so ``max_past`` (None: any) bounds how far back it may be. ``max_age`` does so, too: raw readings older than that
-    are not kept.
+    ``max_bytes`` bounds a message. ``max_future`` and ``max_past`` (None: any) bound how far from now a reading may
+    be: one device with a wrong clock must not create chunks in the year 2999, nor one for each week since the year 1.
+    Raw readings older than ``max_age`` are not kept.
     """
 
     def __init__(
@@ -69,14 +68,14 @@ class Decoder:
     ) -> None:
         self.measurements = measurements
         self._decode = msgspec.json.Decoder(reading_type(measurements)).decode
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._max_future = max_future
         self._max_past = max_past
         self._max_age = max_age
         self.set_clock(datetime.now(UTC))
 
     def set_clock(self, now: datetime) -> None:
-        """Set the time that "future" and "too late" are measured from; called once a batch."""
+        """Set the time (aware) that "future" and "too late" are measured from."""
         self._latest = min(now, LATEST - self._max_future) + self._max_future
         self._past = _ago(now, self._max_past)
         self._earliest = max(self._past, _ago(now, self._max_age))
@@ -86,34 +85,35 @@ class Decoder:
         """The earliest and the latest time that a reading may have."""
         return self._earliest, self._latest
 
-    def decode_all(self, values: Sequence[bytes | None]) -> tuple[list[Reading], list[int]] | None:
-        """The readings in ``values``, and the places of those that are not one.
+    def decode_all(
+        self, values: Sequence[bytes | None], *, one_by_one: bool = False
+    ) -> tuple[list[Reading], dict[int, tuple[Reason, str]]]:
+        """The readings in ``values``, and for the others reason and detail, by their numbers.
 
-        None if a check fails that is made for all at once: then they must be decoded one by one. Much faster than
-        ``decode``, because it leaves two more such checks to the caller: that the times are within ``bounds``, and that
-        each reading has a measurement.
+        Unless ``one_by_one``, which is much slower, only the checks that JSON's decoder makes are made of the
+        readings: not ``max_bytes``, ``bounds``, whether an id is printable and whether there is any measurement.
         """
         readings: list[Reading] = []
-        others: list[int] = []
+        refused: dict[int, tuple[Reason, str]] = {}
+        decode = self.decode if one_by_one else self._decode
         rest = iter(values)
-        while len(readings) + len(others) < len(values):
+        while len(readings) + len(refused) < len(values):
             try:
-                readings.extend(map(self._decode, rest))  # type: ignore[arg-type]  # of None: TypeError
-            except (TypeError, ValueError, RecursionError):  # what came before it has been added
-                others.append(len(readings) + len(others))
-        if max(map(len, filter(None, values)), default=0) > self._max_bytes:
-            return None
-        printable = "".join([reading.sensor_id for reading in readings]).isprintable()
-        return (readings, others) if printable else None
+                readings.extend(map(decode, rest))  # type: ignore[arg-type]  # of None: TypeError
+            except (TypeError, ValueError, RecursionError, MalformedMessageError):  # what came before it has been added
+                number = len(readings) + len(refused)
+                try:  # again: how deeply JSON may be nested depends on who asks
+                    readings.append(self.decode(values[number]))
+                except MalformedMessageError as error:  # not kept: its traceback would refer to this frame
+                    refused[number] = error.reason, str(error)
+        return readings, refused
 
     def decode(self, value: bytes | None) -> Reading:
         """The reading in ``value``. Raises MalformedMessageError, nothing else, whatever the bytes."""
         if not value:
             raise MalformedMessageError(Reason.EMPTY, "the message has no value")
-        if len(value) > self._max_bytes:
-            raise MalformedMessageError(
-                Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self._max_bytes}"
-            )
+        if len(value) > self.max_bytes:
+            raise MalformedMessageError(Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self.max_bytes}")
         try:
             reading = self._decode(value)
         except msgspec.ValidationError as error:
@@ -128,8 +128,6 @@ class Decoder:
             raise MalformedMessageError(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:
             if reading.time < self._past:
-                raise MalformedMessageError(
-                    Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows"
-                )
+                raise MalformedMessageError(Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows")
             raise MalformedMessageError(Reason.TOO_LATE, f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading

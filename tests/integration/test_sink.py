@@ -331,7 +331,7 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
         bystander.execute("BEGIN")
         cursor = frozen.cursor()
         rows = columns_of(batch, MEASUREMENTS)
-        encoded = encode(rows)
+        encoded = b"".join(encode(rows))
         cursor.execute("BEGIN")
         copying = cursor.copy(statement("copy_readings", rows))
         copying.__enter__().write(encoded[:-2])

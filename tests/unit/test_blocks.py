@@ -16,7 +16,7 @@ from confluent_kafka import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.consumer.blocks import alone, split_refused
+from services.consumer.blocks import decode_blocks
 from services.core.block import block_schema, decode_block, encode_block
 from services.core.errors import MalformedMessageError, Reason
 from services.core.kafka import ARROW, FORMAT_HEADER
@@ -167,8 +167,8 @@ def replaced(name: str, column: pa.Array) -> bytes:
         (b"{}", ""),
         (b"\xff\xff\xff\xff\0\0\0\0", "it holds nothing"),
         (stream(ROWS)[:-100], ""),
-        (stream(ROWS) + b"\0", "it goes on behind its end"),
-        (stream(ROWS) + stream(ROWS), "it goes on behind its end"),
+        (stream(ROWS) + b"\0", "it continues behind its end"),
+        (stream(ROWS) + stream(ROWS), "it continues behind its end"),
         (stream(ROWS, ROWS), "it holds schema, record batch, record batch"),
         (BLOCK_SCHEMA.serialize().to_pybytes(), "it holds schema"),
         (stream(ROWS, compression="lz4"), "its body is compressed"),
@@ -252,16 +252,16 @@ Refused = tuple[str | None, bytes, Reason, str]  # sensor, value, reason and wha
 
 def read(value: bytes) -> tuple[pa.RecordBatch, list[Refused]]:
     """The readings of a block, with times as in BLOCK_SCHEMA, and the rows that are none."""
-    block = decode_block(value, DEFAULT)
-    numbers = block.set_column(1, "time", block["time"].view(pa.int64()))
-    rows, refused = split_refused(numbers, decoder())
+    decode_block(value, DEFAULT)  # raises what is wrong with all of it
     whole = Message(topic="t", partition=0, offset=0, value=value, headers=[(FORMAT_HEADER, ARROW)])
-    letters = [(alone(whole, numbers.slice(number, 1)), why) for number, why in refused.items()]
-    found = [
-        (key.decode() if (key := letter.key()) is not None else None, letter.value() or b"", *why)
-        for letter, why in letters
-    ]
-    return rows.set_column(1, "time", rows["time"].view(BLOCK_SCHEMA.field("time").type)), found
+    (rows,), letters = decode_blocks([whole], [False], decoder())
+    columns = [rows[field.name].view(field.type) for field in BLOCK_SCHEMA]
+    refused: list[Refused] = []
+    for letter in letters:
+        key = letter.message.key()
+        sensor = None if key is None else key.decode()
+        refused.append((sensor, letter.message.value() or b"", letter.reason, letter.detail))
+    return pa.record_batch(columns, schema=BLOCK_SCHEMA), refused
 
 
 def time_text(microseconds: int | None) -> object:

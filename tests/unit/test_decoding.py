@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from confluent_kafka import Message
 
-from services.consumer.decoding import decode, decode_at_once
+from services.consumer.decoding import decode, usual_columns
 from services.core import block
 from services.core.errors import MalformedMessageError
 from services.core.kafka import (
@@ -162,10 +162,9 @@ def test_blocks_are_what_their_rows_say_one_by_one(fills_gaps: bool) -> None:
                     values = (reading.sensor_id, time, reading.temperature, reading.humidity)
                     rows.append((*values, *[None] * (len(MEASUREMENTS) - 2), *position_of(message), marked))
         messages = [message for message, _ in pairs]
-        chunks, letters, size = decode(messages, decoder(), fills_gaps=fills_gaps)
+        chunks, letters = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(chunks)) == repr(rows)
         assert sorted((letter.message.offset(), letter.reason) for letter in letters) == sorted(refused)
-        assert size == sum(len(message.value() or b"") for message in messages)
 
 
 def tuples(chunks: list[pa.RecordBatch]) -> list[tuple[object, ...]]:
@@ -203,9 +202,8 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
     while number < MESSAGES // 2:
         messages = chunk(source, number)
         number += len(messages)
-        rows, refused, size = [], [], 0
+        rows, refused = [], []
         for message in messages:
-            size += len(message.value() or b"")
             repeated = dict(message.headers() or []).get(REPEAT_HEADER)
             try:
                 reading = decoder().decode(message.value())
@@ -215,12 +213,12 @@ def test_columns_are_what_the_messages_say_one_by_one(fills_gaps: bool) -> None:
                 time, marked = (reading.time - EPOCH) // MICROSECOND, {REPEATED, fills_gaps and REPEATED_IF_MOVED}
                 row = (reading.sensor_id, time, *msgspec.structs.astuple(reading)[2:])
                 rows.append((*row, *position_of(message), repeated in marked))
-        decoded, letters, decoded_size = decode(messages, decoder(), fills_gaps=fills_gaps)
+        decoded, letters = decode(messages, decoder(), fills_gaps=fills_gaps)
         assert repr(tuples(decoded)) == repr(rows)
         assert [(letter.message.offset(), letter.reason, letter.detail) for letter in letters] == refused
-        assert decoded_size == size
         chunks += 1
-        at_once += decode_at_once([message.value() for message in messages], decoder()) is not None
+        values = [message.value() for message in messages]
+        at_once += usual_columns(decoder().decode_all(values)[0], values, decoder()) is not None
     assert 0.5 < at_once / chunks < 0.95, "both ways are taken"
 
 
@@ -231,6 +229,6 @@ def test_json_that_is_nested_as_deeply_as_can_be_decoded_costs_no_other_message(
         nested = good.replace(b"}", b', "x": ' + b"[" * depth + b"]" * depth + b"}")
         values = enumerate([good, nested, good])
         messages = [Message(topic="t", partition=0, offset=offset, value=value) for offset, value in values]
-        chunks, letters, _ = decode(messages, decode_from, fills_gaps=False)
+        chunks, letters = decode(messages, decode_from, fills_gaps=False)
         assert sum(map(len, chunks)) + len(letters) == 3, depth
         assert len(letters) <= 1, depth

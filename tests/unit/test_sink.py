@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg.abc import Buffer
+from psycopg.types.datetime import DatetimeBinaryDumper
 from psycopg.types.multirange import Multirange
+from psycopg.types.numeric import FloatBinaryDumper
+from psycopg.types.string import StrBinaryDumper
 
 from services.consumer import columns
 from services.consumer.columns import JUMP, MAX_TRANSACTIONS, MAX_WEEKS, columns_of
 from services.consumer.sink import WriteResult
 from services.core.reading import EARLIEST, EPOCH, LATEST, Reading
 from tests.measured import MEASUREMENTS, reading_of
+
+BINARY: dict[type, Callable[[Any], Buffer | None]] = {
+    str: StrBinaryDumper(str).dump,
+    datetime: DatetimeBinaryDumper(datetime).dump,
+    float: FloatBinaryDumper(float).dump,
+    type(None): lambda _: None,
+}
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -79,6 +93,20 @@ def test_the_same_instant_in_another_offset_is_the_same_key() -> None:
 def test_a_zero_is_a_value() -> None:
     (row,) = last_values([reading_of("a", START, 1.0, 1.0), reading_of("a", START, 0.0, None)])
     assert (row.temperature, row.humidity) == (0.0, 1.0)
+
+
+@given(batches(), st.integers(0, 5))
+def test_copy_gets_the_bytes_that_psycopg_would_send(rows: list[Reading], first: int) -> None:
+    """Also of a slice, whose columns begin in the middle of their memory."""
+    first = min(first, len(rows) - 1)
+    dumped = bytearray(b"PGCOPY\n\xff\r\n\0" + bytes(8))
+    for row in rows[first:]:
+        fields = [BINARY[type(value)](value) for value in msgspec.structs.astuple(row)]
+        dumped += len(fields).to_bytes(2, "big")
+        for field in fields:
+            dumped += b"\xff" * 4 if field is None else len(field).to_bytes(4, "big") + field
+    pieces = columns.encode(columns_of(rows, MEASUREMENTS).slice(first))
+    assert b"".join(pieces) == dumped + b"\xff\xff"
 
 
 @given(batches())
