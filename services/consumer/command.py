@@ -1,4 +1,4 @@
-"""``sensor-pipeline consume``: what is needed is there, then work by the newest group protocol that is offered."""
+"""``sensor-pipeline consume``: wait for the servers, then work with the newest group protocol that they offer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,13 @@ HUNG_AFTER_S = 60.0
 PROTOCOLS = {"auto": ("consumer", "classic"), "consumer": ("consumer",), "classic": ("classic",)}
 
 
-def collect_garbage_seldom() -> None:
-    """Messages and readings come in thousands, none of them in a cycle.
-
-    By default each 700 new ones start a garbage collection, which took a quarter of this process's time.
-    """
-    gc.freeze()
-    gc.set_threshold(100_000)
-
-
 def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False) -> int:
     """Consume the topic into ``sensor_data``. Returns the exit code."""
-    collect_garbage_seldom()
-    look = partial(EXPIRY.look, settings.kafka_topic)
-    probes = partial(kafka_probe, settings, look), partial(database_probe, settings)
+    # By default each 700 new messages start a collection: a quarter of the time, and none of them is in a cycle.
+    gc.freeze()
+    gc.set_threshold(100_000)
+    sample = partial(EXPIRY.sample, settings.kafka_topic)
+    probes = partial(kafka_probe, settings, sample), partial(database_probe, settings)
     with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
         create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
         connect_at_start(settings, shutdown, tables=True).close()

@@ -6,7 +6,7 @@ ours; ``sensor_pipeline.reason`` adds a stable word to filter by.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -36,21 +36,11 @@ SEND_AT_ONCE = 1000  # times the largest message: what the producer may hold
 MAX_KEY_BYTES = 1024  # of a truncated letter
 PUT_REASONS = frozenset({Reason.REFUSED_BY_DATABASE, Reason.TOO_LATE})
 ORIGINAL_BYTES_HEADER = "sensor_pipeline.original_bytes"
-CONNECT_HEADERS = (
-    "topic",
-    "partition",
-    "offset",
-    "connector.name",
-    "task.id",
-    "stage",
-    "exception.class.name",
-    "exception.message",
-)
-OUR_HEADERS = frozenset(
-    {REASON_HEADER, ORIGINAL_BYTES_HEADER, *(f"__connect.errors.{name}" for name in CONNECT_HEADERS)}
-)
+CONNECT_NAMES = "topic partition offset connector.name task.id stage exception.class.name exception.message"
+CONNECT_HEADERS = tuple(f"__connect.errors.{name}" for name in CONNECT_NAMES.split())
+OUR_HEADERS = frozenset({REASON_HEADER, ORIGINAL_BYTES_HEADER, *CONNECT_HEADERS})
 
-# A letter that is too large for its topic is cut to this many bytes of its value, without foreign headers.
+# A letter that is too large for its topic is cut to this many bytes of its value, without the message's own headers.
 TRUNCATED_BYTES = (64 * 1024, 0)
 
 
@@ -62,20 +52,23 @@ class DeadLetter:
     reason: Reason
     detail: str
 
-    def headers(self, group: str) -> list[Header]:
-        """The message's own headers, then ours."""
-        # A letter that was replayed and refused again carries the last reason only.
-        theirs: list[Header] = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
-        return [*theirs, *self.own_headers(group)]
+    def outgoing(self, group: str, at_most: int | None) -> Outgoing:
+        """Key, value and headers as they are, and our headers; or the first ``at_most`` bytes of the value."""
+        ours = self._headers(group)
+        key, value = self.message.key() or b"", self.message.value() or b""
+        if at_most is not None:
+            return key[:MAX_KEY_BYTES], value[:at_most], [*ours, (ORIGINAL_BYTES_HEADER, str(len(value)).encode())]
+        # Of a letter that was replayed and refused again, only the last reason.
+        theirs = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
+        return self.message.key(), self.message.value(), [*theirs, *ours]
 
-    def own_headers(self, group: str) -> list[Header]:
+    def _headers(self, group: str) -> list[Header]:
         """Why it was not stored, and where it was."""
         stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
         partition, offset = position_of(self.message)
         values = (self.message.topic(), partition, offset, group, 0, stage, self.reason, self.detail)
-        connect = {f"__connect.errors.{name}": value for name, value in zip(CONNECT_HEADERS, values, strict=True)}
-        ours = connect | {REASON_HEADER: self.reason}
-        return [(name, str(value).encode()) for name, value in ours.items()]
+        ours = zip((*CONNECT_HEADERS, REASON_HEADER), (*values, self.reason), strict=True)
+        return [(name, str(value).encode()) for name, value in ours]
 
 
 class DeadLetterTopic:
@@ -98,13 +91,13 @@ class DeadLetterTopic:
             }
         )
 
-    def read_again(self, places: Collection[Position]) -> dict[Position, Message]:
-        """The messages of the topic of readings at these places, as far as they still exist. Raises TransientError."""
+    def read_again(self, positions: Set[Position]) -> dict[Position, Message]:
+        """The messages of the topic of readings there, as far as they still exist. Raises TransientError."""
         topic, found = self._settings.kafka_topic, {}
-        for partition, group in groupby(sorted(places), itemgetter(0)):
-            offsets = dict.fromkeys(offset for _, offset in group)
-            for message in read_topic(self._settings, topic, partition, min(offsets), max(offsets) + 1):
-                if message.offset() in offsets:
+        for partition, group in groupby(sorted(positions), itemgetter(0)):
+            offsets = [offset for _, offset in group]
+            for message in read_topic(self._settings, topic, partition, offsets[0], offsets[-1] + 1):
+                if position_of(message) in positions:
                     found[position_of(message)] = message
         return found
 
@@ -112,8 +105,8 @@ class DeadLetterTopic:
         """Send them all and wait for the broker.
 
         Raises TransientError when it does not take them in time, PermanentError when it never will. After an error
-        the same letters are sent again: a dead letter may appear twice (the headers with topic, partition and offset
-        tell), it is never missing.
+        the same letters are sent again: one may appear twice (its topic, partition and offset are the same), none is
+        ever missing.
         """
         try:
             for start in range(0, len(letters), SEND_AT_ONCE):
@@ -127,7 +120,7 @@ class DeadLetterTopic:
             raise TransientError(f"dead letters could not be sent: {error}") from error
 
     def _send_truncated(self, letter: DeadLetter) -> None:
-        """Send the beginning of a message that is too large for the topic, alone: a limit is one of a whole request."""
+        """Send the beginning of a message that is too large for the topic, alone: the limit is one of a request."""
         for size in TRUNCATED_BYTES:
             if not self._send_and_wait([letter], at_most=size):
                 return
@@ -139,7 +132,8 @@ class DeadLetterTopic:
         """Send letters, cut to ``at_most`` bytes of their values; returns those that were too large."""
         producer = self._producer = self._producer or self._create_producer()
         topic = self._settings.dead_letter_topic
-        answers = deliver(producer, topic, (self._outgoing(letter, at_most) for letter in letters), FLUSH_TIMEOUT_S)
+        outgoing = (letter.outgoing(self._settings.kafka_group, at_most) for letter in letters)
+        answers = deliver(producer, topic, outgoing, FLUSH_TIMEOUT_S)
         failed = [answer for answer in answers if isinstance(answer, KafkaError)]
         for error in failed:
             if error.code() in NOT_ALLOWED | NOT_FOUND:
@@ -147,11 +141,3 @@ class DeadLetterTopic:
             if error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
                 raise TransientError(error.str())
         return [letter for letter, answer in zip(letters, answers, strict=True) if isinstance(answer, KafkaError)]
-
-    def _outgoing(self, letter: DeadLetter, at_most: int | None) -> Outgoing:
-        message, group = letter.message, self._settings.kafka_group
-        if at_most is None:
-            return message.key(), message.value(), letter.headers(group)
-        value = message.value() or b""
-        headers = [*letter.own_headers(group), (ORIGINAL_BYTES_HEADER, str(len(value)).encode())]
-        return (message.key() or b"")[:MAX_KEY_BYTES], value[:at_most], headers

@@ -1,4 +1,4 @@
-"""How far we are, as Kafka is told, and how far behind, as the metrics say."""
+"""How far we are, which is committed to Kafka, and how far behind, which the metrics report."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SAFE_SHARE = 0.25  # of the topic's retention: a message that has waited longer 
 
 
 class Expiry:
-    """Counts what waits for so long that Kafka will delete it; to be called from a thread that may block."""
+    """Counts what has waited so long that Kafka may delete it; for a thread that may block."""
 
     def __init__(self) -> None:
         self.waiting: dict[int, tuple[int, int]] = {}  # by partition: the first offset not committed, and the end
-        self._next_look = 0.0
+        self._next_sample = 0.0
 
-    def look(self, topic: str, admin: AdminClient) -> None:
-        """Set the metric, if that was not done just now. Without an answer it stays what it was."""
-        if time.monotonic() < self._next_look:
+    def sample(self, topic: str, admin: AdminClient) -> None:
+        """Set the metric, once in each interval. Without an answer it stays what it was."""
+        if time.monotonic() < self._next_sample:
             return
         waiting = dict(self.waiting)
         with suppress(KafkaException):
             EXPIRING.set(self._count(topic, admin, waiting) if waiting else 0)
-            self._next_look = time.monotonic() + (EXPIRY_INTERVAL_S if waiting else 0)
+            self._next_sample = time.monotonic() + (EXPIRY_INTERVAL_S if waiting else 0)
 
     def _count(self, topic: str, admin: AdminClient, waiting: Mapping[int, tuple[int, int]]) -> int:
         resource = ConfigResource(ResourceType.TOPIC, topic)
@@ -50,8 +50,8 @@ class Expiry:
             {TopicPartition(topic, partition): since for partition in waiting}, request_timeout=EXPIRY_TIMEOUT_S
         )
         count = 0
-        for place, answer in answers.items():
-            committed, end = waiting[place.partition]
+        for each, answer in answers.items():
+            committed, end = waiting[each.partition]
             first_safe = answer.result().offset
             count += max(0, (end if first_safe < 0 else first_safe) - committed)  # below 0: all are older
         return count
@@ -63,22 +63,18 @@ EXPIRY = Expiry()
 class Commits:
     """Tells Kafka how far we are, and the metrics how far behind: for people, since nothing depends on either.
 
-    Every fetch tells where a partition ends. While partitions are paused there is none, so the broker is asked, less
-    often. Belongs to the thread that polls.
+    ``committed`` is the position of each partition that is ours, as far as Kafka has confirmed it. Belongs to the
+    thread that polls.
     """
 
     def __init__(self, consumer: Consumer, topic: str) -> None:
         self._consumer = consumer
         self._topic = topic
+        self.committed: dict[int, int] = {}
         self._told: dict[int, int] = {}
         self._unanswered = 0
-        self._refused = False  # there may never be a next one
-        self._committed: dict[int, int] = {}
-        self._next_look = 0.0
-
-    def begin(self, offsets: Mapping[int, int]) -> None:
-        """Where partitions that are ours now begin."""
-        self._committed |= offsets
+        self._refused = False  # there may never be a next commit that would repeat it
+        self._next_sample = 0.0
 
     def tell(self, offsets: Mapping[int, int]) -> None:
         """Commit what was not told yet; the answer comes while polling."""
@@ -94,12 +90,12 @@ class Commits:
         except KafkaException as error:
             self._note_refused(error.args[0])
 
-    def note_answer(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+    def note_answer(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
         """The broker's answer to a commit."""
         self._unanswered -= 1
-        problem = error or next((place.error for place in places if place.error is not None), None)
+        problem = error or next((each.error for each in offsets if each.error is not None), None)
         if problem is None:
-            self._committed |= {place.partition: place.offset for place in places if place.partition in self._told}
+            self.committed |= {each.partition: each.offset for each in offsets if each.partition in self._told}
         else:
             self._note_refused(problem)
 
@@ -119,30 +115,34 @@ class Commits:
         """Whether these were told, and nothing waits for an answer."""
         return offsets.items() <= self._told.items() and not self._unanswered
 
-    def look(self, *, paused: bool) -> None:
-        """Set the metric, if that was not done just now."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + (ASK_INTERVAL_S if paused else SAMPLE_INTERVAL_S)
-        with suppress(KafkaException):  # it stays what it was
-            for partition, committed in self._committed.items():
-                place = TopicPartition(self._topic, partition)
-                ends = self._consumer.get_watermark_offsets(place, timeout=ANSWER_TIMEOUT_S, cached=not paused)
-                if ends is not None and ends[1] >= 0:
-                    self._note(partition, committed, ends[1])
+    def sample(self, *, paused: bool) -> None:
+        """Set the metric, once in each interval.
 
-    def _note(self, partition: int, committed: int, end: int) -> None:
-        LAG.labels(partition).set(max(0, end - committed))
-        if committed < end:
-            EXPIRY.waiting[partition] = committed, end
-        else:
-            EXPIRY.waiting.pop(partition, None)
+        Every fetch says where a partition ends. While partitions are paused there is none, so the broker is asked,
+        less often.
+        """
+        now = time.monotonic()
+        if now < self._next_sample:
+            return
+        self._next_sample = now + (ASK_INTERVAL_S if paused else SAMPLE_INTERVAL_S)
+        for partition, committed in self.committed.items():
+            at = TopicPartition(self._topic, partition)
+            try:
+                ends = self._consumer.get_watermark_offsets(at, timeout=ANSWER_TIMEOUT_S, cached=not paused)
+            except KafkaException:
+                return  # the metric stays what it was
+            if ends is None or ends[1] < 0:
+                continue
+            LAG.labels(partition).set(max(0, ends[1] - committed))
+            if committed < ends[1]:
+                EXPIRY.waiting[partition] = committed, ends[1]
+            else:
+                EXPIRY.waiting.pop(partition, None)
 
     def forget(self, partitions: Iterable[int]) -> None:
-        """The partitions are not ours any more; who has them reports their lag."""
+        """The partitions are not ours any more; their next owner reports their lag."""
         for partition in partitions:
-            for each in (self._told, self._committed, EXPIRY.waiting):
+            for each in (self._told, self.committed, EXPIRY.waiting):
                 each.pop(partition, None)
             with suppress(KeyError):
                 LAG.remove(str(partition))

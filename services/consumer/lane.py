@@ -1,6 +1,6 @@
 """A lane: partitions that are stored one batch after another, by a writer of their own.
 
-The partitions are divided among a few lanes, so that as many sessions of PostgreSQL work at once. A partition stays in
+The partitions are divided among a few lanes, so that several sessions of PostgreSQL work at once. A partition stays in
 its lane while it is ours, so its batches are stored in their order.
 """
 
@@ -12,21 +12,21 @@ from collections.abc import Collection
 from queue import SimpleQueue
 
 from services.consumer.batch import Batch
-from services.consumer.metrics import MESSAGES_LEFT
+from services.consumer.metrics import MESSAGES_ABANDONED
 from services.consumer.positions import Positions
 from services.consumer.writer import Outcome, Writer
 from services.core.config import Settings
 
-FIRST_BATCH_ROWS = 5000  # the database begins to work while the rest is fetched; each batch may be twice as large
+FIRST_BATCH_ROWS = 5000  # so the database starts soon; each batch may be twice as large as the one before
 MAX_BATCH_BYTES = 8 * 1024 * 1024  # of all lanes: three batches, and what is fetched ahead, fit a small container
 CHECK_INTERVAL_S = 5.0
-NEARLY_FULL = 0.9  # no polls for a handful of messages that would still fit
+NEARLY_FULL = 0.9  # no polls for the few messages that would still fit
 
 
 class Lane:
-    """The batch that is filled, the full one that waits, and the one that is being stored.
+    """The batch that is filled, the full one that waits, and the one that is being stored: memory is bounded.
 
-    So memory is bounded whatever the database does. Belongs to the thread that polls.
+    Belongs to the thread that polls.
     """
 
     def __init__(self, settings: Settings, positions: Positions, outcomes: SimpleQueue[tuple[Lane, Outcome]]) -> None:
@@ -67,7 +67,7 @@ class Lane:
         return max(0.0, self.filling.opened_at + self._most_age_s - time.monotonic())
 
     def close_batch(self, new: Batch, *, at_end: bool) -> None:
-        """If the batch is due, and none waits already, it waits for the writer now, and ``new`` is filled."""
+        """If the batch is due, and none is ready, make it ready for the writer, and fill ``new``."""
         batch = self.filling
         if self.ready is not None or batch.is_empty:
             return
@@ -83,23 +83,22 @@ class Lane:
             self.writer.submit(batch)
 
     def blocked_s(self) -> float:
-        """For how long a batch has waited for the writer now; asked again and again."""
+        """For how long the ready batch has waited for the writer, as seen by the calls so far."""
         now = time.monotonic()
         is_blocked = self.writer.busy and self.ready is not None
         self._blocked_since = min(self._blocked_since, now) if is_blocked else math.inf
         return max(0.0, now - self._blocked_since)
 
     def is_check_due(self) -> bool:
-        """Whether to look at the positions again, now that nothing comes."""
-        now = time.monotonic()
-        is_due = now >= self._next_check
-        if is_due:
-            self._next_check = now + CHECK_INTERVAL_S
-        return is_due
+        """Whether to check the positions again, now that nothing comes; once in each interval."""
+        if time.monotonic() < self._next_check:
+            return False
+        self._next_check = time.monotonic() + CHECK_INTERVAL_S
+        return True
 
     def forget(self, new: Batch) -> None:
-        """Leave what is not being stored."""
-        MESSAGES_LEFT.inc(self.waiting)
+        """Abandon what is not being stored."""
+        MESSAGES_ABANDONED.inc(self.waiting)
         self.filling, self.ready, self.paused, self._blocked_since = new, None, False, math.inf
 
     def lose(self, gone: Collection[int]) -> None:
@@ -108,4 +107,4 @@ class Lane:
         self.partitions -= set(gone)
         self.filling = self.filling.without(gone)
         self.ready = None if self.ready is None else self.ready.without(gone)
-        MESSAGES_LEFT.inc(held - self.waiting)
+        MESSAGES_ABANDONED.inc(held - self.waiting)

@@ -10,7 +10,7 @@ RESULTS = ("inserted", "updated", "unchanged")
 PATHS = ("copy", "merge")
 
 MESSAGES_READ = Counter("sensor_messages_read_total", "Messages polled from the topic of readings.")
-MESSAGES_LEFT = Counter(
+MESSAGES_ABANDONED = Counter(
     "sensor_messages_abandoned_total", "Messages that were polled and then left to the next owner of their partition."
 )
 MESSAGES_EXPIRED = Counter(

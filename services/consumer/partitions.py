@@ -1,12 +1,15 @@
 """The partitions that are ours: which lane stores each, and where each of them is.
 
-    assigned    ours, and paused: the database is asked where it goes on (``unknown``)
-    located     fetched from there; ``next`` is where it is once all that was polled is stored
-    at its end  located, and all there is was polled (``ends``), until more comes
-    lost        another consumer's, and forgotten
+    state       what it means                                      leaves for
+    assigned    ours, and paused: the database is asked where it   located, when it answers
+                continues (``unknown``)
+    located     fetched from there; ``next`` is its position once  at its end, when all there is was polled
+                all that was polled is stored                      assigned, when its lane abandons a batch, a message
+                                                                   is out of place, or the topic was replaced
+    at its end  located, and in ``ends``                           located, when more comes; assigned, as above
 
-A partition goes back from located to assigned whenever its lane gives a batch up, a message is out of place, or the
-topic was replaced: what was polled and not stored is then fetched again. Belongs to the thread that polls.
+From any state a partition is lost when the group revokes it. What was polled and not stored is forgotten then, and
+where a partition goes back to assigned; it is fetched again. Belongs to the thread that polls.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from services.consumer.batch import Batch
 from services.consumer.lag import Commits
 from services.consumer.lane import Lane
 from services.consumer.metrics import MESSAGES_EXPIRED
-from services.consumer.positions import Places
+from services.consumer.positions import Located
 from services.core.logs import fields
 
 log = logging.getLogger("consumer")
@@ -31,14 +34,14 @@ WATERMARKS_TIMEOUT_S = 5.0
 class Partitions:
     """Assigned and lost as the group says, located as the database says."""
 
-    def __init__(self, consumer: Consumer, topic: str, lanes: Sequence[Lane], commits: Commits) -> None:
+    def __init__(self, consumer: Consumer, name: str, lanes: Sequence[Lane], commits: Commits) -> None:
         self.lane_of: dict[int, Lane] = {}
         self.next: dict[int, int] = {}
         self.ends: dict[int, int] = {}
-        self.places = Places()  # of the topic that we read
+        self.topic = Located()  # the newest answer of the database
         self.rebalances = 0
         self._consumer = consumer
-        self._topic = topic
+        self._name = name
         self._lanes = lanes
         self._commits = commits
 
@@ -53,10 +56,10 @@ class Partitions:
 
     def new_batch(self) -> Batch:
         """An empty batch of the topic that we read."""
-        return Batch(self.places.topic_id, self.places.fills_gaps)
+        return Batch(self.topic.topic_id, self.topic.fills_gaps)
 
     def assign(self, added: Sequence[int]) -> None:
-        """More partitions are ours from now on. They wait until the database has said where to begin."""
+        """More partitions are ours from now on. They wait for the database to say where to begin."""
         self.rebalances += 1
         for partition in added:
             lane = self.lane_of[partition] = min(self._lanes, key=lambda lane: len(lane.partitions))
@@ -71,7 +74,7 @@ class Partitions:
         self.rebalances += 1
         log.info("partitions_revoked", extra=fields(partitions=sorted(gone)))
         if gone:
-            self._consumer.resume(self._at(gone))  # librdkafka keeps a pause for the day the partition comes back
+            self._consumer.resume(self._at(gone))  # librdkafka would keep a pause until the partition comes back
         for partition in gone:
             for each in (self.lane_of, self.next, self.ends):
                 each.pop(partition, None)
@@ -79,22 +82,22 @@ class Partitions:
             lane.lose(gone)
         self._commits.forget(gone)
 
-    def locate(self, lane: Lane, places: Places) -> None:
+    def locate(self, lane: Lane, answer: Located) -> None:
         """The database's answer: fetch from there, unless a partition is another consumer's by now."""
-        if self.places.topic_id not in ("", places.topic_id):
-            log.warning("topic_replaced", extra=fields(topic=self._topic))
+        if self.topic.topic_id not in ("", answer.topic_id):
+            log.warning("topic_replaced", extra=fields(topic=self._name))
             self.go_back(self._lanes)
-        self.places = places
+        self.topic = answer
         for each in self._lanes:
             if each.filling.is_empty:
                 each.filling = self.new_batch()
-        found = {partition: at for partition, at in places.positions.items() if partition in lane.partitions}
+        found = {partition: at for partition, at in answer.positions.items() if partition in lane.partitions}
         self.next |= found
-        self._commits.begin(found)
+        self._commits.committed |= found
         self._fetch(lane, found)
 
     def go_back(self, lanes: Iterable[Lane]) -> None:
-        """Forget what is not stored; nothing is fetched until the database has said where to go on."""
+        """Forget what is not stored; nothing is fetched until the database has said where to continue."""
         for lane in lanes:
             lane.forget(self.new_batch())
             for partition in lane.partitions:
@@ -104,7 +107,7 @@ class Partitions:
                 self._consumer.pause(self._at(lane.partitions))
 
     def pause(self, lane: Lane, *, paused: bool) -> None:
-        """Fetch no more for a lane, or again."""
+        """Stop fetching for a lane, or fetch again."""
         lane.paused = paused
         (self._consumer.pause if paused else self._consumer.resume)(self._at(lane.partitions))
 
@@ -120,7 +123,7 @@ class Partitions:
     def step_over_ends(self, lane: Lane) -> None:
         """When all that was polled is stored, step over what is not a message (a transaction's end marker).
 
-        Otherwise there would be a lag for ever, and nobody could tell it from a real one.
+        Otherwise a lag would remain that nobody could tell from a real one.
         """
         if lane.filling.is_empty:
             ends = {partition: self.ends[partition] for partition in lane.partitions & self.ends.keys()}
@@ -136,8 +139,8 @@ class Partitions:
             return
         position = self.next[partition]
         try:
-            place = TopicPartition(self._topic, partition)
-            first, end = self._consumer.get_watermark_offsets(place, timeout=WATERMARKS_TIMEOUT_S)
+            (at,) = self._at([partition])
+            first, end = self._consumer.get_watermark_offsets(at, timeout=WATERMARKS_TIMEOUT_S)
         except KafkaException as error:
             log.warning("kafka_unavailable", extra=fields(detail=error.args[0].str()))
             first, end = position, position  # try again from there
@@ -146,24 +149,23 @@ class Partitions:
             detail = "Kafka deleted messages that were never stored: the topic's retention is too short"
             log.error("messages_expired", extra=fields(partition=partition, messages=first - position, detail=detail))
         elif position > end:
-            detail = "a broker has lost messages that were stored here; going on at the end of the topic"
+            detail = "a broker has lost messages that were stored here; continuing at the end of the topic"
             log.error("topic_is_shorter", extra=fields(partition=partition, position=position, end=end, detail=detail))
         if not first <= position <= end:
             self.lane_of[partition].filling.move(partition, min(max(position, first), end), self.next)
         self._fetch(self.lane_of[partition], [partition])
 
     def _at(self, partitions: Iterable[int]) -> list[TopicPartition]:
-        """Where the partitions are; a paused 0 where that is not known yet.
+        """Where the partitions are; 0 for those that are not located, and paused.
 
         Never a logical offset: librdkafka asks the broker what it is, and when a partition was assigned elsewhere
         before the answer came, it asks once more half a second later, and goes there.
         """
-        return [TopicPartition(self._topic, partition, self.next.get(partition, 0)) for partition in partitions]
+        return [TopicPartition(self._name, partition, self.next.get(partition, 0)) for partition in partitions]
 
     def _fetch(self, lane: Lane, partitions: Iterable[int]) -> None:
-        """Go on where these partitions are. A seek would be refused while one has no position that is valid."""
-        places = self._at(partitions)
-        if places:
-            self._consumer.incremental_unassign(places)
-            self._consumer.incremental_assign(places)
-            (self._consumer.pause if lane.paused else self._consumer.resume)(places)
+        """Fetch from where these partitions are. A seek would be refused while one has no valid position."""
+        if positions := self._at(partitions):
+            self._consumer.incremental_unassign(positions)
+            self._consumer.incremental_assign(positions)
+            (self._consumer.pause if lane.paused else self._consumer.resume)(positions)

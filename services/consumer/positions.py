@@ -1,7 +1,7 @@
-"""Where each partition of the topic goes on: the database says so, not the offsets of the group.
+"""Where each partition of the topic continues: the database decides, not the offsets of the group.
 
 The positions are kept by the topic's id, so a topic that was deleted and created again begins at its beginning, and a
-database that was emptied, restored or moved to another group goes on exactly where its own data ends.
+database that was emptied, restored or moved to another group continues exactly where its own data ends.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CHECK_INTERVAL_S, CHECK_TIMEOUT_S = 10.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where partitions of a topic go on; ``fills_gaps``: old files may have been stored from another topic."""
+class Located:
+    """Where partitions of a topic continue; ``fills_gaps``: old files may have been stored from another topic."""
 
     topic_id: str = ""
     fills_gaps: bool = False
@@ -36,46 +36,42 @@ class Places:
 
 
 class Positions:
-    """Asks both servers, each once: whoever calls tries again."""
+    """Asks both servers, each once: the caller tries again."""
 
     def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
         self._settings = settings
         self._admin = connect_admin(settings, shutdown)
-        self._look: Future[TopicDescription] | None = None
-        self._next_look = time.monotonic() + CHECK_INTERVAL_S
+        self._check: Future[TopicDescription] | None = None
+        self._next_check = time.monotonic() + CHECK_INTERVAL_S
 
     def topic_id(self) -> str:
         """The topic's id now: it is another topic once it was deleted and created again. Raises as core.kafka does."""
         return topic_id(self._admin, self._settings)
 
-    def read(self, topic: str, partitions: Iterable[int]) -> Places:
+    def read(self, topic: str, partitions: Iterable[int]) -> Located:
         """The positions of the partitions of the topic with this id. Raises TransientError or PermanentError."""
         arguments = {"topic": topic, "partitions": sorted(partitions)}
         with translated(), connect(self._settings) as connection:
             (fills_gaps,) = one(connection, SQL["knows_another_topic"], {"topic": topic})
             connection.execute(SQL["add_partitions"], arguments)
             positions: dict[int, int] = dict(connection.execute(SQL["read_positions"], arguments).fetchall())
-        return Places(topic, fills_gaps, positions)
+        return Located(topic, fills_gaps, positions)
 
     def topic_was_replaced(self, topic: str) -> bool:
-        """Whether the topic has another id by now. Looks now and then, and never waits for the answer."""
-        now = time.monotonic()
-        if self._look is None:
-            if now >= self._next_look:
-                name = self._settings.kafka_topic
-                looks = self._admin.describe_topics(TopicCollection([name]), request_timeout=CHECK_TIMEOUT_S)
-                self._look = looks[name]
+        """Whether the topic has another id by now. Asks once in each interval, and never waits for the answer."""
+        name, now = self._settings.kafka_topic, time.monotonic()
+        if self._check is None and now >= self._next_check:
+            checks = self._admin.describe_topics(TopicCollection([name]), request_timeout=CHECK_TIMEOUT_S)
+            self._check, self._next_check = checks[name], now + CHECK_INTERVAL_S
+        if self._check is None or not self._check.done():
             return False
-        if not self._look.done():
-            return False
-        look, self._look = self._look, None
-        self._next_look = now + CHECK_INTERVAL_S
-        return look.exception() is None and str(look.result().topic_id) != topic
+        check, self._check = self._check, None
+        return check.exception() is None and str(check.result().topic_id) != topic
 
 
 @dataclass(frozen=True, slots=True)
 class Rewound:
-    """One partition: where it was, and where it goes on now."""
+    """One partition: where it was, and where it continues now."""
 
     partition: int
     before: int
@@ -85,13 +81,12 @@ class Rewound:
 def rewind(
     settings: Settings, shutdown: Shutdown, *, moment: datetime | None, offset: int | None, partition: int | None
 ) -> list[Rewound]:
-    """Let the consumers go on from an earlier place; they follow within seconds, running or not.
+    """Let the consumers continue from earlier positions; they follow within seconds, running or not.
 
-    That is the first message of ``moment`` or later (None: the beginning of the topic), of one partition or of all; or
-    exactly ``offset`` of one partition, which may also be a later one, to skip messages. What is read again in its
-    order ends with the same values.
+    These are the first message of ``moment`` or later (None: the beginning of the topic), of one partition or of all;
+    or exactly ``offset`` of one partition, which may also be later, to skip messages.
 
-    Raises ConfigurationError for a place that the topic does not have.
+    Raises ConfigurationError for a position that the topic does not have.
     """
     topic = topic_id(connect_admin(settings, shutdown), settings)
     with Offsets(settings) as offsets, translated(), connect(settings) as connection:
@@ -105,10 +100,10 @@ def rewind(
         connection.execute(SQL["add_partitions"], arguments)
         moved = []
         for number, before in connection.execute(SQL["read_positions"], arguments).fetchall():
-            place = found[number]
-            if offset is not None and not place.first <= offset <= place.end:
-                raise ConfigurationError(f"--to-offset={offset}: partition {number} has {place.first} to {place.end}")
-            after = offset if offset is not None else min(before, starts.get(number, place.first))
+            first, end = found[number].first, found[number].end
+            if offset is not None and not first <= offset <= end:
+                raise ConfigurationError(f"--to-offset={offset}: partition {number} has {first} to {end}")
+            after = offset if offset is not None else min(before, starts.get(number, first))
             if after != before:
                 connection.execute(SQL["set_position"], {"topic": topic, "partition": number, "offset": after})
                 moved.append(Rewound(number, before, after))

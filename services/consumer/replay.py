@@ -1,4 +1,4 @@
-"""``sensor-pipeline dead-letters list | replay | delete``: look at dead letters, send them once more, forget them."""
+"""``sensor-pipeline dead-letters list | replay | delete``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from services.core.reading import EARLIEST, LATEST, Decoder
 from services.core.shutdown import Shutdown
 
 FLUSH_TIMEOUT_S = 60.0
-OUTCOME_TIMEOUT_S = 30.0  # after the consumers' last step
+OUTCOME_TIMEOUT_S = 30.0  # after the consumers' last progress
 POLL_INTERVAL_S = 0.2
 SHOWN_VALUE_BYTES = 200
 NOT_REPLAYED = OUR_HEADERS | {REPEAT_HEADER, LETTER_HEADER}
@@ -48,35 +48,30 @@ LINE = "{offset:>6}  {time}  {reason:20} {topic}[{partition}]@{source_offset}  {
 
 @dataclass(slots=True)
 class Replayed:
-    """What became of the letters: ``refused`` again and ``hopeless`` ones by reason, which were not sent.
+    """What became of the letters: how many were sent, ``refused`` again, or ``hopeless`` and so not sent.
 
-    ``is_known``: consumers have met all that was sent; what is not ``refused`` is stored.
+    ``is_known``: consumers have read all that was sent; what is not ``refused`` is stored.
     """
 
     names: list[bytes] = field(default_factory=list)  # of those that were sent
-    refused: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)  # by reason
     hopeless: Counter[str] = field(default_factory=Counter)
     is_known: bool = True
 
-    @property
-    def sent(self) -> int:
-        """How many were sent."""
-        return len(self.names)
-
     def lines(self, settings: Settings) -> Iterator[str]:
         """What a person wants to know."""
-        said = f"{self.sent} dead letters sent to {settings.kafka_topic}"
-        stored = self.sent - self.refused.total()
+        sent = len(self.names)
+        line = f"{sent} dead letters sent to {settings.kafka_topic}"
+        stored = sent - self.refused.total()
         if not self.is_known:
-            yield f"{said}; no consumer of group {settings.kafka_group} has stored them yet"
-        elif self.sent:
-            again = f"; {_by_reason(self.refused)} refused again" if self.refused else ""
-            yield f"{said}: {stored} stored, or there already{again}"
-        else:
-            yield said
+            line += f"; no consumer of group {settings.kafka_group} has stored them yet"
+        elif sent:
+            line += f": {stored} stored, or there already"
+            line += f"; {_by_reason(self.refused)} refused again" if self.refused else ""
+        yield line
         if self.hopeless:
             yield f"{_by_reason(self.hopeless)} not sent: they can never be stored"
-        if self.sent and stored and self.is_known:
+        if stored and self.is_known:
             yield "what is stored stays in the list until it is deleted: dead-letters delete --up-to OFFSET"
 
 
@@ -95,17 +90,12 @@ def list_letters(settings: Settings, shutdown: Shutdown, *, reason: str | None, 
 def what_is_known(letter: Message) -> dict[str, object]:
     """What a person wants to know of a dead letter."""
     headers, value = read_headers(letter), letter.value() or b""
-    topic, partition, source_offset, detail = (
-        headers.get(f"__connect.errors.{name}", "") for name in ("topic", "partition", "offset", "exception.message")
-    )
+    origin = {"topic": "topic", "partition": "partition", "source_offset": "offset", "detail": "exception.message"}
     return {
         "offset": position_of(letter)[1],
         "time": datetime.fromtimestamp(letter.timestamp()[1] / 1000, UTC).isoformat(timespec="seconds"),
         "reason": reason_of(letter),
-        "topic": topic,
-        "partition": partition,
-        "source_offset": source_offset,
-        "detail": detail,
+        **{name: headers.get(f"__connect.errors.{header}", "") for name, header in origin.items()},
         "value": value[:SHOWN_VALUE_BYTES].decode("utf-8", "replace") + ("..." if value[SHOWN_VALUE_BYTES:] else ""),
     }
 
@@ -116,11 +106,11 @@ def replay(
     """Send the original key, value and headers of the dead letters there are now to the topic of readings.
 
     They are marked as repeated, so sending one twice is harmless: it fills a gap, but overwrites nothing that has been
-    stored since. With ``overwrite`` they count as new. One that is refused again is a dead letter again, which takes
-    the place of the older one. What no limits could make a reading is not sent.
+    stored since. With ``overwrite`` they count as new. One that is refused again becomes a newer dead letter, which
+    replaces the older one. What no limits could make a reading is not sent.
 
-    Waits until consumers have met them, unless there is none. Raises PermanentError with the count if some could not be
-    sent.
+    Waits until the consumers have read them, if there are any. Raises PermanentError with the count if some could not
+    be sent.
     """
     admin = connect_admin(settings, shutdown)
     result = Replayed()
@@ -134,11 +124,13 @@ def replay(
     answers = deliver(producer, settings.kafka_topic, messages, FLUSH_TIMEOUT_S)
     failed = [answer for answer in answers if isinstance(answer, KafkaError)]
     if failed:
-        raise PermanentError(f"{len(failed)} of {result.sent} dead letters were not sent: {failed[0].str()}")
-    places = dict(sorted(answer for answer in answers if not isinstance(answer, KafkaError)))  # the last of each
-    result.is_known = not places or (_has_members(admin, settings) and _wait_until_met(settings, places, shutdown))
-    if result.is_known and places:
-        result.refused = _refused_again(settings, shutdown, result.names)
+        raise PermanentError(f"{len(failed)} of {len(result.names)} dead letters were not sent: {failed[0].str()}")
+    last = dict(sorted(answer for answer in answers if not isinstance(answer, KafkaError)))  # offset by partition
+    result.is_known = not last or (_has_members(admin, settings) and _wait_until_read(settings, last, shutdown))
+    if result.is_known and last:
+        # By the name of the letter that each replaces: one may be there twice after a crash.
+        newer = {replaced_by(letter): reason_of(letter) for letter in read_letters(settings, shutdown)}
+        result.refused = Counter(newer[name] for name in result.names if name in newer)
     return result
 
 
@@ -156,7 +148,7 @@ def _outgoing(
 
 
 def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
-    """The reason why the letter can never be stored, whatever the limits are; empty if it may be."""
+    """Why the letter can never be stored, whatever the limits are; empty if it may be."""
     if any(name == ORIGINAL_BYTES_HEADER for name, _ in headers_of(letter)):
         return "truncated"
     if format_of(letter) != JSON:
@@ -177,38 +169,30 @@ def _has_members(admin: AdminClient, settings: Settings) -> bool:
         return False
 
 
-def _wait_until_met(settings: Settings, places: dict[int, int], shutdown: Shutdown) -> bool:
-    """Whether consumers have got beyond all places, as far as they told Kafka; waits while they come nearer."""
+def _wait_until_read(settings: Settings, last: dict[int, int], shutdown: Shutdown) -> bool:
+    """Whether consumers have committed beyond these offsets, by partition; waits while they make progress."""
     left, deadline = -1, time.monotonic() + OUTCOME_TIMEOUT_S
     with Offsets(settings) as offsets:
         while time.monotonic() < deadline:
-            found = offsets.of(settings.kafka_topic, list(places))
-            before, left = left, sum(max(0, places[each.partition] + 1 - (each.committed or 0)) for each in found)
+            found = offsets.of(settings.kafka_topic, list(last))
+            before, left = left, sum(max(0, last[each.partition] + 1 - (each.committed or 0)) for each in found)
             if not left:
                 return True
             if left != before:
                 deadline = time.monotonic() + OUTCOME_TIMEOUT_S
             if shutdown.wait(POLL_INTERVAL_S):
-                raise StoppedError("stopped before consumers have met what was sent")
+                raise StoppedError("stopped before the consumers have read what was sent")
     return False
-
-
-def _refused_again(settings: Settings, shutdown: Shutdown, names: list[bytes]) -> Counter[str]:
-    """The reasons of the letters that replace those with these names; one may be there twice after a crash."""
-    sent = set(names)
-    found = {replaced_by(letter): reason_of(letter) for letter in read_letters(settings, shutdown)}
-    return Counter(reason for name, reason in found.items() if name in sent)
 
 
 def delete(settings: Settings, shutdown: Shutdown, *, up_to: int) -> int:
     """Delete the letters up to the one at offset ``up_to``; returns how many. Later ones, not yet seen, stay."""
-    topic = settings.dead_letter_topic
     admin = connect_admin(settings, shutdown)
     (found,) = letter_offsets(settings, one=True)
     if not found.first <= up_to < found.end:
         there_are = f"there are {found.first} to {found.end - 1}" if found.first < found.end else "there is none"
         raise ConfigurationError(f"--up-to={up_to} is not the offset of a dead letter ({there_are})")
-    (deleted,) = admin.delete_records([TopicPartition(topic, 0, up_to + 1)]).values()
+    (deleted,) = admin.delete_records([TopicPartition(settings.dead_letter_topic, 0, up_to + 1)]).values()
     try:
         return int(deleted.result().low_watermark) - found.first
     except KafkaException as error:
@@ -232,9 +216,9 @@ def letter_offsets(settings: Settings, *, one: bool = False) -> list[PartitionOf
 def read_letters(
     settings: Settings, shutdown: Shutdown, *, reason: str | None = None, up_to: int | None = None
 ) -> Iterator[Message]:
-    """The dead letters that exist at the time of the call and are replaced by no other, in the order of the topic.
+    """The dead letters that exist when this is called and that no newer one replaces, in the order of the topic.
 
-    Raises StoppedError, and ConfigurationError where ``up_to`` names no offset.
+    Raises StoppedError, and ConfigurationError where ``up_to`` cannot name a letter.
     """
     connect_admin(settings, shutdown)
     found = letter_offsets(settings, one=up_to is not None)
@@ -246,10 +230,9 @@ def read_letters(
                     raise StoppedError("stopped before the last dead letter")
                 yield letter
 
-    older = {replaced_by(letter) for letter in letters()}
+    replaced = {replaced_by(letter) for letter in letters()}
     for letter in letters():
         if up_to is not None and position_of(letter)[1] > up_to:
             return
-        wanted = reason in (None, reason_of(letter))
-        if wanted and (older == {None} or name_of(letter) not in older):
+        if reason in (None, reason_of(letter)) and (replaced == {None} or name_of(letter) not in replaced):
             yield letter

@@ -2,18 +2,18 @@
 
 The order is the guarantee:
 
-1. ask the database where each partition goes on (positions.py), and fetch from there (partitions.py),
+1. ask the database where each partition continues (positions.py), and fetch from there (partitions.py),
 2. store the readings, and the ranges they touch, in one database transaction (sink.py),
 3. send the dead letters and wait for the broker (dead_letter.py),
 4. advance the positions, if they are still where the batch began: in the transaction of step 2 where there are no
    dead letters, else in one of its own,
-5. commit the offsets to Kafka, for everybody who wants to know the lag. Nothing depends on them.
+5. commit the offsets to Kafka, so that everybody can see the lag. Nothing depends on them.
 
 A crash between two steps repeats the earlier ones, and those change nothing the second time. A consumer that has lost
 its partitions, and does not know it yet, fails at step 4.
 
-This thread polls and decodes the next batches while writers, in threads of their own, store those before (lane.py).
-When a writer is stuck, its partitions are paused and polling goes on: the group never takes us for dead.
+This thread polls and decodes the next batches while writers, in threads of their own, store the ones before (lane.py).
+When a writer is stuck, its partitions are paused and polling continues, so the group never takes us for dead.
 """
 
 from __future__ import annotations
@@ -33,21 +33,11 @@ from services.consumer.lag import Commits
 from services.consumer.lane import Lane
 from services.consumer.metrics import MESSAGES_READ
 from services.consumer.partitions import Partitions
-from services.consumer.positions import Places, Positions
+from services.consumer.positions import Located, Positions
 from services.consumer.writer import Outcome, Stored
 from services.core.config import Settings
-from services.core.errors import (
-    AbandonedError,
-    OutOfPlaceError,
-    PermanentError,
-    ProtocolNotOfferedError,
-)
-from services.core.kafka import (
-    NOT_ALLOWED,
-    ClientSettings,
-    client_settings,
-    position_of,
-)
+from services.core.errors import AbandonedError, OutOfPlaceError, PermanentError, ProtocolNotOfferedError
+from services.core.kafka import NOT_ALLOWED, ClientSettings, client_settings, position_of
 from services.core.logs import fields
 from services.core.monitoring import RETRIES
 from services.core.reading import Decoder
@@ -55,25 +45,24 @@ from services.core.shutdown import Shutdown
 
 log = logging.getLogger("consumer")
 
-POLL_AT_ONCE = 4000  # librdkafka waits until it has this many, or the time is over; what is decoded together
+POLL_AT_ONCE = 4000  # consume() returns after this many messages, or at the timeout; what is decoded together
 MAX_POLL_BYTES = 2 * 1024 * 1024  # of large messages fewer
 POLL_S = 0.1
-WRITER_POLL_S = 0.01  # between two looks at the writers while something waits for one
-PAUSE_AFTER_S = 2.0  # a pause throws away what was fetched ahead, so not for every busy moment
+WRITER_POLL_S = 0.01  # between two checks of the writers while something waits for one
+PAUSE_AFTER_S = 2.0  # pausing discards what was fetched ahead, so wait before doing it
 FINISH_TIMEOUT_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_TIMEOUT_S = 20.0  # well inside the group's session timeout
 
 
 class Worker:
-    """Membership, polling, decoding, back-pressure, offsets.
+    """The polling thread: membership, polling, decoding, back-pressure, offsets.
 
-    ``protocol`` is the group protocol: "consumer", or "classic" with cooperative rebalancing. In both, what a member
-    keeps in a rebalance goes on without a pause.
+    ``protocol`` is the group protocol: "consumer", or "classic" with cooperative rebalancing. In both, a member keeps
+    working on the partitions that it keeps in a rebalance.
     """
 
     def __init__(self, settings: Settings, shutdown: Shutdown, *, until_caught_up: bool, protocol: str) -> None:
-        # What was stored since the start, as it is logged.
-        self.totals = Counter(inserted=0, updated=0, unchanged=0, dead_letters=0)
+        self.totals = Counter(inserted=0, updated=0, unchanged=0, dead_letters=0)  # since the start
         self._settings = settings
         self._shutdown = shutdown
         self._until_caught_up = until_caught_up
@@ -87,10 +76,12 @@ class Worker:
         )
         self._positions = Positions(settings, shutdown)
         self._protocol = protocol
-        self._consumer = Consumer(consumer_settings(settings, protocol) | {"on_commit": self._on_commit})
+        self._consumer = Consumer(
+            consumer_settings(settings, protocol) | {"on_commit": lambda *answer: self._commits.note_answer(*answer)}
+        )
         self._outcomes: SimpleQueue[tuple[Lane, Outcome]] = SimpleQueue()
         self._lanes = [Lane(settings, self._positions, self._outcomes) for _ in range(settings.consumer_writers)]
-        self._commits = Commits(self._consumer, settings.kafka_topic)
+        self._commits: Commits = Commits(self._consumer, settings.kafka_topic)
         self._partitions = Partitions(self._consumer, settings.kafka_topic, self._lanes, self._commits)
         self._poll_at_once = 10  # until we know how large messages are
         self._rows_each = 1  # of the newest messages, on average
@@ -116,10 +107,8 @@ class Worker:
             self._consumer.close()
         return self.totals
 
-    # Polling ---------------------------------------------------------------------------------------------
-
     def _poll(self) -> None:
-        """Fill the batches. A full one waits for its writer a moment at a time, and polls on when paused."""
+        """Fill the batches. While one is full, and its lane not paused, wait for its writer a moment at a time."""
         lanes = [lane for lane in self._lanes if lane.partitions and not lane.paused]
         if any(lane.is_full for lane in lanes):
             self._settle_all(POLL_S / 2)
@@ -129,14 +118,14 @@ class Worker:
         messages = self._consumer.consume(
             max(1, min(room // self._rows_each, self._poll_at_once)), timeout=self._poll_timeout()
         )
-        readable = [message for message in messages if message.error() is None]
+        failed = [message for message in messages if message.error() is not None]
+        readable = [message for message in messages if message.error() is None] if failed else messages
         if readable and rebalances != self._partitions.rebalances:  # some may be of partitions that moved meanwhile
             self._partitions.go_back(self._lanes)
         elif readable:
             self._fill(readable)
-        if len(readable) < len(messages):
-            for message in messages:
-                self._note_error(message)
+        for message in failed:
+            self._note_error(message)
 
     def _fill(self, messages: list[Message]) -> None:
         MESSAGES_READ.inc(len(messages))
@@ -175,8 +164,7 @@ class Worker:
 
     def _note_error(self, message: Message) -> None:
         error = message.error()
-        if error is None:
-            return
+        assert error is not None
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
             self._partitions.note_end(*position_of(message))
@@ -185,20 +173,18 @@ class Worker:
         elif code in NOT_ALLOWED:
             raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
         elif code == KafkaError._FATAL and self._protocol == "consumer" and not self._partitions.rebalances:
-            raise ProtocolNotOfferedError(error.str())  # librdkafka does not tell the code behind it
+            raise ProtocolNotOfferedError(error.str())  # librdkafka does not report the code behind it
         elif code == KafkaError._FATAL:
             raise PermanentError(f"Kafka ends our membership of group {self._settings.kafka_group}: {error.str()}")
         else:
             RETRIES.labels("kafka").inc()
             log.warning("kafka_unavailable", extra=fields(detail=error.str()))
 
-    # Handing batches to the writers ----------------------------------------------------------------------
-
     def _advance(self) -> None:
         """Take the writers' outcomes, then give them what comes next."""
         self._settle_all()
-        self._commits.look(paused=any(lane.paused for lane in self._lanes))
-        if self._partitions.next and self._positions.topic_was_replaced(self._partitions.places.topic_id):
+        self._commits.sample(paused=any(lane.paused for lane in self._lanes))
+        if self._partitions.next and self._positions.topic_was_replaced(self._partitions.topic.topic_id):
             self._partitions.go_back(self._lanes)
         for lane in self._lanes:
             self._advance_lane(lane)
@@ -206,7 +192,9 @@ class Worker:
     def _advance_lane(self, lane: Lane) -> None:
         lane.close_batch(self._partitions.new_batch(), at_end=self._is_at_end())
         if lane.writer.busy:
-            self._pause_if_stuck(lane)
+            if lane.blocked_s() > PAUSE_AFTER_S and not lane.paused:
+                self._partitions.pause(lane, paused=True)
+                log.warning("paused", extra=fields(waiting=lane.waiting))
             return
         if unknown := self._partitions.unknown(lane):
             lane.writer.submit(unknown)
@@ -220,11 +208,6 @@ class Worker:
             self._partitions.step_over_ends(lane)
             self._check_positions(lane)
 
-    def _pause_if_stuck(self, lane: Lane) -> None:
-        if lane.blocked_s() > PAUSE_AFTER_S and not lane.paused:
-            self._partitions.pause(lane, paused=True)
-            log.warning("paused", extra=fields(waiting=lane.waiting))
-
     def _settle_all(self, timeout_s: float = 0.0) -> None:
         """Take the outcomes that are there; wait that long for the first one."""
         with suppress(Empty):
@@ -237,7 +220,7 @@ class Worker:
         lane.writer.take(outcome)
         self._clock_lead = lane.writer.clock_lead or self._clock_lead  # 0: this writer has not stored anything yet
         match outcome:
-            case Places():
+            case Located():
                 self._partitions.locate(lane, outcome)
             case Stored(batch, result, letters) if len(batch):
                 reasons = Counter(letter.reason for letter in letters)
@@ -248,7 +231,7 @@ class Worker:
                 self._partitions.go_back([lane])
 
     def _check_positions(self, lane: Lane) -> None:
-        """While nothing comes, look whether the database has been emptied or restored, or told to go back."""
+        """While nothing comes, check whether the database was emptied or restored, or its positions changed."""
         if not lane.partitions or not lane.filling.is_empty or not lane.is_check_due():
             return
         self._commits.tell_again()
@@ -256,37 +239,27 @@ class Worker:
         check.start = check.end = {partition: self._partitions.next[partition] for partition in lane.partitions}
         lane.writer.submit(check)
 
-    # Membership ------------------------------------------------------------------------------------------
-
-    def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
-        self._commits.note_answer(error, places)
-
     def _on_assign(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        self._partitions.assign(sorted(place.partition for place in partitions))
+        self._partitions.assign(sorted(each.partition for each in partitions))
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Partitions go to another consumer: let the batches in hand finish first, so that none is repeated."""
+        """Partitions go to another consumer: finish what is being stored first, so that none of it is repeated."""
         if not self._closing:
-            gone = {place.partition for place in partitions}
+            gone = {each.partition for each in partitions}
             self._finish_jobs([lane for lane in self._lanes if lane.partitions & gone], HAND_OVER_TIMEOUT_S)
         self._on_lost(consumer, partitions)
 
     def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        self._partitions.lose({place.partition for place in partitions})
+        self._partitions.lose({each.partition for each in partitions})
 
     def _finish_jobs(self, lanes: Sequence[Lane], timeout_s: float) -> None:
-        """Wait for what is being stored; abandon it when it takes too long, and what is not a batch at once."""
-        self._wait_until_stored(lanes, timeout_s)
-        for lane in lanes:
-            lane.writer.abandon()
-        self._wait_until_stored(lanes, POLL_S)
-
-    def _wait_until_stored(self, lanes: Sequence[Lane], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while any(lane.writer.is_storing for lane in lanes) and (left_s := deadline - time.monotonic()) > 0:
-            self._settle_all(left_s)
-
-    # The end ---------------------------------------------------------------------------------------------
+        """Wait for what is being stored. Abandon it when it takes too long, and wait a moment for that."""
+        for wait_s in (timeout_s, POLL_S):
+            deadline = time.monotonic() + wait_s
+            while any(lane.writer.is_storing for lane in lanes) and (left_s := deadline - time.monotonic()) > 0:
+                self._settle_all(left_s)
+            for lane in lanes:
+                lane.writer.abandon()
 
     def _is_at_end(self) -> bool:
         return self._until_caught_up and self._partitions.are_all_at_end
@@ -323,7 +296,7 @@ def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
             "group.id": settings.kafka_group,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
-            "auto.offset.reset": "error",  # what is missing must not be passed over without a word
+            "auto.offset.reset": "error",  # what is missing must not be skipped silently
             "isolation.level": "read_committed",
             "max.poll.interval.ms": max(300_000, settings.kafka_session_timeout_ms),
             "enable.partition.eof": True,

@@ -1,7 +1,7 @@
-"""Dead letters that were replayed and refused again: the newer one takes the place of the older.
+"""Dead letters that were replayed and refused again: the newer one replaces the older.
 
-A message that is replayed says which letter it was, and the consumer keeps the headers of what it refuses. So the
-newer letter names the older one, which stays in the topic, because nothing but its beginning can be deleted.
+A message that is replayed names the letter that it was, and the consumer keeps the headers of what it refuses. So the
+newer letter names the older one, which stays in the topic, because only the topic's beginning can be deleted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ LETTER_HEADER = "sensor_pipeline.letter"
 
 
 def name_of(letter: Message) -> bytes:
-    """What a replayed message says of the letter that it was: its place, and a digest of what it is.
+    """How a replayed message names the letter that it was: by partition, offset and a digest of key and value.
 
-    Without the digest, whoever may write to the topic of readings could hide the letters of others.
+    Without the digest, anyone who may write to the topic of readings could hide the letters of others.
     """
     partition, offset = position_of(letter)
     digest = sha256((letter.key() or b"") + b"\0" + (letter.value() or b"")).hexdigest()
@@ -26,7 +26,7 @@ def name_of(letter: Message) -> bytes:
 
 
 def replaced_by(letter: Message) -> bytes | None:
-    """The name of the older letter whose place this one takes."""
+    """The name of the older letter that this one replaces."""
     return dict(headers_of(letter)).get(LETTER_HEADER)
 
 
@@ -36,5 +36,5 @@ def read_headers(letter: Message) -> dict[str, str]:
 
 
 def reason_of(letter: Message) -> str:
-    """Why it was not stored; whoever may write to the topic may make up any."""
+    """Why it was not stored; anyone who may write to the topic can make up any reason."""
     return read_headers(letter).get(REASON_HEADER, "unknown")

@@ -7,7 +7,7 @@ from functools import lru_cache
 MASK, FACTOR, SEED = 0xFFFF_FFFF, 0x5BD1_E995, 0x9747_B28C
 
 
-@lru_cache(maxsize=1 << 18)  # a sensor's id comes again with each batch
+@lru_cache(maxsize=1 << 18)  # each sensor's id comes with every batch
 def murmur2(data: bytes) -> int:
     """Kafka's murmur2 with its seed, as an unsigned number of 32 bits (MurmurHash2 by Austin Appleby)."""
     value = SEED ^ len(data)

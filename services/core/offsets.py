@@ -65,33 +65,32 @@ class Offsets:
         return {name: sorted(topic.partitions) for name, topic in topics.items()}
 
     def of(self, topic: str, partitions: list[int]) -> list[PartitionOffsets]:
-        """The offsets of a topic's partitions. The group's are asked first, so that no lag is ever missed."""
+        """The offsets of a topic's partitions. The group's are asked for first, so that no lag is ever missed."""
         if not partitions:
             return []
-        places = [TopicPartition(topic, partition) for partition in partitions]
+        found = []
         with translated_kafka(self._question):
-            found = []
-            for place in self._committed(places):
-                first, end = self._consumer.get_watermark_offsets(place, timeout=ANSWER_TIMEOUT_S)
-                found.append(PartitionOffsets(place.partition, first, end, place.offset if place.offset >= 0 else None))
+            for each in self._committed([TopicPartition(topic, partition) for partition in partitions]):
+                first, end = self._consumer.get_watermark_offsets(each, timeout=ANSWER_TIMEOUT_S)
+                found.append(PartitionOffsets(each.partition, first, end, each.offset if each.offset >= 0 else None))
         return found
 
     def since(self, topic: str, partitions: list[int], moment: datetime) -> dict[int, int]:
         """The offset of the first message of ``moment`` or later; without any, the end."""
         milliseconds = int(moment.timestamp() * 1000)
         with translated_kafka(self._question):
-            places = [TopicPartition(topic, partition, milliseconds) for partition in partitions]
-            found = self._consumer.offsets_for_times(places, timeout=ANSWER_TIMEOUT_S)
+            times = [TopicPartition(topic, partition, milliseconds) for partition in partitions]
+            found = self._consumer.offsets_for_times(times, timeout=ANSWER_TIMEOUT_S)
         ends = {each.partition: each.end for each in self.of(topic, partitions)}
-        return {place.partition: place.offset if place.offset >= 0 else ends[place.partition] for place in found}
+        return {each.partition: each.offset if each.offset >= 0 else ends[each.partition] for each in found}
 
-    def _committed(self, places: list[TopicPartition]) -> list[TopicPartition]:
-        """The group's offsets. Asks again while its coordinator is on the move: a cluster has just started."""
+    def _committed(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """The group's offsets. Asks again while its coordinator is moving, as after the start of a cluster."""
         deadline = time.monotonic() + COORDINATOR_TIMEOUT_S
         while True:
             try:
-                found = self._consumer.committed(places, timeout=max(PAUSE_S, deadline - time.monotonic()))
-                refused = [place.error for place in found if place.error is not None]
+                found = self._consumer.committed(partitions, timeout=max(PAUSE_S, deadline - time.monotonic()))
+                refused = [each.error for each in found if each.error is not None]
                 if not refused:
                     return found
                 error = refused[0]

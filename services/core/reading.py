@@ -113,7 +113,9 @@ class Decoder:
         if not value:
             raise MalformedMessageError(Reason.EMPTY, "the message has no value")
         if len(value) > self.max_bytes:
-            raise MalformedMessageError(Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self.max_bytes}")
+            raise MalformedMessageError(
+                Reason.TOO_LARGE, f"{len(value)} bytes; MAX_MESSAGE_BYTES allows {self.max_bytes}"
+            )
         try:
             reading = self._decode(value)
         except msgspec.ValidationError as error:
@@ -128,6 +130,8 @@ class Decoder:
             raise MalformedMessageError(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
         if reading.time < self._earliest:
             if reading.time < self._past:
-                raise MalformedMessageError(Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows")
+                raise MalformedMessageError(
+                    Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows"
+                )
             raise MalformedMessageError(Reason.TOO_LATE, f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading

@@ -255,7 +255,7 @@ def test_messages_are_expiring_after_a_quarter_of_the_retention(settings: Settin
     def expiring(waiting: dict[int, tuple[int, int]]) -> float:
         expiry = Expiry()
         expiry.waiting = waiting
-        expiry.look(settings.kafka_topic, admin)
+        expiry.sample(settings.kafka_topic, admin)
         return float(next(iter(EXPIRING.collect())).samples[0].value)
 
     assert expiring({0: (0, 4), 1: (0, 2), 2: (0, 2)}) == 2 + 0 + 2

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 from services.consumer.lag import Commits
 from services.consumer.lane import Lane
 from services.consumer.partitions import Partitions
-from services.consumer.positions import Places, Positions
+from services.consumer.positions import Located, Positions
 from services.core.errors import PermanentError
 from tests.measured import make_settings
 
@@ -63,7 +63,7 @@ def located(partitions: Partitions, **at: int) -> None:
     positions = {int(name[1:]): offset for name, offset in at.items()}
     partitions.assign(sorted(positions))
     for lane in {partitions.lane_of[partition] for partition in positions}:
-        partitions.locate(lane, Places("one", fills_gaps=False, positions=positions))
+        partitions.locate(lane, Located("one", fills_gaps=False, positions=positions))
 
 
 def test_assigned_partitions_are_shared_out_and_wait_for_the_database(
@@ -85,7 +85,7 @@ def test_a_located_partition_is_where_the_database_says(partitions: Partitions, 
 def test_what_the_database_says_of_anothers_partition_is_ignored(partitions: Partitions, lanes: list[Lane]) -> None:
     partitions.assign([0])
     partitions.lose({0})
-    partitions.locate(lanes[0], Places("one", fills_gaps=False, positions={0: 7}))
+    partitions.locate(lanes[0], Located("one", fills_gaps=False, positions={0: 7}))
     assert partitions.next == {}
 
 
@@ -138,7 +138,7 @@ def test_each_rebalance_counts(partitions: Partitions) -> None:
 
 def test_a_topic_that_was_replaced_begins_anew_in_all_lanes(partitions: Partitions) -> None:
     located(partitions, p0=7, p1=5)
-    partitions.locate(partitions.lane_of[0], Places("another", fills_gaps=True, positions={0: 0}))
+    partitions.locate(partitions.lane_of[0], Located("another", fills_gaps=True, positions={0: 0}))
     assert partitions.next == {0: 0}
     assert partitions.unknown(partitions.lane_of[1]) == {1}
     batch = partitions.new_batch()
