@@ -98,12 +98,8 @@ class WriteResult:
     def raise_if_all_refused(self) -> None:
         """Raise PermanentError if it cannot be the data: every row was refused, and for one reason."""
         causes = {refused.cause for refused in self.refused}
-        if (
-            not any(self.counts().values())
-            and len(self.refused) >= LEAST_ALL_REFUSED
-            and len(causes) == 1
-            and causes != {(None, None)}
-        ):
+        is_one_cause = len(causes) == 1 and causes != {(None, None)}
+        if is_one_cause and len(self.refused) >= LEAST_ALL_REFUSED and not any(self.counts().values()):
             raise PermanentError(
                 f"PostgreSQL refuses every one of {len(self.refused)} readings for the same reason, so the readings "
                 f"are not to blame: {self.refused[0].detail}"
