@@ -24,14 +24,11 @@ QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")
 
 @dataclass(frozen=True, slots=True)
 class SourceLocation:
-    """A URL taken apart: ``path`` is its path within ``filesystem``, with the glob if there is one.
-
-    ``scheme`` is empty for local files, ``s3://`` and so on for others.
-    """
+    """A URL taken apart."""
 
     given: str
-    scheme: str
-    path: str
+    scheme: str  # "s3://" and so on, empty for local files
+    path: str  # within ``filesystem``, with the glob if there is one
     filesystem: pa.fs.FileSystem
 
     @classmethod

@@ -1,8 +1,7 @@
 """Made-up readings in Parquet files of any size, to try the pipeline with.
 
-Each sensor has a level of its own; a year, a day and noise move all of them. Rows are in the order of time and written
-one row group after the other, so memory does not grow with their number. The same options and the same version of
-pyarrow give the same rows.
+Each sensor has a level of its own; a year, a day and noise move all of them. Tables are written one after the other, so
+memory does not grow with their number. The same options and the same version of pyarrow give the same rows.
 """
 
 from __future__ import annotations
@@ -43,20 +42,16 @@ OTHER = (500.0, 0.0, 0.0, 0.0, 50.0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to generate: each of ``sensors`` has a reading every ``interval_s`` seconds for ``days`` from ``start``.
-
-    ``gaps``, ``late`` and ``duplicates`` are shares of the rows, 0 to 0.5: left out, coming after newer rows,
-    coming once more.
-    """
+    """What to generate: each of ``sensors`` has a reading every ``interval_s`` seconds for ``days`` from ``start``."""
 
     sensors: int
     days: float
     interval_s: int
     seed: int
     start: datetime
-    gaps: float = 0.0
-    late: float = 0.0
-    duplicates: float = 0.0
+    gaps: float = 0.0  # share of the rows that are left out, 0 to 0.5
+    late: float = 0.0  # that come after newer ones
+    duplicates: float = 0.0  # that come twice
 
     @property
     def steps(self) -> int:
@@ -75,10 +70,9 @@ class Counts:
 
 
 def generate(settings: Settings, plan: Plan, out: Path, shutdown: Shutdown, *, force: bool = False) -> Counts:
-    """Write ``plan`` to ``out``, with the columns that DATA_FEATURE_* names.
+    """Write ``plan`` to ``out``, which has a hidden name until it is whole, with the columns that DATA_FEATURE_* names.
 
-    The file has another, hidden name until it is whole. Raises ConfigurationError, one line, before anything is
-    written, StoppedError where ``shutdown`` was requested, and PermanentError where the disk does not take it.
+    Raises ConfigurationError before anything is written, StoppedError on shutdown, PermanentError if the disk is full.
     """
     columns = Columns.of(settings)
     _check(plan, columns, out, force=force)

@@ -36,7 +36,7 @@ from services.producer.metrics import (
     TRANSACTIONS_ABORTED,
 )
 from services.producer.pacing import Pacing
-from services.producer.progress import History, Progress
+from services.producer.progress import History, Progress, read_progress
 from services.producer.publisher import Publisher
 from services.producer.source import Source, SourceFile
 
@@ -143,7 +143,7 @@ class Job:
 
     def _check_not_replaced(self) -> None:
         """Raise PermanentError where another producer took over: starting again would fence that one, the newer."""
-        known = self.publisher.read_progress()
+        known = read_progress(self.settings, self.shutdown)
         for key, ours in self.committed.items():
             theirs = known.get(key, ours)
             if theirs.rows != ours.rows and theirs.run != self.publisher.run:

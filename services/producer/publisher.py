@@ -119,10 +119,6 @@ class Publisher:
             except KafkaException as error:
                 raise PermanentError(f"Kafka refuses transactions: {error.args[0].str()}") from error
             self._is_current = True
-        return self.read_progress()
-
-    def read_progress(self) -> dict[str, Progress]:
-        """All committed progress, by record key. Raises StoppedError on shutdown."""
         return read_progress(self._settings, self._shutdown)
 
     def send(self, readings: Readings, repeat: str = "") -> None:

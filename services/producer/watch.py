@@ -1,8 +1,7 @@
-"""Files that arrive below PARQUET_URL, each as soon as it is whole.
+"""Files that arrive below PARQUET_URL, each as soon as it is whole: two polls see the same size and time, and it opens.
 
 A Parquet file ends with its footer, so one that is still being written cannot be opened; and one that is being
-copied over another may hold an old footer for a moment. So a file counts as whole when its size and time of
-change are the same in two polls and it can be opened then. Until then not a row of it is sent.
+copied over another may hold an old footer for a moment.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ log = logging.getLogger("producer")
 
 
 class Watch:
-    """Polls for files until shutdown; ``url`` is PARQUET_URL in full.
+    """Polls for files until shutdown.
 
-    Raises ConfigurationError at the start for a URL that names nothing; a directory that is empty, or a glob
-    that no file matches, is not a mistake here.
+    Raises ConfigurationError at the start for a URL that names nothing, but not for an empty directory, or a glob that
+    no file matches.
     """
 
     exit_code = 0
@@ -37,8 +36,9 @@ class Watch:
         self._location = SourceLocation.of(settings.parquet_url)
         self._shutdown = shutdown
         self._period_s = settings.producer_watch_seconds
-        self._before: dict[str, FileState] = {}  # by path, at the last poll
-        self._known: dict[str, SourceFile] = {}  # by path: files found whole, as they were then
+        # By path: all files at the last poll; those found whole, as they were then; those sent; those unreadable.
+        self._before: dict[str, FileState] = {}
+        self._known: dict[str, SourceFile] = {}
         self._sent: dict[str, FileState] = {}
         self._reported: dict[str, tuple[FileState | None, str]] = {}
         self.url = self._location.url
