@@ -39,9 +39,18 @@ def show_rows(total: int) -> Iterator[Callable[[int], None]]:
     columns = (rows, BarColumn(), RowsPerSecond(), TimeRemainingColumn())
     terminal = sys.stderr
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task, shown = bar.add_task("", total=total), math.inf
+
+        def update(rows: int) -> None:
+            nonlocal shown
+            # At the start (rows of an earlier run) and after an aborted transaction the speed is measured afresh.
+            show = bar.reset if rows < shown else bar.update
+            show(task, completed=rows)
+            shown = rows
+
         _log_to(sys.stderr, instead_of=terminal)  # now the bar's own, which prints above the bar
         try:
-            yield _Bar(bar, total).update
+            yield update
         finally:
             _log_to(terminal, instead_of=sys.stderr)
 
@@ -50,19 +59,6 @@ def _log_to(stream: TextIO, instead_of: TextIO) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
             handler.setStream(stream)
-
-
-class _Bar:
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=total)
-        self._rows = math.inf
-
-    def update(self, rows: int) -> None:
-        # At the start (rows of an earlier run) and after an aborted transaction the speed is measured afresh.
-        show = self._progress.reset if rows < self._rows else self._progress.update
-        show(self._task, completed=rows)
-        self._rows = rows
 
 
 class _LogLines:

@@ -24,17 +24,8 @@ from services.core.errors import (
 from services.core.logs import fields
 from services.core.monitoring import KAFKA
 from services.core.shutdown import Shutdown
+from services.producer import metrics
 from services.producer.encoding import Digest, Example, Readings
-from services.producer.metrics import (
-    FILES_SENT,
-    READINGS_SENT,
-    ROWS_READ,
-    ROWS_SKIPPED,
-    TIMES_DOUBTFUL,
-    TRANSACTION_READINGS,
-    TRANSACTION_SECONDS,
-    TRANSACTIONS_ABORTED,
-)
 from services.producer.pacing import Pacing
 from services.producer.progress import History, Progress, read_progress
 from services.producer.publisher import Publisher
@@ -106,7 +97,7 @@ class Job:
                 return
             except TransactionAbortedError as error:
                 KAFKA.note_failure()
-                TRANSACTIONS_ABORTED.inc()
+                metrics.TRANSACTIONS_ABORTED.inc()
                 expired = isinstance(error, TransactionExpiredError)
                 pause = next(self.retries)
                 log.warning("transaction_aborted", extra=fields(error=str(error), retry_s=round(pause, 2)))
@@ -287,14 +278,14 @@ def _advance(progress: Progress, readings: Readings, digest: Digest, run: str) -
 
 def _measure(done: Tally, age_s: float) -> None:
     """Add what was committed to the metrics."""
-    ROWS_READ.inc(done.rows)
-    READINGS_SENT.inc(done.sent)
-    FILES_SENT.inc(done.files)
-    for counter, counts in ((ROWS_SKIPPED, done.skipped), (TIMES_DOUBTFUL, done.doubtful)):
+    metrics.ROWS_READ.inc(done.rows)
+    metrics.READINGS_SENT.inc(done.sent)
+    metrics.FILES_SENT.inc(done.files)
+    for counter, counts in ((metrics.ROWS_SKIPPED, done.skipped), (metrics.TIMES_DOUBTFUL, done.doubtful)):
         for label, rows in counts.items():
             counter.labels(label).inc(rows)
-    TRANSACTION_READINGS.observe(done.sent)
-    TRANSACTION_SECONDS.observe(age_s)
+    metrics.TRANSACTION_READINGS.observe(done.sent)
+    metrics.TRANSACTION_SECONDS.observe(age_s)
 
 
 def _note_skipped(progress: Progress, examples: dict[str, Example]) -> None:
