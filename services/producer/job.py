@@ -71,7 +71,7 @@ class Job:
     publisher: Publisher
     shutdown: Shutdown
     topic_id: str
-    pace: Pacing
+    pacing: Pacing
     source: Source
     show: Callable[[int], None]
     unreadable: Callable[[SourceFile, UnreadableFileError], None]
@@ -146,7 +146,7 @@ class Job:
     def _send_files(self) -> None:
         """Send what is not sent yet, committing as it goes; ends early on shutdown."""
         self.waiting.clear()
-        self.pace.begin()
+        self.pacing.begin()
         for key, file in self._by_key():
             progress = self.waiting.get(key, self.committed[key])
             if progress.done or self.shutdown.requested:
@@ -161,8 +161,8 @@ class Job:
     def _send_file(self, key: str, file: SourceFile, progress: Progress) -> None:
         """Send the rest of ``file``, unless ``shutdown`` is requested meanwhile."""
         progress, digest = self._begin(key, file, progress)
-        for readings in file.readings(progress.rows, self.pace.parts):
-            self._wait_until(self.pace.due(readings.sent))
+        for readings in file.readings(progress.rows, self.pacing.parts):
+            self._wait_until(self.pacing.due(readings.sent))
             if self.shutdown.requested:
                 return
             for reason, (row, text) in readings.examples.items():
@@ -198,7 +198,7 @@ class Job:
         pause = due - time.monotonic()
         if pause <= 0:
             return
-        if self.waiting and self.publisher.age_s + pause > self.pace.transaction_s:
+        if self.waiting and self.publisher.age_s + pause > self.pacing.transaction_s:
             self._commit()
         if pause > LONG_WAIT_S:
             log.info("waiting_for_next_reading", extra=fields(seconds=round(pause)))
@@ -207,7 +207,7 @@ class Job:
     def _is_due(self) -> bool:
         settings = self.settings
         return self.publisher.pending >= settings.producer_transaction_rows or self.publisher.age_s >= min(
-            self.pace.transaction_s, settings.producer_transaction_timeout_seconds / 3
+            self.pacing.transaction_s, settings.producer_transaction_timeout_seconds / 3
         )
 
     def _commit(self) -> None:

@@ -122,8 +122,8 @@ def parse_speed(text: str) -> float:
     return speed
 
 
-def choose_pace(settings: Settings, speed: float | None) -> Pacing:
-    """The pace that PRODUCER_RATE or ``--speed`` asks for. Raises ConfigurationError for both."""
+def choose_pacing(settings: Settings, speed: float | None) -> Pacing:
+    """The pacing that PRODUCER_RATE or ``--speed`` asks for. Raises ConfigurationError for both."""
     if speed is None:
         return FixedRate(settings.producer_rate) if settings.producer_rate else Pacing()
     if settings.producer_rate:

@@ -16,7 +16,7 @@ from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.job import Job
 from services.producer.metrics import FILES_UNREADABLE
-from services.producer.pacing import choose_pace
+from services.producer.pacing import choose_pacing
 from services.producer.progress import progress_topic, topic_id
 from services.producer.publisher import Publisher
 from services.producer.source import Source, SourceFile, open_source
@@ -92,7 +92,7 @@ def run(
     and the next run continues from there. Raises ConfigurationError before anything is sent, PermanentError
     when no retry can help, or when there are rows and none of them can be sent.
     """
-    pace = choose_pace(settings, speed)
+    pacing = choose_pacing(settings, speed)
     _check_options(settings, resend=resend, overwrite=overwrite)
     mark = ("" if overwrite else REPEATED.decode()) if resend else None
     with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
@@ -103,7 +103,7 @@ def run(
         with Publisher(settings, feed.url, shutdown) as publisher:
             for source in feed.sources():
                 with show_rows(source.rows) as show:
-                    job = Job(settings, publisher, shutdown, topic, pace, source, show, feed.note_unreadable, mark)
+                    job = Job(settings, publisher, shutdown, topic, pacing, source, show, feed.note_unreadable, mark)
                     job.run()
                 feed.settle(job.sent_files(), job.report())
     return feed.exit_code

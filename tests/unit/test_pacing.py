@@ -11,7 +11,7 @@ import pytest
 
 from services.core.errors import ConfigurationError
 from services.producer.columns import Columns
-from services.producer.pacing import FixedRate, Pacing, Replay, choose_pace, parse_speed
+from services.producer.pacing import FixedRate, Pacing, Replay, choose_pacing, parse_speed
 from tests.measured import make_settings
 
 
@@ -29,29 +29,29 @@ def test_a_part_of_a_fixed_rate_is_a_hundredth_of_a_second(rate: float, rows: in
 
 
 def test_parts_of_a_fixed_rate_are_due_one_after_the_other() -> None:
-    pace = FixedRate(100)
-    pace.begin()
-    first = pace.due(50)
+    pacing = FixedRate(100)
+    pacing.begin()
+    first = pacing.due(50)
     assert first == pytest.approx(time.monotonic(), abs=0.1)
-    assert pace.due(0) - first == pytest.approx(0.5)  # skipped rows take no time
-    assert pace.due(1) - first == pytest.approx(0.5)
-    pace.begin()  # goes on: between two files there is no burst
-    assert pace.due(1) - first == pytest.approx(0.51)
+    assert pacing.due(0) - first == pytest.approx(0.5)  # skipped rows take no time
+    assert pacing.due(1) - first == pytest.approx(0.5)
+    pacing.begin()  # goes on: between two files there is no burst
+    assert pacing.due(1) - first == pytest.approx(0.51)
 
 
 def test_after_a_long_hold_up_a_fixed_rate_makes_up_for_a_second_at_most() -> None:
-    pace = FixedRate(100)
-    assert pace.due(1) == pytest.approx(time.monotonic() - 1, abs=0.1)
-    pace.begin()
-    assert pace.due(1) == pytest.approx(time.monotonic(), abs=0.1)
+    pacing = FixedRate(100)
+    assert pacing.due(1) == pytest.approx(time.monotonic() - 1, abs=0.1)
+    pacing.begin()
+    assert pacing.due(1) == pytest.approx(time.monotonic(), abs=0.1)
 
 
 def test_the_clock_of_a_replay_never_goes_back() -> None:
-    pace = Replay(60, Columns("time", (), ""))
+    pacing = Replay(60, Columns("time", (), ""))
     due = []
     for rows in (batch(None, 100, 100.5, 160, 130, None), batch(150, 220, 100)):
-        for part in pace.parts(rows):
-            due.append((part.num_rows, pace.due(0)))
+        for part in pacing.parts(rows):
+            due.append((part.num_rows, pacing.due(0)))
     assert due[0] == (1, -math.inf)
     began = due[1][1]
     assert began == pytest.approx(time.monotonic(), abs=0.1)
@@ -72,11 +72,11 @@ def test_no_speed(text: str) -> None:
 
 def test_the_pace_is_chosen_by_rate_or_speed() -> None:
     default, slow = make_settings(), make_settings(producer_rate=2.5)
-    assert type(choose_pace(default, None)) is Pacing
-    assert isinstance(choose_pace(default, 60), Replay)
-    assert isinstance(choose_pace(slow, None), FixedRate)
+    assert type(choose_pacing(default, None)) is Pacing
+    assert isinstance(choose_pacing(default, 60), Replay)
+    assert isinstance(choose_pacing(slow, None), FixedRate)
     with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot both hold"):
-        choose_pace(slow, 60)
+        choose_pacing(slow, 60)
 
 
 def test_a_replay_reads_times_as_the_settings_say() -> None:
@@ -87,6 +87,6 @@ def test_a_replay_reads_times_as_the_settings_say() -> None:
         (pa.array([1_709_294_400_000, 1_709_294_410_000]), 10, {"data_feature_date_unit": "ms"}),
         (pa.array(local, pa.timestamp("us")), 2, {"data_feature_timezone": "Europe/Berlin"}),
     ):
-        pace = choose_pace(make_settings(data_feature_date="time", **changes), 1.0)
-        first, last = [pace.due(0) for _ in pace.parts(pa.record_batch({"time": column}))]
+        pacing = choose_pacing(make_settings(data_feature_date="time", **changes), 1.0)
+        first, last = [pacing.due(0) for _ in pacing.parts(pa.record_batch({"time": column}))]
         assert last - first == pytest.approx(seconds)
