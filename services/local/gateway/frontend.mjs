@@ -1,4 +1,4 @@
-// The clients' side, in a worker thread: sockets, logins, whose turn it is, cancelling.
+// The clients' side, in a worker thread: sockets, logins, whose turn it is, canceling.
 
 import fs from 'node:fs';
 import inspector from 'node:inspector/promises';
@@ -12,13 +12,11 @@ import { Login } from './login.mjs';
 const HOST = '127.0.0.1';
 const MAX_CONNECTIONS = 300; // more are closed at once
 const FIRST_PID = 1000; // small enough for names, and unlike the pids of single-user mode
-const STOPPED = ['57P01', 'terminating connection due to administrator command'];
 
 /**
- * @typedef {import('./types.d.ts').Reply} Reply
- * @typedef {import('./types.d.ts').Request} Request
+ * @typedef {import('node:net').Socket} Socket
+ * @typedef {import('./types.d.ts').FrontendData} FrontendData
  */
-/** @typedef {import('node:net').Socket} Socket */
 
 /** What all clients share: the backend, who has it, who waits for it. */
 export class Hub {
@@ -26,33 +24,30 @@ export class Hub {
   database;
   #backend;
   #shared;
-  #parameters; // what the server reports of settings that nobody has changed
+  #reported; // settings that nobody has changed
   /** @type {tls.Server | null} */
   #tls = null; // it never listens: it is given sockets whose clients asked for TLS
   /** @type {Map<number, Client>} */
   #clients = new Map();
-  /** @type {Client | null} */
-  #holder = null;
   /** @type {Client[]} */
-  #waiting = [];
-  #posted = 0;
+  #queue = [];
   #lastPid = FIRST_PID;
   /** @type {(() => void) | null} */
   #closing = null;
 
-  /** @param {import('./types.d.ts').FrontendData} data */
+  /** @param {FrontendData} data */
   constructor(data) {
     this.roles = data.roles;
     this.database = data.database;
     this.#backend = data.backend;
     this.#shared = data.shared;
-    this.#parameters = data.parameters;
+    this.#reported = data.reported;
     this.#backend.on('message', (reply) => this.#receive(reply));
     if (!data.tls) return;
     const [cert, key, ca] = [data.tls.cert, data.tls.key, data.tls.ca].map((bytes) => Buffer.from(bytes));
-    // A certificate may be shown; Login looks at it.
+    // A certificate may be shown; the login looks at it.
     const options = { cert, key, ca, requestCert: true, rejectUnauthorized: false };
-    this.#tls = tls.createServer(options, (socket) => new Login(this, socket));
+    this.#tls = tls.createServer(options, (socket) => new Login(this, socket).run());
   }
 
   // -- logins
@@ -61,134 +56,86 @@ export class Hub {
     return this.#tls !== null;
   }
 
-  /**
-   * Speak TLS on the socket from here on; then another Login begins on it.
-   * @param {Socket} socket
-   */
+  /** Speak TLS on the socket from here on; then another login begins on it. @param {Socket} socket */
   encrypt(socket) {
     this.#tls?.emit('connection', socket);
   }
 
   /**
-   * Begin a connection whose login is done; `rest` is what it has sent already.
-   * @param {Socket} socket
-   * @param {string} user
-   * @param {import('./types.d.ts').Role} role
-   * @param {[string, string][]} given
-   * @param {Buffer} rest
+   * Begin a connection whose login is done, with the settings that it was given.
+   * @type {(socket: Socket, user: string, role: import('./types.d.ts').Role, given: [string, string][]) => void}
    */
-  admit(socket, user, role, given, rest) {
+  admit(socket, user, role, given) {
     const pid = ++this.#lastPid;
     const defaults = (role.settings ?? []).map((setting) => setting.split(/=(.*)/s, 2));
-    const settings = new Map(/** @type {[string, string][]} */ ([...defaults, ...given]));
-    this.post({ type: 'open', start: { pid, user, settings: [...settings] } });
-    // The settings are put into force, and checked, with the first statement.
-    const named = new Map([...settings].map(([name, value]) => [name.toLowerCase(), value]));
-    named.set('is_superuser', role.superuser ? 'on' : 'off').set('session_authorization', user);
-    const names = Object.keys(this.#parameters);
-    const parameters = names.map((name) => [name, named.get(name.toLowerCase()) ?? this.#parameters[name]]);
-    const client = new Client(this, socket, pid, Object.fromEntries(parameters), named.get('statement_timeout'));
-    this.#clients.set(pid, client);
-    if (rest.length) client.feed(rest);
+    const settings = /** @type {[string, string][]} */ ([...defaults, ...given]);
+    // The backend puts them into force, and checks them, with the first statement.
+    const named = new Map(settings.map(([name, value]) => [name.toLowerCase(), value]));
+    const known = Object.entries(this.#reported).map(([name, value]) => [name, named.get(name.toLowerCase()) ?? value]);
+    const reported = { ...Object.fromEntries(known), is_superuser: role.superuser ? 'on' : 'off' };
+    this.post({ type: 'open', start: { pid, user, settings, reported } });
+    this.#clients.set(pid, new Client(this, socket, pid, { ...reported, session_authorization: user }));
   }
 
-  // -- whose turn it is
-
-  /** @param {Client} client */
-  holds(client) {
-    return this.#holder === client;
-  }
+  // -- whose turn it is: the first in the queue has the backend
 
   /** @param {Client} client */
   isWaiting(client) {
-    return this.#waiting.includes(client);
+    return this.#queue.indexOf(client) > 0;
   }
 
   get contended() {
-    return this.#waiting.length > 0;
+    return this.#queue.length > 1;
   }
 
-  /**
-   * Give the client the backend as soon as it is free; its `proceed` is called then.
-   * @param {Client} client
-   */
+  /** Let the client proceed, now if it has the backend, else when its turn comes. @param {Client} client */
   acquire(client) {
-    if (!this.isWaiting(client)) this.#waiting.push(client);
-    this.#next();
+    if (!this.#queue.includes(client)) this.#queue.push(client);
+    if (this.#queue[0] === client) client.proceed();
   }
 
   /** @param {Client} client */
   leave(client) {
-    this.#waiting = this.#waiting.filter((other) => other !== client);
-  }
-
-  /** @param {Client} client */
-  release(client) {
-    if (this.#holder !== client) return;
-    this.#holder = null;
-    this.#next();
-  }
-
-  #next() {
-    if (this.#holder || !this.#waiting.length) return;
-    this.#holder = this.#waiting.shift() ?? null;
-    this.#holder?.proceed();
+    const [holder] = this.#queue;
+    this.#queue = this.#queue.filter((other) => other !== client);
+    if (holder === client) this.#queue[0]?.proceed();
   }
 
   // -- the backend
 
-  /**
-   * @param {Request} request
-   * @param {ArrayBuffer[]} transferred
-   */
-  post(request, transferred = []) {
-    this.#backend.postMessage(request, transferred);
+  /** @param {import('./types.d.ts').Request} request */
+  post(request) {
+    this.#backend.postMessage(request, 'bytes' in request ? [request.bytes.buffer] : []);
     Atomics.add(this.#shared, SHARED.REQUESTS, 1);
     Atomics.notify(this.#shared, SHARED.REQUESTS);
   }
 
-  /** @param {import('./types.d.ts').Unit | import('./types.d.ts').CopyData} request */
-  postBytes(request) {
-    this.#posted += 1;
-    this.post(request, [request.bytes.buffer]);
-  }
-
-  /** @param {Reply} reply */
+  /** @param {import('./types.d.ts').Reply} reply */
   #receive(reply) {
     const client = this.#clients.get(reply.pid);
     if (!client) return;
     switch (reply.type) {
+      case 'limited':
+        return client.limit(reply.ms);
+      case 'copied':
+        return client.copied(reply.length);
       case 'answer':
-        return client.answer(asBuffer(reply.bytes), null);
-      case 'taken':
-        return client.taken(reply.length);
+        return client.answer(asBuffer(reply.bytes), false);
       case 'done':
-        if (reply.roles) this.roles = reply.roles;
-        client.answer(asBuffer(reply.bytes), reply);
-        return this.#done(client, reply.taken);
+        this.roles = reply.roles ?? this.roles;
+        client.answer(asBuffer(reply.bytes), true);
+        return client.done(reply.free);
       case 'refused':
-        client.fail(reply.state, reply.reason);
-        return this.#done(client, reply.taken);
+        client.fail(reply.sqlstate, reply.reason);
+        return client.done(true);
       case 'closed':
         this.#clients.delete(reply.pid);
-        this.release(client);
+        this.leave(client);
         if (!this.#clients.size) this.#closing?.();
     }
   }
 
-  /**
-   * What was sent after that is still to be taken: the client is not done.
-   * @param {Client} client
-   * @param {number} taken
-   */
-  #done(client, taken) {
-    if (taken === this.#posted) client.done();
-  }
-
-  /**
-   * Bytes of an answer have left for the client, or never will.
-   * @param {number} length
-   */
+  /** Bytes of an answer have left for the client, or never will. @param {number} length */
   sent(length) {
     Atomics.sub(this.#shared, SHARED.UNSENT_BYTES, length);
     Atomics.notify(this.#shared, SHARED.UNSENT_BYTES);
@@ -196,11 +143,7 @@ export class Hub {
 
   // -- interrupts
 
-  /**
-   * A request of libpq to cancel what a connection is running.
-   * @param {number} pid
-   * @param {number} key
-   */
+  /** A request of libpq to cancel what a connection is running. @type {(pid: number, key: number) => void} */
   cancel(pid, key) {
     const client = this.#clients.get(pid);
     if (client?.key === key) client.cancel();
@@ -211,10 +154,7 @@ export class Hub {
     Atomics.store(this.#shared, SHARED.INTERRUPTED, 0);
   }
 
-  /**
-   * Interrupt the running statement of `pid`: the inspector's evaluation happens in the statement's middle.
-   * @param {number} pid
-   */
+  /** Interrupt the running statement of `pid`: the inspector evaluates in the middle of it. @param {number} pid */
   async interrupt(pid) {
     Atomics.store(this.#shared, SHARED.INTERRUPTED, pid);
     Atomics.notify(this.#shared, SHARED.INTERRUPTED);
@@ -228,7 +168,9 @@ export class Hub {
   async stop() {
     await new Promise((resolve) => {
       this.#closing = () => resolve(null);
-      for (const client of this.#clients.values()) client.fail(STOPPED[0], STOPPED[1]);
+      for (const client of this.#clients.values()) {
+        client.fail('57P01', 'terminating connection due to administrator command');
+      }
       if (!this.#clients.size) resolve(null);
     });
     this.post({ type: 'stop' });
@@ -238,20 +180,17 @@ export class Hub {
 /** @param {Uint8Array} bytes */
 const asBuffer = (bytes) => Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 
-/**
- * The other thread may be waiting for this one, so it cannot end the process.
- * @param {string} reason
- */
+/** The other thread may be waiting for this one, so it cannot end the process. @param {string} reason */
 function die(reason) {
   log(reason);
   process.kill(process.pid, 'SIGKILL');
 }
 
-/** @param {import('./types.d.ts').FrontendData} data */
+/** @param {FrontendData} data */
 function serve(data) {
   process.on('uncaughtException', (error) => die(`the server ends: ${error.stack}`));
   const hub = new Hub(data);
-  const server = net.createServer({ noDelay: true }, (socket) => new Login(hub, socket));
+  const server = net.createServer({ noDelay: true }, (socket) => new Login(hub, socket).run());
   server.maxConnections = MAX_CONNECTIONS;
   server.on('error', (error) => die(`cannot listen on port ${data.port}: ${error.message}`));
   server.listen(data.port, HOST, () => log(`ready on ${HOST}:${data.port}`));

@@ -1,186 +1,165 @@
-// The beginning of a connection: encryption, cancel requests, who it is and whether it may.
+// The beginning of a connection: encryption, cancel requests, who it is and whether it may connect.
 
-import { Exchange } from './scram.mjs';
+import { exchange } from './scram.mjs';
 import {
   authentication,
   CANCEL_REQUEST,
   CLIENT,
   errorResponse,
   GSS_REQUEST,
-  int32,
-  message,
+  PostgresError,
   PROTOCOL,
   SSL_REQUEST,
   text,
 } from './wire.mjs';
 
+/** @typedef {import('node:net').Socket | import('node:tls').TLSSocket} Socket */
+
 const MAX_MESSAGE_BYTES = 10_000;
 const [SASL, SASL_CONTINUE, SASL_FINAL] = [10, 11, 12];
 
-/**
- * @typedef {import('./frontend.mjs').Hub} Hub
- * @typedef {import('node:net').Socket | import('node:tls').TLSSocket} Socket
- */
+/** Something that is not a PostgreSQL client, or one that hung up. */
+class NoClient extends Error {}
 
 /** One connection until it is known whose it is; then the hub admits it. */
 export class Login {
   #hub;
   #socket;
-  #bytes = Buffer.alloc(0);
-  /** @type {((body: Buffer) => void) | null} */
-  #step = (body) => this.#greet(body);
-  #headBytes = 0; // before a message's length: its type, but for the first messages
-  #receive = (/** @type {Buffer} */ chunk) => this.#read(chunk);
-  #user = '';
-  #database = '';
-  /** @type {[string, string][]} */
-  #settings = [];
-  #exchange = new Exchange(null);
+  #wake = () => {};
 
-  /**
-   * @param {Hub} hub
-   * @param {Socket} socket
-   */
+  /** @param {import('./frontend.mjs').Hub} hub @param {Socket} socket */
   constructor(hub, socket) {
     this.#hub = hub;
     this.#socket = socket;
-    socket.on('data', this.#receive).on('error', () => {});
+    socket.on('error', () => {}); // 'close' follows
+    socket.on('readable', () => this.#wake());
   }
 
-  /** @param {Buffer} chunk */
-  #read(chunk) {
-    this.#bytes = Buffer.concat([this.#bytes, chunk]);
-    while (this.#step && this.#bytes.length >= this.#headBytes + 4) {
-      const length = this.#headBytes + this.#bytes.readInt32BE(this.#headBytes);
-      const minimum = this.#headBytes ? 5 : 8;
-      const malformed = this.#headBytes && this.#bytes[0] !== CLIENT.PASSWORD;
-      if (malformed || length < minimum || length > MAX_MESSAGE_BYTES) return void this.#socket.destroy();
-      if (this.#bytes.length < length) return;
-      const body = this.#bytes.subarray(this.#headBytes + 4, length);
-      this.#bytes = this.#bytes.subarray(length);
-      this.#step(body);
+  async run() {
+    try {
+      const startup = await this.#greet();
+      if (startup) await this.#authenticate(startup);
+    } catch (error) {
+      if (error instanceof NoClient) return void this.#socket.destroy();
+      if (!(error instanceof PostgresError)) throw error;
+      this.#socket.write(errorResponse('FATAL', error.sqlstate, error.message));
+      this.#socket.destroySoon();
+    }
+  }
+
+  // -- the first message
+
+  /** Parameters of the startup message; null if the connection wanted something else. */
+  async #greet() {
+    for (;;) {
+      const body = await this.#readBody();
+      const request = body.readInt32BE();
+      if (request === PROTOCOL) return pairs(body.toString('utf8', 4));
+      if (request === CANCEL_REQUEST) return this.#cancel(body);
+      if (request === SSL_REQUEST && this.#encrypt()) return null;
+      if (![SSL_REQUEST, GSS_REQUEST].includes(request)) {
+        throw new PostgresError('0A000', `unsupported frontend protocol ${request >> 16}.${request & 0xffff}`);
+      }
+      this.#socket.write('N');
     }
   }
 
   /** @param {Buffer} body */
-  #greet(body) {
-    const version = body.readInt32BE(0);
-    if (version === SSL_REQUEST && this.#hub.encrypts && !isEncrypted(this.#socket)) return this.#encrypt();
-    if (version === SSL_REQUEST || version === GSS_REQUEST) return void this.#socket.write('N');
-    if (version !== CANCEL_REQUEST) return this.#start(version, body.toString('utf8', 4).split('\0'));
-    if (body.length >= 12) this.#hub.cancel(body.readInt32BE(4), body.readInt32BE(8));
-    this.#over();
-    this.#socket.end();
+  #cancel(body) {
+    if (body.length !== 12) throw new NoClient();
+    this.#hub.cancel(body.readInt32BE(4), body.readInt32BE(8));
+    this.#socket.destroySoon();
+    return null;
   }
 
-  /** The same socket begins again, as a TLS socket with a login of its own. */
+  /** Begin TLS, and another login on it; false if there is none, or it has begun. */
   #encrypt() {
-    this.#over();
-    if (this.#bytes.length) return void this.#socket.destroy(); // sent before our answer: not by this client
+    if (!this.#hub.encrypts || 'encrypted' in this.#socket) return false;
+    if (this.#socket.readableLength) throw new NoClient(); // sent before our answer, so not by this client
     this.#socket.write('S');
+    this.#socket.removeAllListeners('readable');
     this.#hub.encrypt(this.#socket);
+    return true;
   }
 
-  #over() {
-    this.#step = null;
-    this.#socket.removeListener('data', this.#receive);
-  }
+  // -- who it is
 
-  /**
-   * @param {number} version
-   * @param {string[]} words
-   */
-  #start(version, words) {
-    if (version >> 16 !== 3) return this.#fail('0A000', `unsupported protocol ${version >> 16}`);
-    const given = pairs(words);
-    const unknown = [...given.keys()].filter((name) => name.startsWith('_pq_.'));
-    if (version !== PROTOCOL || unknown.length) {
-      this.#socket.write(message('v', int32(PROTOCOL), int32(unknown.length), text(...unknown)));
-    }
-    this.#user = given.get('user') ?? '';
-    this.#database = given.get('database') || this.#user;
-    this.#settings = [...optionSettings(given.get('options') ?? '')];
-    for (const name of ['user', 'database', 'options', 'replication', ...unknown]) given.delete(name);
-    this.#settings.push(...given);
-    const refusal = this.#refusal();
-    if (refusal) return this.#fail('28000', refusal);
-    this.#exchange = new Exchange(this.#hub.roles[this.#user]?.secret ?? null);
-    this.#headBytes = 1;
-    this.#step = (body) => this.#begin(body);
+  /** @param {Map<string, string>} startup */
+  async #authenticate(startup) {
+    const user = startup.get('user') ?? '';
+    const database = startup.get('database') || user;
+    if (this.#hub.encrypts) this.#checkEncryption(user, database);
+
     this.#socket.write(authentication(SASL, text('SCRAM-SHA-256', '')));
+    const initial = await this.#readPassword(); // the mechanism, a length, the first message of the exchange
+    const clientFirst = initial.toString('utf8', initial.indexOf(0) + 5);
+    const scram = exchange(this.#hub.roles[user]?.secret ?? null, clientFirst);
+    if (!scram) throw new PostgresError('08P01', 'malformed SCRAM message');
+    this.#socket.write(authentication(SASL_CONTINUE, Buffer.from(scram.challenge)));
+    const proof = scram.prove(String(await this.#readPassword()));
+    if (!proof) throw new PostgresError('28P01', `password authentication failed for user "${user}"`);
+
+    const role = this.#hub.roles[user];
+    if (!role.login) throw new PostgresError('28000', `role "${user}" is not permitted to log in`);
+    if (database !== this.#hub.database) throw new PostgresError('3D000', `database "${database}" does not exist`);
+    this.#socket.write(authentication(SASL_FINAL, Buffer.from(proof)));
+    this.#socket.removeAllListeners('readable');
+    const options = optionSettings(startup.get('options') ?? '');
+    for (const name of ['user', 'database', 'options']) startup.delete(name);
+    this.#hub.admit(this.#socket, user, role, [...options, ...startup]);
   }
 
-  /** Why the connection itself is refused, whatever its password; null if it is not. */
-  #refusal() {
-    if (!this.#hub.encrypts) return null;
-    if (!isEncrypted(this.#socket)) {
-      const who = `host "127.0.0.1", user "${this.#user}", database "${this.#database}"`;
-      return `no pg_hba.conf entry for ${who}, no encryption`;
+  /** A client may show a certificate; if it does, it must be the user's. @type {(user: string, database: string) => void} */
+  #checkEncryption(user, database) {
+    if (!('encrypted' in this.#socket)) {
+      const who = `host "127.0.0.1", user "${user}", database "${database}"`;
+      throw new PostgresError('28000', `no pg_hba.conf entry for ${who}, no encryption`);
     }
     const name = this.#socket.getPeerCertificate().subject?.CN;
-    if (name === undefined) return null;
-    if (!this.#socket.authorized) return 'connection requires a valid client certificate';
-    return name === this.#user ? null : `certificate authentication failed for user "${this.#user}"`;
+    if (name === undefined) return;
+    if (!this.#socket.authorized) throw new PostgresError('28000', 'connection requires a valid client certificate');
+    if (name !== user) throw new PostgresError('28000', `certificate authentication failed for user "${user}"`);
   }
 
-  /**
-   * SASLInitialResponse: the mechanism's name, a length, the first message.
-   * @param {Buffer} body
-   */
-  #begin(body) {
-    const nameEnd = body.indexOf(0);
-    const known = body.toString('latin1', 0, nameEnd) === 'SCRAM-SHA-256';
-    const first = known ? this.#exchange.first(body.toString('utf8', nameEnd + 5)) : null;
-    if (!first) return this.#fail('08P01', 'malformed SCRAM message');
-    this.#step = (answer) => this.#prove(answer);
-    this.#socket.write(authentication(SASL_CONTINUE, Buffer.from(first)));
+  // -- reading; what the client has sent beyond its login stays in the socket
+
+  async #readPassword() {
+    if (String(await this.#read(1)) !== CLIENT.PASSWORD) throw new NoClient();
+    return this.#readBody();
   }
 
-  /** @param {Buffer} body */
-  #prove(body) {
-    const final = this.#exchange.final(body.toString('utf8'));
-    if (!final) return this.#fail('28P01', `password authentication failed for user "${this.#user}"`);
-    const role = this.#hub.roles[this.#user];
-    if (!role.login) return this.#fail('28000', `role "${this.#user}" is not permitted to log in`);
-    if (this.#database !== this.#hub.database) {
-      return this.#fail('3D000', `database "${this.#database}" does not exist`);
+  /** What follows the length of a message. */
+  async #readBody() {
+    const length = (await this.#read(4)).readInt32BE() - 4;
+    if (length < 4 || length > MAX_MESSAGE_BYTES) throw new NoClient();
+    return this.#read(length);
+  }
+
+  /** @type {(length: number) => Promise<Buffer>} */
+  async #read(length) {
+    for (;;) {
+      const bytes = this.#socket.read(length);
+      if (bytes?.length === length) return bytes;
+      if (bytes) throw new NoClient(); // all that there was before it hung up
+      await new Promise((resolve) => {
+        this.#wake = () => resolve(null);
+      });
     }
-    this.#over();
-    this.#socket.write(authentication(SASL_FINAL, Buffer.from(final)));
-    this.#hub.admit(this.#socket, this.#user, role, this.#settings, this.#bytes);
-  }
-
-  /**
-   * @param {string} state
-   * @param {string} reason
-   */
-  #fail(state, reason) {
-    this.#over();
-    this.#socket.end(errorResponse('FATAL', state, reason));
-    this.#socket.destroySoon();
   }
 }
 
-/**
- * @param {Socket} socket
- * @returns {socket is import('node:tls').TLSSocket}
- */
-const isEncrypted = (socket) => 'encrypted' in socket;
-
-/**
- * Names and values up to the first empty name.
- * @param {string[]} words
- */
-function pairs(words) {
+/** Names and values up to the first empty name, each with a zero byte at its end. @param {string} body */
+function pairs(body) {
+  const words = body.split('\0');
+  /** @type {Map<string, string>} */
   const found = new Map();
   for (let at = 0; words[at] && at + 1 < words.length; at += 2) found.set(words[at], words[at + 1]);
   return found;
 }
 
 /**
- * `options` of the startup message: -c name=value, blanks escaped by a backslash.
- * @param {string} options
- * @returns {Generator<[string, string]>}
+ * `options` of the startup message: -c name=value, with blanks escaped by a backslash.
+ * @type {(options: string) => Generator<[string, string]>}
  */
 export function* optionSettings(options) {
   for (const [, assignment] of options.matchAll(/-c\s*((?:\\.|[^\s\\])+)/g)) {

@@ -19,28 +19,18 @@ import { REPORTED, Sessions } from './sessions.mjs';
 const USAGE = 64; // as in sysexits.h
 const FAILED = 70;
 
-/** @param {string} what */
-const die = (what) => (/** @type {unknown} */ error) => {
+/** @type {(what: string) => (error: unknown) => never} */
+const die = (what) => (error) => {
   const stack = String(error instanceof Error ? error.stack : error).split('\n');
   const ours = stack.filter((line) => !line.includes('wasm://')).slice(0, 5);
   log(`${what}: ${ours.join('\n')}`);
   process.exit(FAILED);
 };
 
-const value = /** @type {const} */ ({ type: 'string' });
-const { values: options } = parseArgs({
-  options: {
-    port: value,
-    data: value,
-    template: value,
-    user: value,
-    database: value,
-    certificate: value,
-    key: value,
-    authority: value,
-  },
-});
-const { port, data, template, user, database } = options;
+const names = ['port', 'data', 'template', 'user', 'database', 'certificate', 'key', 'authority'];
+const { values } = parseArgs({ options: Object.fromEntries(names.map((name) => [name, { type: 'string' }])) });
+const { port, data, template, user, database, certificate, key, authority } =
+  /** @type {Record<string, string | undefined>} */ (values);
 if (!port || !data || !template || !user || !database) {
   log('--port, --data, --template, --user and --database are needed');
   process.exit(USAGE);
@@ -55,9 +45,22 @@ engine.query("CREATE EXTENSION IF NOT EXISTS timescaledb; LOAD 'timescaledb'");
 const shared = new Int32Array(new SharedArrayBuffer(4 * Object.keys(SHARED).length));
 const { port1, port2 } = new MessageChannel();
 const backend = new Backend(engine, new Sessions(engine), port1, shared);
-prepareRole(user);
-const worker = startFrontend();
 globalThis.gatewayInterrupt = (pid) => backend.interrupt(pid); // called by the worker through the inspector
+prepareRole(user);
+
+/** @type {import('./types.d.ts').FrontendData} */
+const workerData = {
+  port: Number(port),
+  database,
+  backend: port2,
+  shared,
+  reported: Object.fromEntries(REPORTED.map((name) => [name, engine.setting(name)])),
+  roles: backend.readRoles(),
+  tls: readTls(),
+};
+const worker = new Worker(new URL('./frontend.mjs', import.meta.url), { workerData, transferList: [port2] });
+worker.on('error', die('the server ends'));
+worker.on('exit', (code) => die('the server ends')(`its network thread ended with code ${code}`));
 process.on('SIGTERM', () => worker.postMessage('stop'));
 process.on('SIGINT', () => worker.postMessage('stop'));
 
@@ -69,25 +72,7 @@ function prepareRole(name) {
   engine.query(`ALTER ROLE ${identifier(name)} SUPERUSER LOGIN PASSWORD '${verifier(password)}'`);
 }
 
-function startFrontend() {
-  /** @type {import('./types.d.ts').FrontendData} */
-  const workerData = {
-    port: Number(port),
-    database: database ?? '',
-    backend: port2,
-    shared,
-    parameters: Object.fromEntries(REPORTED.map((name) => [name, engine.query(`SHOW ${name}`)[0][0] ?? ''])),
-    roles: backend.readRoles(),
-    tls: readTls(),
-  };
-  const worker = new Worker(new URL('./frontend.mjs', import.meta.url), { workerData, transferList: [port2] });
-  worker.on('error', die('the server ends'));
-  worker.on('exit', (code) => die('the server ends')(`its network thread ended with code ${code}`));
-  return worker;
-}
-
 function readTls() {
-  const { certificate, key, authority } = options;
   if (!certificate || !key || !authority) return null;
   return { cert: fs.readFileSync(certificate), key: fs.readFileSync(key), ca: fs.readFileSync(authority) };
 }

@@ -1,5 +1,5 @@
-// SCRAM-SHA-256, the server's side (RFC 5802, RFC 7677), on verifiers in PostgreSQL's own format, so that
-// roles created with SQL log in here with the password that was given there.
+// SCRAM-SHA-256, the server's side (RFC 5802, RFC 7677), with verifiers in PostgreSQL's own format: roles that
+// were created with SQL log in here with their passwords.
 
 import { createHash, createHmac, pbkdf2Sync, randomBytes, timingSafeEqual } from 'node:crypto';
 
@@ -9,11 +9,10 @@ const VERIFIER = /^SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)$/;
 const sha256 = (data) => createHash('sha256').update(data).digest();
 /** @type {(key: Buffer, data: string) => Buffer} */
 const hmac = (key, data) => createHmac('sha256', key).update(data).digest();
+/** @param {string} encoded */
+const base64 = (encoded) => Buffer.from(encoded, 'base64');
 
-/**
- * The verifier that PostgreSQL keeps in pg_authid.rolpassword.
- * @param {string} password
- */
+/** The verifier that PostgreSQL keeps in pg_authid.rolpassword. @param {string} password */
 export function verifier(password, salt = randomBytes(16), iterations = 4096) {
   const salted = pbkdf2Sync(password.normalize('NFKC'), salt, iterations, 32, 'sha256');
   const stored = sha256(hmac(salted, 'Client Key')).toString('base64');
@@ -21,71 +20,39 @@ export function verifier(password, salt = randomBytes(16), iterations = 4096) {
   return `SCRAM-SHA-256$${iterations}:${salt.toString('base64')}$${stored}:${server}`;
 }
 
-/**
- * Whether `secret` is the verifier of `password`.
- * @param {string | null | undefined} secret
- * @param {string} password
- */
+/** Whether `secret` is a verifier of `password`. @type {(secret: string | null, password: string) => boolean} */
 export function matches(secret, password) {
   const [, iterations, salt] = VERIFIER.exec(secret ?? '') ?? [];
-  return salt !== undefined && verifier(password, Buffer.from(salt, 'base64'), Number(iterations)) === secret;
+  return salt !== undefined && verifier(password, base64(salt), Number(iterations)) === secret;
 }
 
-// A role that does not exist is asked for its password all the same: the answer must not tell.
+// A role that does not exist, or has no password, is asked for one all the same: the challenge must not tell.
 const NOBODY = verifier(randomBytes(16).toString('hex'));
 
-/** One authentication exchange; `secret` is the role's verifier, or null if it has none. */
-export class Exchange {
-  #known;
-  #salt;
-  #iterations;
-  #storedKey;
-  #serverKey;
-  #header = '';
-  #nonce = '';
-  #firstMessages = '';
+/**
+ * Answer a client-first-message, for the role with the verifier `secret`.
+ *
+ * Gives the challenge (server-first-message), and a function from the client-final-message to the
+ * server-final-message, or to null if the password is wrong. null if the message is malformed or asks for channel
+ * binding.
+ * @type {(secret: string | null, clientFirst: string) => { challenge: string, prove: (final: string) => string | null } | null}
+ */
+export function exchange(secret, clientFirst) {
+  const [, header, bare, clientNonce] = /^([ny],[^,]*,)(.*?r=([^,]+).*)$/.exec(clientFirst) ?? [];
+  if (!clientNonce) return null;
+  const known = VERIFIER.exec(secret ?? '');
+  const [, iterations, salt, stored, server] = known ?? VERIFIER.exec(NOBODY) ?? [];
+  const nonce = clientNonce + randomBytes(18).toString('base64');
+  const challenge = `r=${nonce},s=${salt},i=${iterations}`;
 
-  /** @param {string | null} secret */
-  constructor(secret) {
-    this.#known = VERIFIER.test(secret ?? '');
-    const [, iterations, salt, stored, server] = VERIFIER.exec(this.#known && secret ? secret : NOBODY) ?? [];
-    this.#salt = salt;
-    this.#iterations = iterations;
-    this.#storedKey = Buffer.from(stored, 'base64');
-    this.#serverKey = Buffer.from(server, 'base64');
-  }
-
-  /**
-   * client-first-message -> server-first-message; null if it is malformed or asks for channel binding.
-   * @param {string} clientFirst
-   */
-  first(clientFirst) {
-    const parsed = /^([ny],[^,]*,)(.*?r=([^,]+).*)$/.exec(clientFirst);
-    if (!parsed) return null;
-    const [, header, bare, nonce] = parsed;
-    this.#header = header;
-    this.#nonce = nonce + randomBytes(18).toString('base64');
-    const serverFirst = `r=${this.#nonce},s=${this.#salt},i=${this.#iterations}`;
-    this.#firstMessages = `${bare},${serverFirst}`;
-    return serverFirst;
-  }
-
-  /**
-   * client-final-message -> server-final-message; null if the password is wrong.
-   * @param {string} clientFinal
-   */
-  final(clientFinal) {
-    const parsed = /^(c=([^,]+),r=([^,]+).*),p=([^,]+)$/.exec(clientFinal);
-    if (!parsed) return null;
-    const [, withoutProof, binding, nonce, proof64] = parsed;
-    const header = Buffer.from(binding, 'base64').toString('latin1');
-    const authMessage = `${this.#firstMessages},${withoutProof}`;
-    const signature = hmac(this.#storedKey, authMessage);
-    const proof = Buffer.from(proof64, 'base64');
-    if (proof.length !== signature.length) return null;
-    const clientKey = Buffer.from(proof.map((byte, index) => byte ^ signature[index]));
-    const proven = timingSafeEqual(sha256(clientKey), this.#storedKey);
-    if (!this.#known || !proven || nonce !== this.#nonce || header !== this.#header) return null;
-    return `v=${hmac(this.#serverKey, authMessage).toString('base64')}`;
-  }
+  const prove = (/** @type {string} */ final) => {
+    const [, signed, binding, finalNonce, proof] = /^(c=([^,]+),r=([^,]+).*),p=([^,]+)$/.exec(final) ?? [];
+    if (!known || finalNonce !== nonce || base64(binding).toString('latin1') !== header) return null;
+    const authMessage = `${bare},${challenge},${signed}`;
+    const signature = hmac(base64(stored), authMessage);
+    const clientKey = Buffer.from(base64(proof).map((byte, index) => byte ^ signature[index]));
+    if (!timingSafeEqual(sha256(clientKey), base64(stored))) return null;
+    return `v=${hmac(base64(server), authMessage).toString('base64')}`;
+  };
+  return { challenge, prove };
 }

@@ -1,94 +1,61 @@
-// What one client's messages become before they reach the backend that all share: names of prepared statements
-// get the connection's prefix, and what a statement may change is noted.
+// What the messages of one client become before they reach the backend, which all clients share: prepared
+// statements get names of their own, and it is noted which statements may change settings or roles.
 
-import { CLIENT, message } from './wire.mjs';
+import { CLIENT, message, typeAt } from './wire.mjs';
 import { marksOf, rewrite } from './workarounds.mjs';
 
-/**
- * @typedef {import('./types.d.ts').Marks} Marks
- * @typedef {{ bytes: Buffer, marks: Marks | null }} Rewritten
- */
-
 const PASSED = new Set([CLIENT.EXECUTE, CLIENT.SYNC, CLIENT.FLUSH]);
-const latin1 = (/** @type {string} */ string) => Buffer.from(string, 'latin1');
 
 export class Statements {
   #prefix;
-  /** @type {Map<string, Marks>} */
+  /** @type {Map<string, string[]>} */
   #prepared = new Map(); // marks by the statement's name; '' is the unnamed one
 
-  /** @param {string} prefix */
+  /** @param {string} prefix of the names of this client's statements in the backend */
   constructor(prefix) {
     this.#prefix = prefix;
   }
 
   /**
-   * The message as the backend gets it; null if clients do not send such a message.
-   * @param {number} type
-   * @param {Buffer} whole
-   * @returns {Rewritten | null}
+   * The message as the backend gets it, with its statement's marks; null if clients do not send such a message.
+   * @type {(type: string, whole: Buffer) => { bytes: Buffer, marks: string[] } | null}
    */
   rewrite(type, whole) {
+    const afterFirst = whole.indexOf(0, 5) + 1;
     switch (type) {
-      case CLIENT.QUERY:
-        return this.#query(whole);
+      case CLIENT.QUERY: {
+        const sql = stringAt(whole, 5);
+        return { bytes: message(CLIENT.QUERY, latin1(rewrite(sql, this.#prefix))), marks: marksOf(sql) };
+      }
       case CLIENT.PARSE:
-        return this.#parse(whole);
-      case CLIENT.BIND:
-        return this.#bind(whole);
+        return { bytes: this.#parse(whole, afterFirst), marks: [] };
+      case CLIENT.BIND: // the portal's name, then the statement's
+        return { bytes: this.#named(whole, afterFirst), marks: this.#prepared.get(stringAt(whole, afterFirst)) ?? [] };
       case CLIENT.DESCRIBE:
       case CLIENT.CLOSE:
-        return this.#target(whole);
+        return { bytes: typeAt(whole, 5) === 'S' ? this.#named(whole, 6) : whole, marks: [] }; // else a portal's
       default:
-        return PASSED.has(type) ? { bytes: whole, marks: null } : null;
+        return PASSED.has(type) ? { bytes: whole, marks: [] } : null;
     }
   }
 
-  /** @type {(whole: Buffer) => Rewritten} */
-  #query(whole) {
-    const sql = whole.toString('latin1', 5, whole.length - 1);
-    const rewritten = rewrite(sql, this.#prefix);
-    return { bytes: rewritten === sql ? whole : message('Q', latin1(`${rewritten}\0`)), marks: marksOf(sql) };
+  /** The statement's name, its SQL, types. @type {(whole: Buffer, sqlAt: number) => Buffer} */
+  #parse(whole, sqlAt) {
+    const [name, sql] = [stringAt(whole, 5), stringAt(whole, sqlAt)];
+    this.#prepared.set(name, marksOf(sql));
+    const types = whole.subarray(sqlAt + sql.length + 1);
+    return message(CLIENT.PARSE, latin1(name && this.#prefix + name), latin1(rewrite(sql, this.#prefix)), types);
   }
 
-  /** @type {(whole: Buffer) => Rewritten} */
-  #parse(whole) {
-    const nameEnd = whole.indexOf(0, 5);
-    const sqlEnd = whole.indexOf(0, nameEnd + 1);
-    const name = whole.toString('latin1', 5, nameEnd);
-    const sql = whole.toString('latin1', nameEnd + 1, sqlEnd);
-    const marks = marksOf(sql);
-    if (marks) this.#prepared.set(name, marks);
-    else this.#prepared.delete(name);
-    const rewritten = rewrite(sql, this.#prefix);
-    if (!name && rewritten === sql) return { bytes: whole, marks: null };
-    const head = latin1(`${this.#named(name)}\0${rewritten}\0`);
-    return { bytes: message('P', head, whole.subarray(sqlEnd + 1)), marks: null };
-  }
-
-  /** @type {(whole: Buffer) => Rewritten} */
-  #bind(whole) {
-    const portalEnd = whole.indexOf(0, 5);
-    const nameEnd = whole.indexOf(0, portalEnd + 1);
-    const name = whole.toString('latin1', portalEnd + 1, nameEnd);
-    const marks = this.#prepared.get(name) ?? null;
-    if (!name) return { bytes: whole, marks };
-    const portal = whole.subarray(5, portalEnd + 1);
-    return { bytes: message('B', portal, latin1(this.#named(name)), whole.subarray(nameEnd)), marks };
-  }
-
-  /**
-   * Describe or Close: of a statement ('S') or of a portal.
-   * @type {(whole: Buffer) => Rewritten}
-   */
-  #target(whole) {
-    const name = whole.toString('latin1', 6, whole.length - 1);
-    if (whole[5] !== 'S'.charCodeAt(0) || !name) return { bytes: whole, marks: null };
-    return { bytes: message(String.fromCharCode(whole[0]), latin1(`S${this.#named(name)}\0`)), marks: null };
-  }
-
-  /** @param {string} name */
-  #named(name) {
-    return name && this.#prefix + name;
+  /** The message with the prefix before the name at `at`. @type {(whole: Buffer, at: number) => Buffer} */
+  #named(whole, at) {
+    if (whole[at] === 0) return whole; // the unnamed statement
+    return message(typeAt(whole), whole.subarray(5, at), Buffer.from(this.#prefix), whole.subarray(at));
   }
 }
+
+// Bytes of SQL stay as they are, whatever the client's encoding.
+/** @type {(whole: Buffer, at: number) => string} */
+const stringAt = (whole, at) => whole.toString('latin1', at, whole.indexOf(0, at));
+/** @param {string} string */
+const latin1 = (string) => Buffer.from(`${string}\0`, 'latin1');

@@ -1,17 +1,7 @@
-// What the two threads tell each other, and what is known of roles and connections. Types only: nothing runs.
-
-/** What a statement may have changed. */
-export interface Marks {
-  /** settings of the session, role included */
-  settings?: boolean;
-  /** settings, until the transaction ends */
-  local?: boolean;
-  /** roles of the cluster */
-  roles?: boolean;
-}
+// What the two threads tell each other. Types only: nothing runs.
 
 export interface Role {
-  secret: string | null;
+  secret: string | null; // the password's verifier
   login: boolean;
   superuser: boolean;
   settings: string[] | null;
@@ -23,61 +13,27 @@ export interface Start {
   pid: number;
   user: string;
   settings: [string, string][];
+  reported: Record<string, string>; // settings, as they were reported to the client
 }
 
-/** Messages that the backend runs before any other connection gets a turn. */
-export interface Unit {
-  type: 'unit';
-  pid: number;
-  bytes: Uint8Array<ArrayBuffer>;
-  marks: Marks | null;
-}
-
-/** COPY data for the running unit. */
-export interface CopyData {
-  type: 'more';
-  pid: number;
-  bytes: Uint8Array<ArrayBuffer>;
-}
+type Bytes = Uint8Array<ArrayBuffer>;
 
 /** From the network thread. */
 export type Request =
   | { type: 'open'; start: Start }
-  | Unit
-  | CopyData
+  | { type: 'unit'; pid: number; bytes: Bytes; marks: string[] } // to run before others get a turn
+  | { type: 'copy'; pid: number; bytes: Bytes } // COPY data for the running unit
   | { type: 'close'; pid: number }
   | { type: 'stop' };
 
-/** To the network thread. `taken` counts what has been received of units and COPY data since the start. */
+/** To the network thread. */
 export type Reply =
-  | Answer
-  | { type: 'taken'; pid: number; length: number }
-  | Done
-  | { type: 'refused'; pid: number; taken: number; state: string; reason: string }
+  | { type: 'limited'; pid: number; ms: number } // the unit has begun, with a statement_timeout
+  | { type: 'answer'; pid: number; bytes: Bytes } // a part; more follows
+  | { type: 'done'; pid: number; bytes: Bytes; free: boolean; roles?: Roles } // the rest; free: others may have a turn
+  | { type: 'refused'; pid: number; sqlstate: string; reason: string }
+  | { type: 'copied'; pid: number; length: number } // so much COPY data has been taken
   | { type: 'closed'; pid: number };
-
-/** A part of an answer; more follows. */
-export interface Answer {
-  type: 'answer';
-  pid: number;
-  bytes: Uint8Array<ArrayBuffer>;
-}
-
-/** The rest of an answer. */
-export interface Done {
-  type: 'done';
-  pid: number;
-  taken: number;
-  bytes: Uint8Array<ArrayBuffer>;
-  parameters?: Record<string, string> | null;
-  roles?: Roles | null;
-}
-
-export interface Tls {
-  cert: Uint8Array;
-  key: Uint8Array;
-  ca: Uint8Array;
-}
 
 /** What the network thread starts with. */
 export interface FrontendData {
@@ -85,9 +41,9 @@ export interface FrontendData {
   database: string;
   backend: import('node:worker_threads').MessagePort;
   shared: Int32Array;
-  parameters: Record<string, string>;
+  reported: Record<string, string>;
   roles: Roles;
-  tls: Tls | null;
+  tls: { cert: Uint8Array; key: Uint8Array; ca: Uint8Array } | null;
 }
 
 declare global {

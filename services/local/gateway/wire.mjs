@@ -1,4 +1,4 @@
-// The PostgreSQL wire protocol, version 3: messages and how they are built.
+// The PostgreSQL wire protocol, version 3: its messages, and how they are built and read.
 // https://www.postgresql.org/docs/17/protocol-message-formats.html
 
 export const PROTOCOL = 3 << 16;
@@ -6,34 +6,41 @@ export const SSL_REQUEST = 80877103;
 export const GSS_REQUEST = 80877104;
 export const CANCEL_REQUEST = 80877102;
 
-/** @param {string} letter */
-const code = (letter) => letter.charCodeAt(0);
-
-/** Types of messages that clients send. */
+/** Types of the messages that clients send. */
 export const CLIENT = {
-  QUERY: code('Q'),
-  PARSE: code('P'),
-  BIND: code('B'),
-  DESCRIBE: code('D'),
-  EXECUTE: code('E'),
-  CLOSE: code('C'),
-  SYNC: code('S'),
-  FLUSH: code('H'),
-  TERMINATE: code('X'),
-  COPY_DATA: code('d'),
-  COPY_DONE: code('c'),
-  COPY_FAIL: code('f'),
-  PASSWORD: code('p'),
+  QUERY: 'Q',
+  PARSE: 'P',
+  BIND: 'B',
+  DESCRIBE: 'D',
+  EXECUTE: 'E',
+  CLOSE: 'C',
+  SYNC: 'S',
+  FLUSH: 'H',
+  TERMINATE: 'X',
+  COPY_DATA: 'd',
+  COPY_DONE: 'c',
+  COPY_FAIL: 'f',
+  PASSWORD: 'p',
 };
 
-/** Types of messages that the server sends, as far as the gateway looks at them. */
+/** Types of the messages that the server sends, as far as the gateway knows them. */
 export const SERVER = {
-  READY: code('Z'),
-  ERROR: code('E'),
-  NOTICE: code('N'),
-  COPY_IN: code('G'),
-  DATA_ROW: code('D'),
+  AUTHENTICATION: 'R',
+  KEY: 'K',
+  PARAMETER: 'S',
+  READY: 'Z',
+  ERROR: 'E',
+  DATA_ROW: 'D',
 };
+
+/** What a server reports as an error. */
+export class PostgresError extends Error {
+  /** @param {string} sqlstate @param {string} reason */
+  constructor(sqlstate, reason) {
+    super(reason);
+    this.sqlstate = sqlstate;
+  }
+}
 
 /** @param {number} number */
 export function int32(number) {
@@ -42,75 +49,51 @@ export function int32(number) {
   return bytes;
 }
 
-/**
- * One message: type byte, length, body.
- * @param {string} type
- * @param {...Buffer} body
- */
-export function message(type, ...body) {
-  const length = body.reduce((sum, part) => sum + part.length, 4);
-  return Buffer.concat([Buffer.from(type, 'latin1'), int32(length), ...body]);
-}
-
-/** @param {...string} strings */
+/** Strings as the protocol has them, each with a zero byte at its end. @param {...string} strings */
 export const text = (...strings) => Buffer.from(strings.map((string) => `${string}\0`).join(''));
 
+/** One message: type byte, length, body. @type {(type: string, ...body: Buffer[]) => Buffer} */
+export function message(type, ...body) {
+  const length = body.reduce((sum, part) => sum + part.length, 4);
+  return Buffer.concat([Buffer.from(type), int32(length), ...body]);
+}
+
+export const SYNC = message(CLIENT.SYNC);
+export const TERMINATE = message(CLIENT.TERMINATE);
 /** @param {string} sql */
-export const query = (sql) => message('Q', text(sql));
-export const SYNC = message('S');
-export const TERMINATE = message('X');
+export const query = (sql) => message(CLIENT.QUERY, text(sql));
 /** @param {string} reason */
-export const copyFail = (reason) => message('f', text(reason));
-
+export const copyFail = (reason) => message(CLIENT.COPY_FAIL, text(reason));
 /** @type {(step: number, ...data: Buffer[]) => Buffer} */
-export const authentication = (step, ...data) => message('R', int32(step), ...data);
+export const authentication = (step, ...data) => message(SERVER.AUTHENTICATION, int32(step), ...data);
 /** @type {(name: string, value: string) => Buffer} */
-export const parameterStatus = (name, value) => message('S', text(name, value));
-/** @param {string} status */
-export const readyForQuery = (status) => message('Z', Buffer.from(status));
+export const parameterStatus = (name, value) => message(SERVER.PARAMETER, text(name, value));
+/** @param {'I' | 'T' | 'E'} status of the transaction: none, open, failed */
+export const readyForQuery = (status) => message(SERVER.READY, Buffer.from(status));
 
-/**
- * ErrorResponse; severity FATAL means that the connection is closed after it.
- * @param {'ERROR' | 'FATAL'} severity
- * @param {string} state SQLSTATE
- * @param {string} reason
- */
-export function errorResponse(severity, state, reason) {
-  return message('E', text(`S${severity}`, `V${severity}`, `C${state}`, `M${reason}`, ''));
-}
+/** After FATAL, the connection is closed. @type {(severity: 'ERROR' | 'FATAL', sqlstate: string, reason: string) => Buffer} */
+export const errorResponse = (severity, sqlstate, reason) =>
+  message(SERVER.ERROR, text(`S${severity}`, `V${severity}`, `C${sqlstate}`, `M${reason}`, ''));
 
-/**
- * The length of the message that begins at `at`, type byte included; 0 if that much of it is not there yet.
- * @param {Buffer} bytes
- * @param {number} at
- */
-export const lengthAt = (bytes, at) => (bytes.length - at < 5 ? 0 : 1 + bytes.readInt32BE(at + 1));
+/** @param {Buffer} bytes */
+export const typeAt = (bytes, at = 0) => String.fromCharCode(bytes[at]);
 
-/**
- * The fields of an ErrorResponse or NoticeResponse by their one-letter name.
- * @param {Buffer} whole
- * @returns {Record<string, string>}
- */
-export function fields(whole) {
-  const parts = whole.toString('utf8', 5).split('\0').filter(Boolean);
-  return Object.fromEntries(parts.map((part) => [part[0], part.slice(1)]));
-}
+/** Length of the message that begins at `at`, with its type byte; 0 if its head is not complete. @param {Buffer} bytes */
+export const lengthAt = (bytes, at = 0) => (bytes.length - at < 5 ? 0 : 1 + bytes.readInt32BE(at + 1));
 
-/**
- * Every complete message in `bytes`.
- * @param {Buffer} bytes
- */
+/** The messages in `bytes`. @param {Buffer} bytes */
 export function* messages(bytes) {
-  for (let at = 0, length = lengthAt(bytes, at); length; length = lengthAt(bytes, at)) {
-    yield bytes.subarray(at, at + length);
-    at += length;
-  }
+  for (let at = 0; at < bytes.length; at += lengthAt(bytes, at)) yield bytes.subarray(at, at + lengthAt(bytes, at));
 }
 
-/**
- * The columns of a DataRow as strings (null for NULL).
- * @param {Buffer} whole
- */
+/** What an ErrorResponse says. @param {Buffer} whole */
+export function errorOf(whole) {
+  const fields = whole.toString('utf8', 5).split('\0');
+  const [sqlstate, reason] = ['C', 'M'].map((letter) => fields.find((field) => field[0] === letter)?.slice(1) ?? '');
+  return new PostgresError(sqlstate, reason);
+}
+
+/** The columns of a DataRow as strings; null for NULL. @param {Buffer} whole */
 export function row(whole) {
   const values = [];
   for (let count = whole.readInt16BE(5), at = 7; count > 0; count--) {

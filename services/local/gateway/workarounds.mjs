@@ -1,6 +1,20 @@
-// What no ordinary program does, all in one place: SQL is rewritten, and the engine's memory is read and written.
+// What no ordinary program does, all in one place: rewriting SQL and answers, and changing the engine's memory.
 //
-// Each part says why it is needed and when it can go.
+// Each part says why it is needed and when it can go. Engine.open checks that the changes of memory have their
+// effect, so that another build of the engine is noticed.
+
+import { errorResponse, lengthAt, PostgresError } from './wire.mjs';
+
+/** @typedef {any} Module Emscripten's module; the package declares next to nothing of what is used here. */
+
+/** The package is not the build for which this file was written. The message says it all. */
+export class WrongBuild extends Error {
+  /** @param {string} what */
+  constructor(what) {
+    super(`workarounds.mjs does not fit this build of PGlite: ${what}`);
+    this.stack = this.message;
+  }
+}
 
 // == Statements
 //
@@ -8,36 +22,23 @@
 // statements, settings, LISTEN, DISCARD. The gateway has to know of the first two and refuses the others.
 // Goes: with an engine that has a backend for each connection.
 //
-// Text is searched, not parsed, and its bytes are left alone (latin1), whatever the client's encoding. A mark
-// that is set too often costs a query at the end of the statement.
+// Text is searched, not parsed. A mark too many costs a query of some milliseconds at the end of the transaction.
 
-const LEAD = String.raw`(?:\s|--[^\n]*\n|/\*[\s\S]*?\*/)*`;
-const NAME = String.raw`"(?:[^"]|"")+"|[A-Za-z_\x80-\xff][\w$\x80-\xff]*`;
-const BEGINS = String.raw`(?:^|;|\*/|\n)\s*`;
+const LEAD = String.raw`(?:^|;|\bbegin\b)(?:\s|--[^\n]*\n|/\*[\s\S]*?\*/)*`;
+const SET = String.raw`(?:set(?!\s+(?:local|transaction|constraints)\b)|reset)\b`;
+/** @type {Record<string, RegExp>} */
+const MARKS = {
+  settings: new RegExp(String.raw`${LEAD}${SET}|\bset_config\b`, 'i'),
+  roles: /\b(?:create|alter|drop)\s+(?:role|user|group)\b/i,
+};
+const REFUSED = /^\s*(listen|unlisten|discard)\b/i;
+const DEALLOCATE_ALL = /^\s*deallocate\s+(?:prepare\s+)?all\b/i;
+const BEFORE_NAME = /^\s*(?:prepare|execute|deallocate(?:\s+prepare)?)\s+"?(?=\w)/i;
 
-const SETTINGS = new RegExp(`${BEGINS}(?:set(?!\\s+(?:transaction|constraints)\\b)|reset)\\b|\\bset_config\\b`, 'i');
-const LOCAL = new RegExp(`^${LEAD}set\\s+local\\b[^;]*;?\\s*$`, 'i');
-const ROLES = /\b(?:create|alter|drop)\s+(?:role|user|group)\b/i;
-const REFUSED = new RegExp(`^${LEAD}(listen|unlisten|discard(?!\\s+(?:plans|sequences)\\b))\\b`, 'i');
-const DEALLOCATE_ALL = new RegExp(`^${LEAD}deallocate\\s+(?:prepare\\s+)?all\\b`, 'i');
-const PREPARED = new RegExp(
-  `^(${LEAD}(?:explain\\b[^;]*?\\s)?(?:prepare(?!\\s+transaction\\b)|execute|deallocate(?:\\s+prepare)?)\\s+)(${NAME})`,
-  'i',
-);
+/** What the names of a connection's prepared statements begin with. @param {number} pid */
+export const statementPrefix = (pid) => `c${pid}_`;
 
-/** @param {string} name */
-const lower = (name) => name.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
-/** @param {string} name */
-const folded = (name) => (name[0] === '"' ? name.slice(1, -1).replaceAll('""', '"') : lower(name));
-
-/** @param {string} what */
-const refusal = (what) =>
-  `DO $$ BEGIN RAISE feature_not_supported USING MESSAGE = '${what} is not supported by the gateway'; END $$`;
-
-/**
- * SQL that forgets every prepared statement whose name begins with `prefix`.
- * @param {string} prefix
- */
+/** SQL that forgets the prepared statements of one connection. @param {string} prefix */
 export const deallocateAll = (prefix) =>
   `DO $$ DECLARE statement text; BEGIN
      FOR statement IN SELECT name FROM pg_catalog.pg_prepared_statements
@@ -45,46 +46,57 @@ export const deallocateAll = (prefix) =>
        EXECUTE pg_catalog.format('DEALLOCATE %I', statement);
      END LOOP; END $$`;
 
-/**
- * The statement as the backend gets it.
- * @param {string} sql
- * @param {string} prefix of the names of this connection's prepared statements
- */
+/** SQL as the backend gets it. @type {(sql: string, prefix: string) => string} */
 export function rewrite(sql, prefix) {
-  const refused = REFUSED.exec(sql);
-  if (refused) return refusal(refused[1].toUpperCase());
-  if (DEALLOCATE_ALL.test(sql)) return deallocateAll(prefix);
-  return sql.replace(PREPARED, (_, before, name) => `${before}"${(prefix + folded(name)).replaceAll('"', '""')}"`);
+  const [, refused] = REFUSED.exec(sql) ?? [];
+  if (refused) {
+    const reason = `${refused.toUpperCase()} is not supported by the gateway`;
+    return `DO $$ BEGIN RAISE feature_not_supported USING MESSAGE = '${reason}'; END $$`;
+  }
+  return DEALLOCATE_ALL.test(sql) ? deallocateAll(prefix) : sql.replace(BEFORE_NAME, `$&${prefix}`);
 }
 
-/**
- * What a statement may change that the gateway has to know; null if nothing.
- * @param {string} sql
- * @returns {import('./types.d.ts').Marks | null}
- */
-export function marksOf(sql) {
-  const roles = ROLES.test(sql);
-  if (!SETTINGS.test(sql)) return roles ? { roles } : null;
-  return { [LOCAL.test(sql) ? 'local' : 'settings']: true, ...(roles && { roles }) };
+/** What a statement may change for longer than its transaction. @param {string} sql */
+export const marksOf = (sql) => Object.keys(MARKS).filter((mark) => MARKS[mark].test(sql));
+
+// == Answers
+//
+// Why: the build warns of each transaction that is rolled back, for debugging; and as there are no timers in it, a
+// statement that the gateway ends for its statement_timeout says that its user has cancelled it.
+// Goes: with a build without the warning; with timers.
+
+const ABORT_WARNING = 'SWARNING\0VWARNING\0C01000\0M# ';
+const CANCELED = 'SERROR\0VERROR\0C57014\0';
+
+/** The end of an answer, without those warnings. @param {Buffer} answer */
+export const withoutWarning = (answer) => replaceMessage(answer, ABORT_WARNING, Buffer.alloc(0));
+
+/** The end of an answer, with this reason of a cancellation in it. @type {(answer: Buffer, reason: string) => Buffer} */
+export const withReason = (answer, reason) => replaceMessage(answer, CANCELED, errorResponse('ERROR', '57014', reason));
+
+/** @type {(answer: Buffer, start: string, replacement: Buffer) => Buffer} `start` is how the message's body begins */
+function replaceMessage(answer, start, replacement) {
+  const at = answer.indexOf(start) - 5;
+  if (at < 0) return answer;
+  return Buffer.concat([answer.subarray(0, at), replacement, answer.subarray(at + lengthAt(answer, at))]);
 }
 
 // == The stack
 //
 // Why: the build has a C stack of 64 kB, never checks its depth, and has its variables below: a deep expression
 // would overwrite them. So the stack is moved to where there is room, and PostgreSQL is told where it begins.
-// The variable for that, stack_base_ptr of tcop/postgres.c, is static: this is its address in this build of the
-// package. It is 0 before, so that another build is noticed.
+// The variable for that, stack_base_ptr of tcop/postgres.c, is static: this is its address in this build.
 // Goes: with a build that has a larger stack and calls set_stack_base().
 
 const STACK_BYTES = 8 * 1024 * 1024;
-const STACK_BASE_PTR = 2540524;
+const STACK_BASE_PTR = 2540524 >> 2; // as an index of 32-bit words
 
 /** @param {Module} module */
 export function moveStack(module) {
-  if (module.HEAPU32[STACK_BASE_PTR >> 2] !== 0) throw new Error('stack_base_ptr is not where it was');
+  if (module.HEAPU32[STACK_BASE_PTR] !== 0) throw new WrongBuild('stack_base_ptr is not where it was');
   const top = (module._malloc(STACK_BYTES) + STACK_BYTES - 16) & ~15;
   module.___stack_pointer.value = top;
-  module.HEAPU32[STACK_BASE_PTR >> 2] = top;
+  module.HEAPU32[STACK_BASE_PTR] = top;
 }
 
 // == Interrupts
@@ -95,163 +107,80 @@ export function moveStack(module) {
 
 /**
  * Make the running statement end with SQLSTATE 57014 at its next check, or no longer.
- * @param {Module} module
- * @param {boolean} pending
+ * @type {(module: Module, pending: boolean) => void}
  */
 export function setInterrupt(module, pending) {
   const at = module._InterruptPending >> 2;
   module.HEAP32[at] = module.HEAP32[at + 1] = Number(pending);
 }
 
-/**
- * What CHECK_FOR_INTERRUPTS() does; throws through the calling function.
- * @param {Module} module
- */
+/** What CHECK_FOR_INTERRUPTS() does; throws through the calling function. @param {Module} module */
 export function checkInterrupts(module) {
   if (module.HEAP32[module._InterruptPending >> 2]) module._ProcessInterrupts();
+}
+
+/** Throw WrongBuild unless a simple statement fails as those changes want it to. @type {(module: Module, run: () => void) => void} */
+export function checkBuild(module, run) {
+  setInterrupt(module, true);
+  if (sqlstateOf(run) !== '57014') throw new WrongBuild('QueryCancelPending is not where it was');
+  const top = module.HEAPU32[STACK_BASE_PTR];
+  module.HEAPU32[STACK_BASE_PTR] = top + STACK_BYTES; // so far away that every statement is too deep
+  const sqlstate = sqlstateOf(run);
+  module.HEAPU32[STACK_BASE_PTR] = top;
+  if (sqlstate !== '54001') throw new WrongBuild('stack_base_ptr is not where it was');
+}
+
+/** @param {() => void} run */
+function sqlstateOf(run) {
+  try {
+    run();
+    return null;
+  } catch (error) {
+    return error instanceof PostgresError && error.sqlstate;
+  }
 }
 
 // == Builtin functions
 //
 // Why: some answers depend on the connection, of which the backend knows nothing (pg_backend_pid), and one
-// function blocks the server (pg_sleep). SQL functions of the same name would be other objects, in a schema of
-// their own, with other privileges. So the pointers in PostgreSQL's table of builtins, fmgr_builtins, are
-// changed. The table is not exported: it is found by the form of its rows,
-// {Oid, short nargs + 2 bools, char *name, function}. Nor is the table of functions that such pointers lead into:
-// it is captured as the module is made, by something that looks like an extension.
+// function blocks the server (pg_sleep). SQL functions of the same name would be other objects, with other
+// privileges. So others are put into the table through which C calls them. Emscripten's addFunction fills the
+// entry that removeFunction has freed last.
 // Goes: with an engine that has a backend for each connection.
 
-const REPLACEABLE = /^pg_(?:\w*advisory\w*|sleep|backend_pid)$/;
-
-/** An extension for PGlite that loads nothing, and the functions once PGlite is open. */
-export function captureFunctions() {
-  /** @type {WebAssembly.Table | undefined} */
-  let table;
-  const setup = async (/** @type {unknown} */ _, /** @type {any} */ options) => ({
-    emscriptenOpts: {
-      ...options,
-      instantiateWasm: (/** @type {any} */ imports, /** @type {unknown} */ done) => {
-        table = imports.env.__indirect_function_table;
-        return options.instantiateWasm(imports, done);
-      },
-    },
-  });
-  const functions = () => {
-    if (!table) throw new Error('PGlite did not make its module as expected');
-    return table;
-  };
-  return { extension: { name: 'capture', setup }, functions };
+/** `replacement` gets the address of FunctionCallInfo. @type {(module: Module, oid: number, replacement: (call: number) => number) => void} */
+export function replaceBuiltin(module, oid, replacement) {
+  const info = module._malloc(64); // FmgrInfo, which begins with the function's index in the table
+  module._fmgr_info(oid, info);
+  const index = module.HEAPU32[info >> 2];
+  module._free(info);
+  module.removeFunction(index);
+  const own = (/** @type {number} */ call) => replacement(call); // addFunction adds each function once
+  if (module.addFunction(own, 'ii') !== index) throw new WrongBuild(`function ${oid} cannot be replaced`);
 }
 
-/**
- * Replace builtin functions by their C names. Throws when one is not found, which is how another build of the
- * package would show. For any other that could be replaced, `otherwise` gives the replacement, or null.
- * @param {Module} module
- * @param {WebAssembly.Table} functions
- * @param {Record<string, Replacement>} replacements
- * @param {(name: string) => Replacement | null} otherwise
- */
-export function replaceBuiltins(module, functions, replacements, otherwise) {
-  const found = findBuiltins(module);
-  const missing = Object.keys(replacements).filter((name) => !found.has(name));
-  if (missing.length) throw new Error(`the embedded PostgreSQL has no builtin ${missing}`);
-  for (const [name, pointer] of found) {
-    const replacement = replacements[name] ?? otherwise(name);
-    if (!replacement) continue;
-    const original = functions.get(module.HEAPU32[pointer]);
-    /** @param {number} address */
-    const wrapped = (address) => replacement(new Call(module, address), () => original(address));
-    module.HEAPU32[pointer] = module.addFunction(wrapped, 'ii');
-  }
-}
-
-/**
- * Index (in 32-bit words) of the pointer to each builtin that may be replaced.
- * @param {Module} module
- * @returns {Map<string, number>}
- */
-function findBuiltins(module) {
-  const words = module.HEAPU32;
-  const found = new Map();
-  for (let at = 0; at + 4 < words.length; at++) {
-    const plausible = words[at] > 0 && words[at] < 10_000 && (words[at + 1] & 0xfefe00f0) === 0;
-    if (!plausible || words[at + 2] < 1024 || words[at + 2] >= words.length * 4) continue;
-    const name = nameAt(module.HEAPU8, words[at + 2]);
-    if (name && REPLACEABLE.test(name)) found.set(name, at + 3);
-  }
-  return found;
-}
-
-/** @type {(bytes: Uint8Array, from: number) => string | null} */
-function nameAt(bytes, from) {
-  if (bytes[from] !== 0x70 || bytes[from + 1] !== 0x67 || bytes[from + 2] !== 0x5f) return null; // pg_
-  return Buffer.from(bytes.buffer, from, 64).toString('latin1').split('\0', 1)[0];
-}
-
-/** The arguments of a call: FunctionCallInfo, from byte 20 on, 8 bytes each. */
-class Call {
-  #module;
-  #address;
-
-  /**
-   * @param {Module} module
-   * @param {number} address
-   */
-  constructor(module, address) {
-    this.#module = module;
-    this.#address = address;
-  }
-
-  #view() {
-    return new DataView(this.#module.HEAPU8.buffer);
-  }
-
-  /** @param {number} index */
-  int32(index) {
-    return this.#view().getInt32(this.#address + 20 + 8 * index, true);
-  }
-
-  /** @param {number} index */
-  float64(index) {
-    return this.#view().getFloat64(this.int32(index), true);
-  }
+/** The first argument of a call, a float8: at byte 20 is its address. @type {(module: Module, call: number) => number} */
+export function float8Argument(module, call) {
+  return new DataView(module.HEAPU8.buffer).getFloat64(module.HEAPU32[(call + 20) >> 2], true);
 }
 
 const ERROR = 21;
 
-/**
- * ereport(ERROR): ends the running statement, does not return.
- * @param {Module} module
- * @param {string} state SQLSTATE
- * @param {string} reason
- */
-export function raise(module, state, reason) {
-  const place = cString(module, 'gateway');
+/** ereport(ERROR): ends the running statement, does not return. @type {(module: Module, sqlstate: string, reason: string) => void} */
+export function raise(module, sqlstate, reason) {
+  const file = cString(module, 'gateway');
   module._errstart(ERROR, 0);
-  module._errcode([...state].reduce((all, digit, at) => all + ((digit.charCodeAt(0) - 48) << (6 * at)), 0));
+  module._errcode([...sqlstate].reduce((all, digit, at) => all + ((digit.charCodeAt(0) - 48) << (6 * at)), 0));
   module._errmsg(cString(module, reason.replaceAll('%', '%%')), 0);
-  module._errfinish(place, 0, place);
+  module._errfinish(file, 0, file);
 }
 
 /** @type {Map<string, number>} */
 const strings = new Map();
 
-/**
- * The address of a C string that stays: there are few, and always the same.
- * @param {Module} module
- * @param {string} string
- */
+/** The address of a C string that stays: there are few, and always the same. @type {(module: Module, string: string) => number} */
 export function cString(module, string) {
-  const known = strings.get(string);
-  if (known !== undefined) return known;
-  const bytes = Buffer.from(`${string}\0`);
-  const at = module._malloc(bytes.length);
-  module.HEAPU8.set(bytes, at);
-  strings.set(string, at);
-  return at;
+  const address = strings.get(string) ?? module.stringToNewUTF8(string);
+  strings.set(string, address);
+  return address;
 }
-
-/**
- * @typedef {any} Module Emscripten's module; the package declares next to nothing of what is used here.
- * @typedef {(call: Call, original: () => number) => number} Replacement
- */

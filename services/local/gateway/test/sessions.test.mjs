@@ -5,8 +5,9 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { after, before, beforeEach, test } from 'node:test';
-import { Engine, QueryError } from '../engine.mjs';
+import { Engine } from '../engine.mjs';
 import { Sessions } from '../sessions.mjs';
+import { PostgresError } from '../wire.mjs';
 import { marksOf } from '../workarounds.mjs';
 
 const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'gateway-'));
@@ -34,7 +35,7 @@ beforeEach(() => {
 /** @type {(user?: string, ...settings: [string, string][]) => number} */
 function open(user = 'keeper', ...settings) {
   pid += 1;
-  sessions.open({ pid, user, settings });
+  sessions.open({ pid, user, settings, reported: {} });
   return pid;
 }
 
@@ -68,14 +69,14 @@ test('a setting that a transaction took back is not kept', () => {
   run(one, 'BEGIN');
   run(one, "SET work_mem = '8MB'");
   run(one, 'ROLLBACK');
-  sessions.activate(open(), null);
+  sessions.activate(open(), []);
   assert.equal(run(one, 'SHOW work_mem'), '4MB');
 });
 
 test('a role ends with the transaction, or when it is reset, and never changes the user', () => {
   const one = open('reader');
   assert.equal(run(one, 'SELECT session_user'), 'reader');
-  assert.throws(() => run(one, 'CREATE ROLE other'), QueryError);
+  assert.throws(() => run(one, 'CREATE ROLE other'), PostgresError);
   run(one, 'RESET SESSION AUTHORIZATION');
   assert.equal(run(one, 'SELECT session_user'), 'reader');
   const two = open();
@@ -104,31 +105,33 @@ test("what the gateway does as superuser is not done by the connection's stateme
 
 test('a setting that is wrong from the start is refused with the first statement', () => {
   const one = open('keeper', ['nonsense', '1']);
-  assert.throws(() => sessions.activate(one, null), { state: '42704' });
+  assert.throws(() => sessions.activate(one, []), { sqlstate: '42704' });
   assert.equal(run(open(), 'SELECT 1'), '1');
 });
 
-test('watched settings are reported when they may have changed, and only then', () => {
+test('settings are reported when they have changed, and only then', () => {
   const one = open();
-  sessions.activate(one, marksOf('SELECT 1'));
-  assert.equal(sessions.settle().parameters, null);
-  sessions.activate(one, marksOf("SET timezone = 'Asia/Tokyo'"));
-  engine.query("SET timezone = 'Asia/Tokyo'");
-  assert.equal(sessions.settle().parameters?.TimeZone, 'Asia/Tokyo');
+  run(one, 'SELECT 1');
+  sessions.activate(one, []);
+  assert.deepEqual(sessions.settle().parameters, {});
+  const change = "SELECT pg_catalog.set_config('timezone', 'asia/tokyo', false)";
+  sessions.activate(one, marksOf(change));
+  engine.query(change);
+  assert.deepEqual(sessions.settle().parameters, { TimeZone: 'Asia/Tokyo' });
 });
 
 test('a connection that goes leaves no transaction, no prepared statement and no lock', () => {
   const [one, two] = [open(), open()];
-  run(two, `PREPARE "${two}:mine" AS SELECT 1`);
-  run(one, `PREPARE "${one}:mine" AS SELECT 1`);
-  run(one, 'SELECT pg_try_advisory_lock_shared(7, 5)');
-  sessions.locked(7, 5);
+  run(two, `PREPARE c${two}_mine AS SELECT 1`);
+  run(one, `PREPARE c${one}_mine AS SELECT 1`);
+  for (const pid of [one, one, two]) run(pid, `SELECT pg_try_advisory_lock_shared(7, ${pid})`);
   run(one, 'BEGIN');
   run(one, 'CREATE TABLE unfinished (a int)');
   sessions.close(one);
   assert.equal(engine.status, 'I');
   assert.equal(run(two, "SELECT to_regclass('unfinished')"), null);
-  assert.deepEqual(engine.query('SELECT name FROM pg_prepared_statements'), [[`${two}:mine`]]);
-  assert.equal(run(two, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"), '0');
+  assert.deepEqual(engine.query('SELECT name FROM pg_prepared_statements'), [[`c${two}_mine`]]);
+  const held = "SELECT objid FROM pg_locks WHERE locktype = 'advisory'";
+  assert.deepEqual(engine.query(held), [[`${two}`]]);
   sessions.close(two);
 });

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { Statements } from '../statements.mjs';
-import { CLIENT, int32, message, query, SYNC, text } from '../wire.mjs';
+import { CLIENT, int32, message, query, SYNC, text, typeAt } from '../wire.mjs';
 
 const none = Buffer.from([0, 0]);
 /** @type {(name: string, sql: string) => Buffer} */
@@ -13,8 +13,8 @@ const about = (type, target, name) => message(type, Buffer.from(target), text(na
 
 /** @param {...Buffer} sent */
 function rewritten(...sent) {
-  const statements = new Statements('7:');
-  return sent.map((whole) => statements.rewrite(whole[0], whole));
+  const statements = new Statements('c7_');
+  return sent.map((whole) => statements.rewrite(typeAt(whole), whole));
 }
 
 /** @param {...Buffer} sent */
@@ -36,27 +36,27 @@ test('unnamed statements and portals keep their messages', () => {
 
 test('named statements get the prefix in each message that names them', () => {
   assert.deepEqual(bytes(parse('s', 'SELECT 1'), bind('p', 's'), about('D', 'S', 's'), about('C', 'S', 's')), [
-    parse('7:s', 'SELECT 1'),
-    bind('p', '7:s'),
-    about('D', 'S', '7:s'),
-    about('C', 'S', '7:s'),
+    parse('c7_s', 'SELECT 1'),
+    bind('p', 'c7_s'),
+    about('D', 'S', 'c7_s'),
+    about('C', 'S', 'c7_s'),
   ]);
 });
 
 test('text is rewritten whatever the encoding of its bytes', () => {
   const latin = Buffer.from("EXECUTE s ('\xe9')", 'latin1');
   const [found] = bytes(message('Q', latin, Buffer.from([0])));
-  assert.equal(found?.toString('latin1', 5), 'EXECUTE "7:s" (\'\xe9\')\0');
-  assert.deepEqual(bytes(parse('', 'EXECUTE s')), [parse('', 'EXECUTE "7:s"')]);
+  assert.equal(found?.toString('latin1', 5), "EXECUTE c7_s ('\xe9')\0");
+  assert.deepEqual(bytes(parse('', 'EXECUTE s')), [parse('', 'EXECUTE c7_s')]);
 });
 
 test('a prepared statement has its marks each time it is bound', () => {
   const found = marks(parse('s', 'SET a = 1'), bind('', 's'), bind('', 's'), parse('s', 'SELECT 1'), bind('', 's'));
-  assert.deepEqual(found, [null, { settings: true }, { settings: true }, null, null]);
-  assert.deepEqual(marks(query('SET a = 1')), [{ settings: true }]);
+  assert.deepEqual(found, [[], ['settings'], ['settings'], [], []]);
+  assert.deepEqual(marks(query('SET a = 1')), [['settings']]);
 });
 
 test('messages that clients do not send are refused', () => {
   assert.deepEqual(rewritten(message('F'), message('z')), [null, null]);
-  assert.deepEqual(new Statements('7:').rewrite(CLIENT.PASSWORD, message('p')), null);
+  assert.deepEqual(new Statements('c7_').rewrite(CLIENT.PASSWORD, message('p')), null);
 });

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { errorResponse, fields, int32, lengthAt, message, messages, query, row, SYNC, text } from '../wire.mjs';
+import { errorOf, errorResponse, int32, lengthAt, message, messages, query, row, SYNC, text } from '../wire.mjs';
 
 test('a message is its type, its length and its body', () => {
   assert.deepEqual([...message('Q', text('é'))], [0x51, 0, 0, 0, 7, 0xc3, 0xa9, 0]);
@@ -15,8 +15,8 @@ test('messages are found one by one, and an incomplete head is none', () => {
 });
 
 test('an error response says its severity, its state and its reason', () => {
-  const found = fields(errorResponse('FATAL', '57P01', 'the reason'));
-  assert.deepEqual(found, { S: 'FATAL', V: 'FATAL', C: '57P01', M: 'the reason' });
+  const found = errorOf(errorResponse('FATAL', '57P01', 'the reason'));
+  assert.deepEqual([found.sqlstate, found.message], ['57P01', 'the reason']);
 });
 
 test('a row has strings, empty strings and nulls', () => {
