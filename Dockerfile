@@ -3,7 +3,7 @@ ARG PYTHON_IMAGE=python:3.12-slim
 
 FROM ${PYTHON_IMAGE} AS build
 WORKDIR /app
-# An environment without pip: what installs it stays in this stage. Every file is checked against its hash.
+# An environment without pip: the installer stays in this stage. Every file is checked against its hash.
 COPY requirements/runtime.txt requirements/runtime.txt
 RUN python -m venv --without-pip /opt/venv && \
     python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check \
@@ -25,8 +25,8 @@ LABEL org.opencontainers.image.title="sensor-pipeline" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.description="Sensor readings from Parquet through Kafka into TimescaleDB" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Nothing is installed from here on, so nothing that installs is left: neither pip nor the wheel that makes it. A pip
-# that belongs to the base's distribution does not uninstall itself.
+# Nothing is installed from here on, so installers are removed: pip, and the wheel that could install it. A pip that
+# belongs to the base's distribution does not uninstall itself.
 RUN groupadd --gid 10001 pipeline && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin pipeline && \
     { python -m pip uninstall --yes --quiet --root-user-action=ignore pip || \
