@@ -83,7 +83,7 @@ fmt: setup $(GATEWAY_READY) ## format the code, and fix what ruff and biome can 
 	@$(BIN)/ruff format .
 	@$(NPM) run --silent format
 
-docs: setup ## generate docs/settings.md and .env.example from the settings again
+docs: setup ## write what is generated from the settings: docs/settings.md, .env.example, blocks of other files
 	@$(BIN)/python -m tests.documents
 
 wheel: setup ## dist/: the wheel that "pip install" takes

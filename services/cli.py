@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from services.core.config import default_settings, find_unknown_names, load_settings
+    from services.core.config import find_unknown_names, load_settings
 
-    needs = NEEDS.get(_name(options))
-    settings = default_settings() if needs == () else load_settings(*needs or ())
+    needed = NEEDS.get(_name(options), ("*",))
+    settings = load_settings(needed)
     configure_logging(settings.log_level, settings.log_format)
-    for each in find_unknown_names() if needs != () else []:
+    for each in find_unknown_names() if needed else []:
         nearest = {"did_you_mean": each.nearest} if each.nearest else {}
         log.warning("unknown_setting", extra=fields(name=each.name, source=each.source, **nearest))
     return int(options.run(settings, options))

@@ -1,16 +1,28 @@
-"""What is generated from the settings: ``.env.example`` and ``docs/settings.md``.
+"""What is generated from the settings: ``.env.example``, ``docs/settings.md``, and blocks of two other files.
 
-``make docs`` (``python -m tests.documents``) writes both; a test checks that this would change nothing. Names,
-defaults and descriptions come from ``services/core/config.py``, the sections and their order from here.
+``make docs`` (``python -m tests.documents``) writes them; a test checks that this would change nothing. Names,
+defaults and descriptions come from ``services/core/config.py``, the sections and their order from here. A block begins
+with a comment that names its settings, ``make docs: KAFKA_TOPIC ETL_*``, and ends with ``make docs: end``.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 from tests import ROOT
 from tests.measured import documented_settings
+
+BLOCK = re.compile(
+    r"(?P<start>^(?P<indent> *)(?:#|<!--) make docs: (?P<patterns>[A-Z_* ]+).*?\n)"
+    r".*?(?P<end>^ *(?:#|<!--) make docs: end)",
+    re.MULTILINE | re.DOTALL,
+)
+
+Setting = tuple[str, str, str]  # name, default, description
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +65,17 @@ SECTIONS = (
 )
 
 
-def sections() -> list[tuple[Section, list[tuple[str, str, str]]]]:
+def matches(setting: Setting, patterns: Iterable[str]) -> bool:
+    """Whether the setting's name matches one of the patterns."""
+    return any(fnmatchcase(setting[0], pattern) for pattern in patterns)
+
+
+def sections() -> list[tuple[Section, list[Setting]]]:
     """Each section with the name, default and description of its settings. Raises ValueError if one has no section."""
     left = documented_settings()
     found = []
     for section in SECTIONS:
-        chosen = [each for each in left if any(fnmatchcase(each[0], pattern) for pattern in section.patterns)]
+        chosen = [each for each in left if matches(each, section.patterns)]
         left = [each for each in left if each not in chosen]
         found.append((section, chosen))
     if left:
@@ -93,13 +110,40 @@ def settings_page() -> str:
     ]
     for section, settings in sections():
         note = [section.note, ""] if section.note else []
-        lines += ["", f"## {section.title}", "", *note, "| setting | default | description |", "|---|---|---|"]
-        for name, default, description in settings:
-            lines.append(f"| `{name}` | {f'`{default}`' if default else ''} | {description} |")
+        lines += ["", f"## {section.title}", "", *note, *table(settings)]
     return "\n".join(lines) + "\n"
 
 
-GENERATED = {".env.example": env_example, "docs/settings.md": settings_page}
+def table(settings: Iterable[Setting]) -> list[str]:
+    """Lines of a Markdown table."""
+    rows = [
+        f"| `{name}` | {f'`{default}`' if default else ''} | {description} |" for name, default, description in settings
+    ]
+    return ["| setting | default | description |", "|---|---|---|", *rows]
+
+
+def compose_lines(settings: Iterable[Setting]) -> list[str]:
+    """Variables of a container: "-" and not ":-", because a value that was made empty on purpose stays empty."""
+    return [f"{name}: ${{{name}-{default}}}" for name, default, _ in settings]
+
+
+def with_blocks(file: str, lines: Callable[[list[Setting]], list[str]]) -> str:
+    """The file with ``lines`` of the settings in each block."""
+
+    def fill(block: re.Match[str]) -> str:
+        patterns = block["patterns"].split()
+        chosen = [each for _, settings in sections() for each in settings if matches(each, patterns)]
+        return block["start"] + "".join(f"{block['indent']}{line}\n" for line in lines(chosen)) + block["end"]
+
+    return BLOCK.sub(fill, (ROOT / file).read_text(encoding="utf-8"))
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    ".env.example": env_example,
+    "docs/settings.md": settings_page,
+    "README.md": partial(with_blocks, "README.md", table),
+    "docker-compose.yml": partial(with_blocks, "docker-compose.yml", compose_lines),
+}
 
 if __name__ == "__main__":
     for name, content in GENERATED.items():

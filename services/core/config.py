@@ -1,8 +1,8 @@
 """The environment, read once, into one frozen object.
 
 Nothing else reads the environment. ``.env`` in the current directory is read too; the environment wins. POSTGRES_* is
-taken for POSTGRE_*, and what is misspelt is noticed (names.py).
-Every field's description is what a user is told when the value is wrong, and what ``.env.example`` says.
+accepted for POSTGRE_*, and what is misspelt is noticed (names.py). A field's description is what a user is told when
+the value is wrong, and what the documents say (tests/documents.py).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 from zoneinfo import available_timezones
 
 from pydantic import (
@@ -23,10 +24,10 @@ from pydantic import (
     PlainSerializer,
     SecretStr,
     ValidationError,
-    ValidationInfo,
     create_model,
-    field_validator,
+    model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -35,50 +36,42 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from services.core.credentials import SYSTEM, check_certificates, check_key, check_permissions, read_password
+from services.core.credentials import read_password
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT, measurement, names_of
 from services.core.names import UnknownName, names_in, unknown_names, with_synonyms
 
 DOTENV = Path(".env")
-
-
-def _password_file(path: str) -> str:
-    if path:
-        read_password(path)
-    return path
-
-
-def _certificate_file(path: str) -> str:
-    if path:
-        check_certificates(path)
-    return path
-
-
-def _root_certificate_file(path: str) -> str:
-    return path if path == SYSTEM else _certificate_file(path)
-
-
-def _check_pair(certificate_setting: str, certificate: str, key: str, password: str = "") -> None:
-    if certificate and not key:
-        raise ValueError(f"{certificate_setting} needs one")
-    if key and not certificate:
-        raise ValueError(f"{certificate_setting} is not set")
-    if key:
-        check_key(key, certificate, password)
-
-
+KEY_OF = {"postgre_sslcert": "postgre_sslkey", "kafka_ssl_certificate_location": "kafka_ssl_key_location"}
 # The roles whose passwords are settings; the migrations create them.
 LOGINS = ("sensor_consumer", "sensor_etl", "sensor_grafana", "sensor_dashboard")
 
 
-def _password_file_of(login: str) -> Any:
-    return Field("", description=f"file with the password of {login}; it wins over {login.upper()}_PASSWORD")
+def _number(default: float, least: float, most: float, what: str, *, zero: str = "") -> Any:
+    """A number from ``least`` to ``most``, both allowed; ``zero`` is what 0 means."""
+    allowed = f"{least} ({zero}) to {most}" if zero else f"{least} to {most}"
+    return Field(default, ge=least, le=most, description=f"{what}: {allowed}")
 
 
-def _password_of(login: str) -> Any:
-    what = f"password that migrate sets for the role {login}; empty: it is left alone"
-    return Field(SecretStr(""), validate_default=True, description=what)
+def _text(default: object, what: str) -> Any:
+    return Field(default, description=what)
+
+
+def _choice(default: str, choices: Any, what: str) -> Any:
+    *others, last = get_args(choices)
+    return _text(default, f"{what}: {', '.join(others)} or {last}")
+
+
+def _password(default: str, what: str) -> Any:
+    return Field(SecretStr(default), description=what)
+
+
+def _password_file(setting: str) -> Any:
+    return Field("", description=f"file with that password; it wins over {setting}")
+
+
+def _login_password(login: str) -> Any:
+    return _password("", f"password that migrate sets for the role {login}; empty: it is left alone")
 
 
 def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -86,15 +79,11 @@ def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _zone(name: str) -> str:
-    if name == "UTC":
-        return name
-    known = available_timezones() - {"localtime"}  # which is another one on each machine
-    if name in known:
+    known = available_timezones() - {"localtime"}  # which is a different one on each machine
+    if name == "UTC" or name in known:
         return name
     if not known:
-        raise ValueError(
-            "there is no database of time zones here: install the package tzdata, the system's or Python's"
-        )
+        raise ValueError("there is no database of time zones: install the package tzdata, the system's or Python's")
     (nearest,) = difflib.get_close_matches(name, known, 1) or [""]
     meant = f"did you mean {nearest}?" if nearest else "it takes an IANA name such as Europe/Berlin"
     raise ValueError(f"there is no such time zone ({meant})")
@@ -105,13 +94,13 @@ def _level(text: str) -> str:
 
 
 Zone = Annotated[str, AfterValidator(_zone)]
-Minutes = Annotated[int, Field(ge=1, le=60 * 24 * 366)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), PlainSerializer(",".join)]
-Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
+SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+Severity = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
-PasswordFile = Annotated[str, AfterValidator(_password_file)]
-CertificateFile = Annotated[str, AfterValidator(_certificate_file)]
 
 
 class Environment(BaseSettings):
@@ -135,250 +124,141 @@ class Environment(BaseSettings):
         return init_settings, env_settings, dotenv_settings
 
 
-class Settings(Environment):
+class Measured(Environment):
+    """What is measured: which other settings there are depends on it."""
+
+    measurements: Names = _text(
+        DEFAULT, "what is measured, comma-separated; run sensor-pipeline migrate after a change"
+    )
+
+
+class Settings(Measured):
     """All settings; the names are the environment variables' names in lower case.
 
-    Those of each measurement are added by ``settings_type``.
+    Those of each measurement are added by ``settings_type``. Files that settings name are read when a client is made.
     """
 
-    measurements: Names = Field(
-        DEFAULT, description="what is measured, with commas between; run sensor-pipeline migrate after a change"
-    )
+    postgre_host: Name = _text("localhost", "host name or address of PostgreSQL with TimescaleDB")
+    postgre_port: int = _number(5432, 1, 65535, "port of PostgreSQL")
+    postgre_user: Name = _text("postgres", "role to connect as")
+    postgre_password: SecretStr = _password("postgres", "password of POSTGRE_USER")
+    postgre_password_file: str = _password_file("POSTGRE_PASSWORD")
+    postgre_dbname: Name = _text("sensors", "name of the database")
+    postgre_sslmode: SslMode = _choice("prefer", SslMode, "TLS to PostgreSQL")
+    postgre_sslrootcert: str = _text("", "file with the CA of PostgreSQL's certificate; system: those of the system")
+    postgre_sslcert: str = _text("", "file with the certificate shown to PostgreSQL")
+    postgre_sslkey: str = _text("", "file with that certificate's private key")
 
-    postgre_host: Name = Field("localhost", description="host name or address of PostgreSQL with TimescaleDB")
-    postgre_port: Port = Field(5432, description="port of PostgreSQL: 1 to 65535")
-    postgre_user: Name = Field("postgres", description="role to connect as")
-    postgre_password_file: PasswordFile = Field(
-        "", description="file with the password of that role; it wins over POSTGRE_PASSWORD"
-    )
-    postgre_password: SecretStr = Field(
-        SecretStr("postgres"), validate_default=True, description="password of that role"
-    )
-    postgre_dbname: Name = Field("sensors", description="name of the database")
-    postgre_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
-        "prefer", description="TLS to PostgreSQL: disable, allow, prefer, require, verify-ca or verify-full"
-    )
-    postgre_sslrootcert: Annotated[str, AfterValidator(_root_certificate_file)] = Field(
-        "", description="file with the CA that signed PostgreSQL's certificate; system: those of the system"
-    )
-    postgre_sslcert: CertificateFile = Field("", description="file with the certificate we show to PostgreSQL")
-    postgre_sslkey: str = Field("", validate_default=True, description="file with that certificate's private key")
+    sensor_consumer_password: SecretStr = _login_password("sensor_consumer")
+    sensor_consumer_password_file: str = _password_file("SENSOR_CONSUMER_PASSWORD")
+    sensor_etl_password: SecretStr = _login_password("sensor_etl")
+    sensor_etl_password_file: str = _password_file("SENSOR_ETL_PASSWORD")
+    sensor_grafana_password: SecretStr = _login_password("sensor_grafana")
+    sensor_grafana_password_file: str = _password_file("SENSOR_GRAFANA_PASSWORD")
+    sensor_dashboard_password: SecretStr = _login_password("sensor_dashboard")
+    sensor_dashboard_password_file: str = _password_file("SENSOR_DASHBOARD_PASSWORD")
 
-    sensor_consumer_password_file: PasswordFile = _password_file_of("sensor_consumer")
-    sensor_consumer_password: SecretStr = _password_of("sensor_consumer")
-    sensor_etl_password_file: PasswordFile = _password_file_of("sensor_etl")
-    sensor_etl_password: SecretStr = _password_of("sensor_etl")
-    sensor_grafana_password_file: PasswordFile = _password_file_of("sensor_grafana")
-    sensor_grafana_password: SecretStr = _password_of("sensor_grafana")
-    sensor_dashboard_password_file: PasswordFile = _password_file_of("sensor_dashboard")
-    sensor_dashboard_password: SecretStr = _password_of("sensor_dashboard")
+    kafka_host: Name = _text("localhost", "host name or address of a Kafka broker")
+    kafka_port: int = _number(9092, 1, 65535, "port of the Kafka broker")
+    kafka_topic: Topic = _text("sensor_data", "topic of the readings: letters, digits, '.', '_' and '-'")
+    kafka_partitions: int = _number(6, 1, 10_000, "partitions of the topic when it is created")
+    kafka_replication_factor: int = _number(1, 1, 100, "copies of each partition when the topic is created")
+    kafka_min_insync_replicas: int = _number(0, 0, 100, "min.insync.replicas of the topics", zero="broker default")
+    kafka_compression: Literal["none", "lz4", "zstd"] = _text(
+        "none", "compression of the topic when it is created: none (then the broker refuses bombs), lz4 or zstd"
+    )
+    kafka_group: Name = _text("sensor_data_consumer", "consumer group of the consumers")
+    kafka_group_protocol: Literal["auto", "consumer", "classic"] = _text(
+        "auto", "how consumers share partitions: consumer (Kafka 4), classic, or auto: the first where offered"
+    )
+    kafka_session_timeout_ms: int = _number(
+        45_000, 6000, 1_800_000, "silence in ms after which a classic consumer counts as dead (else the broker decides)"
+    )
+    kafka_security_protocol: SecurityProtocol = _choice("PLAINTEXT", SecurityProtocol, "protocol to Kafka")
+    kafka_sasl_mechanism: SaslMechanism = _choice("SCRAM-SHA-512", SaslMechanism, "SASL mechanism")
+    kafka_sasl_username: str = _text("", "SASL user name")
+    kafka_sasl_password: SecretStr = _password("", "SASL password")
+    kafka_sasl_password_file: str = _password_file("KAFKA_SASL_PASSWORD")
+    kafka_ssl_ca_location: str = _text("", "file with the CA of the broker's certificate; empty: those of the system")
+    kafka_ssl_certificate_location: str = _text("", "file with the certificate shown to the broker")
+    kafka_ssl_key_location: str = _text("", "file with that certificate's private key")
+    kafka_ssl_key_password: SecretStr = _password("", "password of that private key")
 
-    kafka_host: Name = Field("localhost", description="host name or address of a Kafka broker")
-    kafka_port: Port = Field(9092, description="port of the Kafka broker: 1 to 65535")
-    kafka_topic: Topic = Field("sensor_data", description="topic of the readings: letters, digits, '.', '_' and '-'")
-    kafka_partitions: int = Field(6, ge=1, le=10000, description="partitions the topic is created with: at least 1")
-    kafka_replication_factor: int = Field(1, ge=1, le=100, description="copies of each partition: at least 1")
-    kafka_min_insync_replicas: int = Field(
-        0,
-        ge=0,
-        le=100,
-        description="copies a message must have to count as sent: 0 (as the brokers say) to KAFKA_REPLICATION_FACTOR",
+    parquet_url: Name = _text(
+        "data/measurements.parquet", "file, directory or glob of Parquet files: a local path, or s3:// or gs://"
     )
-    kafka_compression: Literal["none", "lz4", "zstd"] = Field(
-        "none",
-        description="compression of the topic when it is created: none (then the broker refuses bombs), lz4 or zstd",
+    data_feature_date: Name = _text("time_hour", "column of the Parquet file with the time")
+    data_feature_timezone: Zone = _text("UTC", "zone of times that have none: an IANA name such as Europe/Berlin")
+    data_feature_date_unit: Literal["", "s", "ms", "us", "ns"] = _text(
+        "", "unit of times that are numbers since 1970: s, ms, us or ns; empty: they are not numbers"
     )
-    kafka_group: Name = Field("sensor_data_consumer", description="consumer group of the consumers")
-    kafka_group_protocol: Literal["auto", "consumer", "classic"] = Field(
-        "auto",
-        description="how consumers share partitions: consumer (Kafka 4), classic, or auto: the first where offered",
-    )
-    kafka_session_timeout_ms: int = Field(
-        45_000,
-        ge=6000,
-        le=1_800_000,
-        description="silence in ms after which a classic consumer counts as dead (else the broker decides): "
-        "6000 to 1800000",
-    )
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", description="how to talk to Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
-    )
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
-        "SCRAM-SHA-512", description="SASL mechanism: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
-    )
-    kafka_sasl_username: str = Field("", validate_default=True, description="SASL user name")
-    kafka_sasl_password_file: PasswordFile = Field(
-        "", description="file with the SASL password; it wins over KAFKA_SASL_PASSWORD"
-    )
-    kafka_sasl_password: SecretStr = Field(SecretStr(""), validate_default=True, description="SASL password")
-    kafka_ssl_ca_location: CertificateFile = Field(
-        "", description="file with the CA that signed the broker's certificate"
-    )
-    kafka_ssl_certificate_location: CertificateFile = Field(
-        "", description="file with the certificate we show to the broker"
-    )
-    kafka_ssl_key_password: SecretStr = Field(SecretStr(""), description="password of that certificate's private key")
-    kafka_ssl_key_location: str = Field("", validate_default=True, description="file with that private key")
+    data_feature_sensor: str = _text("origin", "column with the sensor's id; empty: all are of sensor 'default'")
 
-    parquet_url: Name = Field(
-        "data/measurements.parquet",
-        description="file, directory or glob of Parquet files: a local path, or s3:// or gs://",
+    producer_format: Literal["json", "arrow"] = _text(
+        "json", "what a message holds: json (one reading) or arrow (a block of up to 1000, for bulk loads)"
     )
-    data_feature_date: Name = Field("time_hour", description="column of the Parquet file with the time")
-    data_feature_timezone: Zone = Field(
-        "UTC", description="zone of times that have none: an IANA name such as Europe/Berlin"
+    producer_transaction_rows: int = _number(200_000, 1, 10_000_000, "maximum readings per producer transaction")
+    producer_transaction_timeout_seconds: int = _number(
+        60, 5, 900, "age in whole seconds at which Kafka aborts the transaction of a dead producer"
     )
-    data_feature_date_unit: Literal["", "s", "ms", "us", "ns"] = Field(
-        "", description="unit of times that are numbers since 1970: s, ms, us or ns; empty: they are no numbers"
+    producer_rate: float = _number(0, 0, 10_000_000, "readings to send per second", zero="as fast as possible")
+    producer_watch_seconds: float = _number(0, 0, 86_400, "seconds between checks for new files", zero="check once")
+    consumer_batch_rows: int = _number(50_000, 1, 1_000_000, "maximum readings per database transaction")
+    consumer_batch_seconds: float = _number(0.5, 0.001, 60, "age in seconds at which a smaller batch is written")
+    consumer_writers: int = _number(2, 1, 16, "transactions that a consumer writes at the same time")
+    max_message_bytes: int = _number(
+        65_536, 256, 1_000_000, "bytes above which a message is a dead letter, unless it holds a block"
     )
-    data_feature_sensor: str = Field(
-        "origin", description="column with the sensor's id; empty: all readings belong to sensor 'default'"
+    max_future_seconds: int = _number(86_400, 0, 10**9, "seconds in the future beyond which readings are dead letters")
+    max_past_days: int = _number(
+        7305, 1, 50_000, "age in days beyond which readings are dead letters (a chunk per week with readings)"
     )
+    dead_letter_retention_days: int = _number(
+        90, 0, 36_500, "days that dead letters are kept, when their topic is created", zero="forever"
+    )
+    dead_letter_retention_mb: int = _number(
+        1024, 0, 10**9, "MB of dead letters that are kept, when their topic is created", zero="all"
+    )
+    raw_retention_days: int = _number(
+        0, 0, 36_500, "days that raw readings are kept (summaries stay; load older history first)", zero="forever"
+    )
+    compress_after_days: int = _number(0, 0, 36_500, "age in days at which raw readings are compressed", zero="never")
+    etl_poll_seconds: float = _number(0.5, 0.001, 3600, "seconds between polls of the refresh queue")
+    etl_check_seconds: float = _number(300, 0, 86_400, "seconds between comparisons with raw readings", zero="never")
+    metrics_host: Name = _text("127.0.0.1", "address to serve /metrics, /livez and /readyz at; 0.0.0.0: all addresses")
+    metrics_port: int = _number(0, 0, 65535, "port of these pages, different for each service", zero="off")
+    startup_timeout_seconds: float = _number(15, 0, 3600, "seconds to wait for Kafka and PostgreSQL at the start")
+    log_level: Annotated[Severity, BeforeValidator(_level)] = _choice("INFO", Severity, "least severity that is logged")
+    log_format: Literal["auto", "text", "json"] = _text("auto", "text, json, or auto: text on terminals, else json")
 
-    producer_format: Literal["json", "arrow"] = Field(
-        "json",
-        description="what a message holds: json (one reading) or arrow (a block of up to 1000, for bulk loads)",
-    )
-    producer_transaction_rows: int = Field(
-        200_000, ge=1, le=10_000_000, description="readings a transaction of the producer: 1 to 10000000"
-    )
-    producer_transaction_timeout_seconds: int = Field(
-        60,
-        ge=5,
-        le=900,
-        description="age at which Kafka ends the transaction of a dead producer: 5 to 900 whole seconds",
-    )
-    producer_rate: float = Field(
-        0, ge=0, le=10_000_000, description="readings a second to send: 0 (as fast as possible) to 10000000"
-    )
-    producer_watch_seconds: float = Field(
-        0,
-        ge=0,
-        le=86_400,
-        description="pause between two looks for new files: 0 (send what is there and end) to 86400 seconds",
-    )
-    consumer_batch_rows: int = Field(
-        50_000, ge=1, le=1_000_000, description="readings a transaction at most: 1 to 1000000"
-    )
-    consumer_batch_seconds: float = Field(
-        0.5,
-        gt=0,
-        le=60,
-        description="age in seconds at which a smaller batch is written: above 0, at most 60",
-    )
-    consumer_writers: int = Field(
-        2, ge=1, le=16, description="transactions that a consumer writes at the same time: 1 to 16"
-    )
-    max_message_bytes: int = Field(
-        65_536,
-        ge=256,
-        le=1_000_000,
-        description="longer messages are dead letters, unless they hold blocks: 256 to 1000000 bytes",
-    )
-    max_future_seconds: int = Field(
-        86_400,
-        ge=0,
-        le=10**9,
-        description="readings further than this ahead of the clock are dead letters: 0 or more seconds",
-    )
-    max_past_days: int = Field(
-        7305,
-        ge=1,
-        le=50_000,
-        description="older readings are dead letters: 1 to 50000 days; each week with readings is a chunk",
-    )
-    dead_letter_retention_days: int = Field(
-        90,
-        ge=0,
-        le=36_500,
-        description="days that dead letters are kept: 0 (for ever) or more, when the topic is created",
-    )
-    dead_letter_retention_mb: int = Field(
-        1024, ge=0, le=10**9, description="MB of dead letters that are kept: 0 (all) or more, when the topic is created"
-    )
-    raw_retention_days: int = Field(
-        0,
-        ge=0,
-        le=36_500,
-        description="days that raw readings are kept: 0 (for ever) or more; summaries stay; load older history first",
-    )
-    compress_after_days: int = Field(
-        0, ge=0, le=36_500, description="age in days at which raw readings are compressed: 0 (never) or more"
-    )
-    etl_poll_seconds: float = Field(
-        0.5, gt=0, le=3600, description="pause between two looks at the refresh queue: above 0 seconds"
-    )
-    etl_check_seconds: float = Field(
-        300.0,
-        ge=0,
-        le=86_400,
-        description="pause between two comparisons of summaries with raw readings: 0 (never) to 86400 seconds",
-    )
-    metrics_host: Name = Field(
-        "127.0.0.1", description="address that /metrics, /livez and /readyz are served at; 0.0.0.0: all of this machine"
-    )
-    metrics_port: int = Field(0, ge=0, le=65535, description="their port: 0 (off) to 65535; each service needs its own")
-    startup_timeout_seconds: float = Field(
-        15,
-        ge=0,
-        le=3600,
-        description="how long to wait at the start for Kafka and PostgreSQL: 0 or more seconds",
-    )
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_level)] = Field(
-        "INFO", description="DEBUG, INFO, WARNING or ERROR"
-    )
-    log_format: Literal["auto", "text", "json"] = Field(
-        "auto", description="text, json, or auto: text on a terminal, json elsewhere"
-    )
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        """What each setting allows, but not with the others."""
+        if found := list(self._contradictions()):
+            raise ValueError("; ".join(found))
+        return self
 
-    # A validator sees the fields above its own, as far as they are right.
-
-    @field_validator("postgre_password", "kafka_sasl_password", *(f"{role}_password" for role in LOGINS))
-    @classmethod
-    def _read_password_file(cls, password: SecretStr, info: ValidationInfo) -> SecretStr:
-        path = info.data.get(f"{info.field_name}_file")
-        return SecretStr(read_password(path)) if path else password
-
-    @field_validator("kafka_min_insync_replicas")
-    @classmethod
-    def _at_most_all(cls, replicas: int, info: ValidationInfo) -> int:
-        copies = info.data.get("kafka_replication_factor", replicas)
-        if replicas > copies:
-            raise ValueError(f"KAFKA_REPLICATION_FACTOR={copies} makes fewer copies, so no message would ever be taken")
-        return replicas
-
-    @field_validator("compress_after_days")
-    @classmethod
-    def _before_they_are_dropped(cls, days: int, info: ValidationInfo) -> int:
-        kept = info.data.get("raw_retention_days", 0)
-        if days and kept and days >= kept:
-            raise ValueError(f"RAW_RETENTION_DAYS={kept} drops raw readings before they would be compressed")
-        return days
-
-    @field_validator("kafka_sasl_username", "kafka_sasl_password")
-    @classmethod
-    def _needed_for_sasl(cls, value: str | SecretStr, info: ValidationInfo) -> str | SecretStr:
-        protocol = info.data.get("kafka_security_protocol", "")
-        if protocol.startswith("SASL") and not value:
-            raise ValueError(f"KAFKA_SECURITY_PROTOCOL={protocol} needs one")
-        return value
-
-    @field_validator("postgre_sslkey")
-    @classmethod
-    def _check_postgre_key(cls, key: str, info: ValidationInfo) -> str:
-        if "postgre_sslcert" in info.data:
-            _check_pair("POSTGRE_SSLCERT", info.data["postgre_sslcert"], key)
-        if key:
-            check_permissions(key)
-        return key
-
-    @field_validator("kafka_ssl_key_location")
-    @classmethod
-    def _check_kafka_key(cls, key: str, info: ValidationInfo) -> str:
-        if "kafka_ssl_certificate_location" in info.data:
-            password = info.data["kafka_ssl_key_password"].get_secret_value()
-            _check_pair("KAFKA_SSL_CERTIFICATE_LOCATION", info.data["kafka_ssl_certificate_location"], key, password)
-        return key
+    def _contradictions(self) -> Iterator[str]:
+        if self.kafka_min_insync_replicas > (copies := self.kafka_replication_factor):
+            yield (
+                f"KAFKA_MIN_INSYNC_REPLICAS={self.kafka_min_insync_replicas}: KAFKA_REPLICATION_FACTOR={copies} makes "
+                "fewer copies, so no message would ever be taken"
+            )
+        if self.compress_after_days and 0 < (kept := self.raw_retention_days) <= self.compress_after_days:
+            yield (
+                f"COMPRESS_AFTER_DAYS={self.compress_after_days}: RAW_RETENTION_DAYS={kept} drops raw readings before "
+                "they would be compressed"
+            )
+        if self.kafka_security_protocol.startswith("SASL"):
+            password = self.kafka_sasl_password or self.kafka_sasl_password_file
+            for name, value in (("USERNAME", self.kafka_sasl_username), ("PASSWORD", password)):
+                if not value:
+                    yield f"KAFKA_SASL_{name}=: KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} needs one"
+        for certificate, key in KEY_OF.items():
+            shown, opened = getattr(self, certificate), getattr(self, key)
+            if bool(shown) != bool(opened):
+                reason = "needs one" if shown else "is not set"
+                yield f"{key.upper()}={opened}: {certificate.upper()} {reason}"
 
     def interval_of(self, name: str) -> int:
         """Minutes of an interval of a measurement."""
@@ -388,10 +268,18 @@ class Settings(Environment):
         """The Parquet column of a measurement; empty: files do not have it."""
         return str(getattr(self, measurement(name).column_setting))
 
-    def password_of(self, login: str) -> str:
-        """What SENSOR_*_PASSWORD says for one of LOGINS; empty: nothing."""
-        password: SecretStr = getattr(self, f"{login}_password")
-        return password.get_secret_value()
+    def secret(self, name: str) -> str:
+        """The password ``name``: what the file of NAME_FILE holds, else NAME. Raises ConfigurationError."""
+        path: str = getattr(self, f"{name}_file")
+        password: SecretStr = getattr(self, name)
+        return read_password(f"{name}_file", path) if path else password.get_secret_value()
+
+    def as_environment(self) -> dict[str, str]:
+        """The environment variables that give these settings, with passwords."""
+        return {
+            name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in self.model_dump().items()
+        }
 
     @property
     def dead_letter_topic(self) -> str:
@@ -409,44 +297,29 @@ def settings_type(measurements: tuple[str, ...]) -> type[Settings]:
     """Settings with two for each of these measurements: the width of its intervals, and its Parquet column."""
     more: dict[str, Any] = {"measurements": (Names, Settings.model_fields["measurements"])}
     for each in map(measurement, measurements):
-        width = f"width of a {each.name} interval: whole minutes, 1 to 527040"
+        width = f"width of a {each.name} interval in whole minutes"
         column = f"column of the Parquet file with the {each.name}; empty: it has none"
-        more[each.interval_setting] = (Minutes, Field(each.minutes, description=width))
-        more[each.column_setting] = (str, Field(each.column, description=column))
+        more[each.interval_setting] = (int, _number(each.minutes, 1, 60 * 24 * 366, width))
+        more[each.column_setting] = (str, _text(each.column, column))
     return create_model("Settings", __base__=Settings, **more)
 
 
-def load_settings(*names: str) -> Settings:
-    """Read the environment and ``.env``; with ``names`` (``kafka_*``) only these, the others have their defaults.
+def load_settings(needed: tuple[str, ...] = ("*",)) -> Settings:
+    """Read the environment and ``.env``; all others than those ``needed`` (``kafka_*``) have their defaults.
 
     Raises ConfigurationError with one line for each wrong variable: its name, its value, what is allowed.
     """
     model = settings_type(DEFAULT)
     try:
-        if not names or any(name.startswith("data_feature_") for name in names):
-            model = _model()
-        names_in(DOTENV, model.model_fields)
-        return _read(model, names) if names else model()
+        if "*" in needed or "measurements" in needed:
+            model = settings_type(Measured().measurements)
+        if needed:
+            names_in(DOTENV, model.model_fields)
+        return model() if "*" in needed else _read(model, needed)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            field = str(problem["loc"][0])
-            info = model.model_fields.get(field.lower())
-            secret = info is not None and info.annotation is SecretStr
-            value = "" if secret else " ".join(str(problem["input"]).splitlines())
-            if problem["type"] == "value_error":  # said by a validator of ours
-                lines.append(f"{field.upper()}={value}: {problem['ctx']['error']}")
-                continue
-            allowed = info.description if info is not None else problem["msg"]
-            lines.append(f"{field.upper()}={value} is not allowed ({allowed})")
-        raise ConfigurationError("; ".join(lines)) from error
+        raise ConfigurationError("; ".join(_line(problem, model) for problem in error.errors())) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{DOTENV} cannot be read: {error}") from error
-
-
-def _model() -> type[Settings]:
-    """The settings with those of what MEASUREMENTS lists."""
-    return settings_type(_read(Settings, ("measurements",)).measurements)
 
 
 def _read(model: type[Settings], patterns: tuple[str, ...]) -> Settings:
@@ -458,9 +331,14 @@ def _read(model: type[Settings], patterns: tuple[str, ...]) -> Settings:
     return model.model_construct(**dict(create_model("Chosen", __base__=Environment, **chosen)()))
 
 
-def default_settings() -> Settings:
-    """The defaults, whatever the environment says: for what must work with wrong settings too."""
-    return settings_type(DEFAULT).model_construct()
+def _line(problem: ErrorDetails, model: type[Settings]) -> str:
+    said = problem.get("ctx", {}).get("error")  # by a validator of ours
+    if not problem["loc"]:
+        return str(said)
+    name = str(problem["loc"][0]).lower()
+    field = model.model_fields[name]
+    value = "" if field.annotation is SecretStr else " ".join(str(problem["input"]).splitlines())
+    return f"{name.upper()}={value}: {said}" if said else f"{name.upper()}={value} is not allowed ({field.description})"
 
 
 def find_unknown_names() -> list[UnknownName]:
@@ -468,5 +346,5 @@ def find_unknown_names() -> list[UnknownName]:
 
     Those of the default measurements are known whatever is measured: docker-compose.yml and .env.example set them.
     """
-    known = settings_type(DEFAULT).model_fields | _model().model_fields
+    known = settings_type(DEFAULT).model_fields | settings_type(Measured().measurements).model_fields
     return list(unknown_names(known, os.environ, names_in(DOTENV, known)))

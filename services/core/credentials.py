@@ -1,63 +1,57 @@
-"""Passwords and certificates that settings name as files, looked at before any server is.
+"""Passwords and certificates in files that settings name.
 
-libpq and librdkafka report what is wrong with such a file late, and without the setting's name. Here each mistake
-is a ValueError that says what the file lacks; config.py puts the setting in front.
+libpq and librdkafka report what is wrong with such a file late and without the setting's name, or ignore it. Here each
+mistake is a ConfigurationError with that name, when a client is made: a command without this client needs no files.
 """
 
 from __future__ import annotations
 
 import ssl
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SYSTEM = "system"  # libpq's word for the CAs of the operating system
+from services.core.errors import ConfigurationError
+
+if TYPE_CHECKING:  # which reads passwords with this module
+    from services.core.config import Settings
+
+SYSTEM = ("postgre_sslrootcert", "system")  # libpq's word for the CAs of the operating system
 
 
-def read_password(path: str) -> str:
+def read_password(setting: str, path: str) -> str:
     """The password in a file, as Docker and Kubernetes mount secrets; a newline at the end is not part of it."""
-    try:
+    with _blamed(setting, path, "the file is not text in UTF-8"):
         password = Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError("the file is not text in UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"the file cannot be read ({error.strerror})") from error
     if not password:
-        raise ValueError("the file is empty")
+        raise ConfigurationError(f"{setting.upper()}={path}: the file is empty")
     return password
 
 
-def check_certificates(path: str) -> None:
-    """Whether the file holds certificates, in PEM form."""
-    _check_readable(path)
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except ssl.SSLError as error:
-        raise ValueError("the file holds no certificate in PEM form") from error
+def check_files(settings: Settings, authority: str, certificate: str, key: str, key_password: str = "") -> None:
+    """Whether the files that these three settings name hold certificates and a key of these, in PEM form."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for setting in (authority, certificate):
+        path = getattr(settings, setting)
+        if path and (setting, path) != SYSTEM:
+            with _blamed(setting, path, "the file holds no certificate in PEM form"):
+                context.load_verify_locations(path)
+    if path := getattr(settings, key):
+        with _blamed(key, path, "the file holds no private key in PEM form, or one that its password does not open"):
+            # Without a password of ours OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(getattr(settings, certificate), path, lambda: key_password)
 
 
-def check_key(path: str, certificate: str, password: str = "") -> None:
-    """Whether the file holds the certificate's private key, in PEM form, and the password opens it."""
-    _check_readable(path)
+@contextmanager
+def _blamed(setting: str, path: str, reason: str) -> Iterator[None]:
+    """Blame the setting for a file that cannot be read, or, with this ``reason``, for what it holds."""
     try:
-        # Without a password of ours OpenSSL would ask for one at the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, path, lambda: password)
-    except ssl.SSLError as error:
+        Path(path).open("rb").close()
+        yield
+    except (ssl.SSLError, UnicodeDecodeError) as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise ValueError(f"the key does not belong to the certificate {certificate}") from error
-        raise ValueError("the file holds no private key in PEM form, or one that its password does not open") from error
-
-
-def check_permissions(path: str) -> None:
-    """Whether libpq will take the private key: it refuses one that others may read."""
-    found = Path(path).stat()
-    mask = stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO if found.st_uid == 0 else stat.S_IRWXG | stat.S_IRWXO
-    if found.st_mode & mask:
-        raise ValueError("others may read the private key; take that away (chmod 600)")
-
-
-def _check_readable(path: str) -> None:
-    try:
-        with Path(path).open("rb"):
-            pass
+            reason = "the key does not belong to the certificate"
+        raise ConfigurationError(f"{setting.upper()}={path}: {reason}") from error
     except OSError as error:
-        raise ValueError(f"the file cannot be read ({error.strerror})") from error
+        raise ConfigurationError(f"{setting.upper()}={path}: the file cannot be read ({error.strerror})") from error

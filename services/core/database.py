@@ -21,6 +21,7 @@ from psycopg import Connection, sql
 
 from services.core.backoff import at_start
 from services.core.config import Settings
+from services.core.credentials import check_files
 from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.shutdown import Shutdown
 
@@ -43,7 +44,7 @@ MIGRATE = "run sensor-pipeline migrate (or alembic upgrade head) as a role that 
 CONNECT_TIMEOUT_S = 5
 
 # libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
-TLS_WORDS = ("certificate", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
+TLS_WORDS = ("certificate", "private key", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
 # libpq's words for a connection that ended after the password was sent.
 LOST_WORDS = (
     "closed the connection",
@@ -75,12 +76,13 @@ NO_TIME_LIMIT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name
 
 
 def connection_arguments(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments for psycopg and libpq."""
+    """Keyword arguments for psycopg and libpq. Raises ConfigurationError for the files that settings name."""
+    check_files(settings, "postgre_sslrootcert", "postgre_sslcert", "postgre_sslkey")
     arguments: dict[str, Any] = {
         "host": settings.postgre_host,
         "port": settings.postgre_port,
         "user": settings.postgre_user,
-        "password": settings.postgre_password.get_secret_value(),
+        "password": settings.secret("postgre_password"),
         "dbname": settings.postgre_dbname,
         "sslmode": settings.postgre_sslmode,
         "connect_timeout": CONNECT_TIMEOUT_S,
@@ -169,7 +171,7 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
         reason = text.rsplit("failed: ", 1)[-1].removeprefix("FATAL: ").strip()
         return ConfigurationError(
             f"PostgreSQL at {address(settings)}: {reason} "
-            "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT and POSTGRE_HOST)"
+            "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT, POSTGRE_SSLKEY and POSTGRE_HOST)"
         )
     return TransientError(f"PostgreSQL at {address(settings)} does not answer: {text}")
 

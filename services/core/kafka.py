@@ -15,6 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from services.core.backoff import at_start
 from services.core.config import Settings
+from services.core.credentials import check_files
 from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.handshake import find_problem
 from services.core.logs import OnceInAWhile, fields
@@ -119,13 +120,16 @@ def client_settings(settings: Settings, role: str) -> ClientSettings:
     if settings.kafka_security_protocol.startswith("SASL"):
         shared["sasl.mechanism"] = settings.kafka_sasl_mechanism
         shared["sasl.username"] = settings.kafka_sasl_username
-        shared["sasl.password"] = settings.kafka_sasl_password.get_secret_value()
+        shared["sasl.password"] = settings.secret("kafka_sasl_password")
     if settings.kafka_security_protocol.endswith("SSL"):
+        password = settings.kafka_ssl_key_password.get_secret_value()
+        files = ("kafka_ssl_ca_location", "kafka_ssl_certificate_location", "kafka_ssl_key_location")
+        check_files(settings, *files, password)
         tls = {
             "ssl.ca.location": settings.kafka_ssl_ca_location,
             "ssl.certificate.location": settings.kafka_ssl_certificate_location,
             "ssl.key.location": settings.kafka_ssl_key_location,
-            "ssl.key.password": settings.kafka_ssl_key_password.get_secret_value(),
+            "ssl.key.password": password,
         }
         shared |= {name: value for name, value in tls.items() if value}
     return shared

@@ -18,10 +18,10 @@ from services.core.shutdown import Shutdown
 
 def settings_as(login: str, settings: Settings) -> Settings:
     """The settings with which to log in as one of LOGINS; unchanged where its password is not set."""
-    if not settings.password_of(login):
+    password = settings.secret(f"{login}_password")
+    if not password:
         return settings
-    password = SecretStr(settings.password_of(login))
-    change = {"postgre_user": login, "postgre_password": password, "postgre_password_file": ""}
+    change = {"postgre_user": login, "postgre_password": SecretStr(password), "postgre_password_file": ""}
     return settings.model_copy(update=change)
 
 
@@ -30,7 +30,8 @@ def let_in(settings: Settings, shutdown: Shutdown) -> list[str]:
 
     Raises ConfigurationError where a role does not exist, or where we may not change one.
     """
-    wanted = [login for login in LOGINS if settings.password_of(login)]
+    passwords = {login: settings.secret(f"{login}_password") for login in LOGINS}
+    wanted = [login for login in LOGINS if passwords[login]]
     if not wanted:
         return []
     with connect_at_start(settings, shutdown) as connection, translated(), connection.transaction():
@@ -39,7 +40,7 @@ def let_in(settings: Settings, shutdown: Shutdown) -> list[str]:
         if missing:
             raise ConfigurationError(f"there is no role {', '.join(missing)}: run sensor-pipeline migrate first")
         for login in wanted:
-            _let_in(connection, login, settings.password_of(login))
+            _let_in(connection, login, passwords[login])
     return wanted
 
 

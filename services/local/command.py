@@ -18,7 +18,7 @@ def stack_options(settings: Settings, directory: Path, security: Security | None
         kafka_port=settings.kafka_port,
         postgre_port=settings.postgre_port,
         postgre_user=settings.postgre_user,
-        postgre_password=settings.postgre_password.get_secret_value(),
+        postgre_password=settings.secret("postgre_password"),
         postgre_dbname=settings.postgre_dbname,
         security=security,
     )

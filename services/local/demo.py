@@ -158,7 +158,7 @@ class Demo:
             self._logins[name] = login.model_copy(update=dict.fromkeys(passwords, NO_PASSWORD))
         nobody = {"postgre_password": NO_PASSWORD, "postgre_password_file": ""}
         self._logins["producer"] = self._settings.model_copy(update=nobody)
-        self._dashboard_password = settings.password_of("sensor_dashboard")
+        self._dashboard_password = settings.secret("sensor_dashboard_password")
 
     def _log_path(self, name: str) -> Path:
         return self._directory / "logs" / f"{name}.log"

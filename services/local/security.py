@@ -45,15 +45,17 @@ class Security:
         }
 
     def applied_to(self, settings: Settings) -> Settings:
-        """The settings of a client of this stack, checked as any client's are."""
-        return type(settings)(_env_file=None, **(settings.model_dump() | self.client_settings()))
+        """The settings of a client of this stack."""
+        return settings.model_copy(update=self.client_settings())
 
 
 def secure(directory: Path, settings: Settings) -> Security:
     """Make what is missing in the directory; the Kafka user is the one of the settings, if they name one."""
     authority = Authority(directory)
     password_file = directory / "kafka-password"
-    password = settings.kafka_sasl_password.get_secret_value()
+    if settings.kafka_sasl_password_file == str(password_file):  # by lines of client.env in .env; it may be gone
+        settings = settings.model_copy(update={"kafka_sasl_password_file": ""})
+    password = settings.secret("kafka_sasl_password")
     if not password:
         password = password_file.read_text(encoding="utf-8") if password_file.exists() else secrets.token_urlsafe(24)
     password_file.touch(mode=0o600)

@@ -33,9 +33,8 @@ def run(settings: Settings, *arguments: str, **environment: str) -> subprocess.C
 @pytest.mark.parametrize("command", ["produce", "consume", "etl", "status", "demo"])
 def test_a_wrong_setting(settings: Settings, command: str) -> None:
     line = error_line(run(settings, command, TEMPERATURE_INTERVAL="abc"), MISTAKE)
-    assert (
-        line == "TEMPERATURE_INTERVAL=abc is not allowed (width of a temperature interval: whole minutes, 1 to 527040)"
-    )
+    what = "width of a temperature interval in whole minutes: 1 to 527040"
+    assert line == f"TEMPERATURE_INTERVAL=abc is not allowed ({what})"
 
 
 def test_several_wrong_settings_are_one_line(settings: Settings) -> None:

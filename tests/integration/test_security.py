@@ -112,7 +112,7 @@ def test_tls_against_a_listener_without(client: Settings, capfd: pytest.CaptureF
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"kafka_sasl_password": SecretStr("hunter2")}, "invalid credentials"),
+        ({"kafka_sasl_password": SecretStr("hunter2"), "kafka_sasl_password_file": ""}, "invalid credentials"),
         ({"kafka_sasl_username": "nobody"}, "invalid credentials"),
         ({"kafka_sasl_mechanism": "SCRAM-SHA-256"}, "Unsupported SASL mechanism"),
     ],
@@ -190,7 +190,7 @@ def test_a_certificate_for_kafka(
 
 
 def test_postgresql_mistakes(client: Settings, stranger: Authority) -> None:
-    check = "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT and POSTGRE_HOST)"
+    check = "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT, POSTGRE_SSLKEY and POSTGRE_HOST)"
     for changes, expected in (
         ({"postgre_sslmode": "disable"}, "no encryption"),
         ({"postgre_sslrootcert": str(stranger.certificate)}, "certificate verify failed"),
@@ -217,6 +217,9 @@ def test_a_certificate_for_postgresql(client: Settings, security: Security, stra
                 assert connection.pgconn.ssl_in_use
         else:
             assert expected in postgre_mistake(settings)
+        pair.key.chmod(0o644)
+        assert "has group or world access" in postgre_mistake(settings)
+        pair.key.chmod(0o600)
 
 
 def test_a_statement_is_cancelled_over_tls(client: Settings) -> None:
@@ -296,5 +299,6 @@ def test_a_broker_that_was_killed_comes_back_with_a_new_password(
     renewed.start()
     renewed.wait_ready()
     assert "invalid credentials" in kafka_mistake(client, capfd)
-    connect_admin(changed(client, kafka_sasl_password=SecretStr("another one")), Shutdown())
+    login = {"kafka_sasl_password": SecretStr("another one"), "kafka_sasl_password_file": ""}
+    connect_admin(changed(client, **login), Shutdown())
     renewed.stop()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import SecretStr
 
 from services.core.config import LOGINS, settings_type
 from services.core.measurements import DEFAULT
+from tests.documents import with_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "measurements.env"
@@ -184,25 +184,12 @@ def test_what_is_fixed_follows_nothing_outside() -> None:
         assert not [key for key in environment if OUTSIDE.search(key)]
 
 
-def test_defaults_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in settings_type(DEFAULT).model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
-    given: dict[str, str] = {}
-    for environment in ENVIRONMENT.values():
-        for name, value in environment.items():
-            if value not in (f"sensor_{each}" for each in ("consumer", "etl")) and name != "POSTGRE_PASSWORD":
-                assert given.setdefault(name, value) == value
-    defaults = {}
-    # Text, since people read these logs; passwords, which commands outside do not have.
-    for name in given.keys() - FIXED.keys() - PASSWORDS.keys() - {"LOG_FORMAT"}:
-        # "-" and not ":-", so that a value that is empty on purpose arrives empty.
-        match = re.fullmatch(r"\$\{" + name + r"-([^}]*)\}", given[name])
-        assert match is not None, f"{name}: {given[name]}"
-        monkeypatch.setenv(name, match[1])
-        defaults[name.lower()] = settings_type(DEFAULT).model_fields[name.lower()].default
-    values = settings_type(DEFAULT)(_env_file=None)
-    assert {name: getattr(values, name) for name in defaults} == defaults
-    assert settings_type(DEFAULT).model_fields["postgre_password"].default == SecretStr("postgres")
+def test_what_follows_a_setting_is_generated_with_its_default() -> None:
+    """test_config.py has that what is generated is up to date."""
+    by_hand = with_blocks("docker-compose.yml", lambda _: [])
+    assert not re.findall(r"^ +([A-Z_]+): \$\{\1-.*", by_hand, re.MULTILINE)
+    otherwise = set(re.findall(r"^ +([A-Z_]+): \$\{\1:-", by_hand, re.MULTILINE))
+    assert otherwise == {"LOG_FORMAT", "PYTHON_IMAGE", *PASSWORDS}
 
 
 def test_what_a_copy_of_the_example_leaves_empty_has_a_default() -> None:

@@ -127,7 +127,7 @@ def test_every_setting_exists(document: str) -> None:
             read(document),
         )
     )
-    added_by_a_recipe = set(re.findall(r"^\+ *([A-Z_]+)[=:]", read(document), re.MULTILINE))
+    added_by_a_recipe = {name.upper() for name in re.findall(r"^\+ *(\w+)[=:]", read(document), re.MULTILINE)}
     assert named <= SETTINGS | OF_COMPOSE_AND_TESTS | added_by_a_recipe
 
 

@@ -9,15 +9,8 @@ import pytest
 
 from services.cli import parser
 from tests import ROOT
-from tests.measured import documented_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_settings_that_it_shows_are_as_they_are_here() -> None:
-    rows = re.findall(r"^\| `([A-Z_]+)` \| (?:`(.*?)`)? ?\| (.*) \|$", README, re.MULTILINE)
-    assert rows
-    assert set(rows) <= set(documented_settings())
 
 
 def test_every_option_of_a_command_is_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from services.core.config import default_settings, find_unknown_names, load_settings, settings_type
+from services.core.config import find_unknown_names, load_settings, settings_type
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT
 from tests import ROOT
@@ -27,13 +27,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("TEMPERATURE_INTERVAL", "abc", "whole minutes, 1 to 527040"),
-    ("TEMPERATURE_INTERVAL", "0", "whole minutes, 1 to 527040"),
-    ("TEMPERATURE_INTERVAL", "-10", "whole minutes, 1 to 527040"),
-    ("TEMPERATURE_INTERVAL", "1.5", "whole minutes, 1 to 527040"),
-    ("TEMPERATURE_INTERVAL", "", "whole minutes, 1 to 527040"),
-    ("HUMIDITY_INTERVAL", "10 minutes", "whole minutes, 1 to 527040"),
-    ("HUMIDITY_INTERVAL", "99999999", "whole minutes, 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "abc", "whole minutes: 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "0", "whole minutes: 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "-10", "whole minutes: 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "1.5", "whole minutes: 1 to 527040"),
+    ("TEMPERATURE_INTERVAL", "", "whole minutes: 1 to 527040"),
+    ("HUMIDITY_INTERVAL", "10 minutes", "whole minutes: 1 to 527040"),
+    ("HUMIDITY_INTERVAL", "99999999", "whole minutes: 1 to 527040"),
     ("POSTGRE_PORT", "65536", "1 to 65535"),
     ("KAFKA_PORT", "0", "1 to 65535"),
     ("KAFKA_PORT", "kafka", "1 to 65535"),
@@ -42,20 +42,20 @@ WRONG = [
     ("KAFKA_SECURITY_PROTOCOL", "TLS", "SASL_SSL"),
     ("KAFKA_TOPIC", "sensor data", "letters, digits"),
     ("KAFKA_TOPIC", "a" * 201, "letters, digits"),
-    ("KAFKA_PARTITIONS", "0", "at least 1"),
+    ("KAFKA_PARTITIONS", "0", "1 to 10000"),
     ("PRODUCER_FORMAT", "avro", "json (one reading) or arrow"),
     ("PRODUCER_RATE", "-1", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_RATE", "nan", "0 (as fast as possible) to 10000000"),
     ("PRODUCER_RATE", "fast", "0 (as fast as possible) to 10000000"),
-    ("PRODUCER_WATCH_SECONDS", "inf", "0 (send what is there and end) to 86400 seconds"),
-    ("KAFKA_MIN_INSYNC_REPLICAS", "-1", "0 (as the brokers say) to KAFKA_REPLICATION_FACTOR"),
+    ("PRODUCER_WATCH_SECONDS", "inf", "0 (check once) to 86400"),
+    ("KAFKA_MIN_INSYNC_REPLICAS", "-1", "0 (broker default) to 100"),
     ("CONSUMER_BATCH_ROWS", "0", "1 to 1000000"),
-    ("CONSUMER_BATCH_SECONDS", "0", "above 0"),
-    ("CONSUMER_BATCH_SECONDS", "nan", "above 0"),
-    ("ETL_POLL_SECONDS", "inf", "above 0"),
-    ("ETL_CHECK_SECONDS", "-1", "0 (never) to 86400 seconds"),
+    ("CONSUMER_BATCH_SECONDS", "0", "0.001 to 60"),
+    ("CONSUMER_BATCH_SECONDS", "nan", "0.001 to 60"),
+    ("ETL_POLL_SECONDS", "inf", "0.001 to 3600"),
+    ("ETL_CHECK_SECONDS", "-1", "0 (never) to 86400"),
     ("MAX_MESSAGE_BYTES", "2000000", "256 to 1000000"),
-    ("MAX_FUTURE_SECONDS", "-1", "0 or more"),
+    ("MAX_FUTURE_SECONDS", "-1", "0 to 1000000000"),
     ("METRICS_PORT", "65536", "0 (off) to 65535"),
     ("METRICS_PORT", "-1", "0 (off) to 65535"),
     ("METRICS_HOST", "", "address"),
@@ -264,13 +264,13 @@ def test_a_setting_that_is_not_needed_may_be_wrong(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TEMPERATURE_INTERVAL", "0")
     monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")  # which needs more
     monkeypatch.setenv("KAFKA_PORT", "9999")
-    settings = load_settings("kafka_port", "data_feature_date")
+    settings = load_settings(("kafka_port", "data_feature_date"))
     assert (settings.kafka_port, settings.interval_of("temperature")) == (9999, 10)
     assert settings.postgre_password.get_secret_value() == "postgres"
     monkeypatch.setenv("KAFKA_PORT", "0")
     with pytest.raises(ConfigurationError, match=r"^KAFKA_PORT=0 is not allowed \(port of the Kafka broker"):
-        load_settings("kafka_port")
-    assert default_settings() == settings_type(DEFAULT).model_construct()
+        load_settings(("kafka_port",))
+    assert load_settings(()) == settings_type(DEFAULT).model_construct()
 
 
 @pytest.mark.parametrize("level", ["info", "INFO"])
@@ -284,7 +284,7 @@ def test_what_is_generated_from_the_settings_is_up_to_date(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8") == GENERATED[name](), "run make docs"
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", [".env.example", "docs/settings.md"])
 def test_what_is_generated_has_every_setting_once(name: str) -> None:
     named = re.findall(r"^(?:\| `)?([A-Z_]+)(?:` \||=)", GENERATED[name](), re.MULTILINE)
     assert sorted(named) == sorted(each for each, _, _ in documented_settings())

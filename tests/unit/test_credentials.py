@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from services.core.config import load_settings, settings_type
+from services.core.config import LOGINS, Settings, load_settings, settings_type
 from services.core.database import connection_arguments
 from services.core.errors import ConfigurationError
 from services.core.kafka import client_settings
+from services.core.logins import settings_as
 from services.core.measurements import DEFAULT
 from services.local.certificates import Authority
+from services.local.security import secure
+from tests.measured import make_settings
 
 PASSWORDS = {"POSTGRE_PASSWORD_FILE": "postgre_password", "KAFKA_SASL_PASSWORD_FILE": "kafka_sasl_password"}
+LOGIN_FILES = [f"{login.upper()}_PASSWORD_FILE" for login in LOGINS]
 PAIRS = [("POSTGRE_SSLCERT", "POSTGRE_SSLKEY"), ("KAFKA_SSL_CERTIFICATE_LOCATION", "KAFKA_SSL_KEY_LOCATION")]
 CERTIFICATES = ["POSTGRE_SSLROOTCERT", "KAFKA_SSL_CA_LOCATION", *(certificate for certificate, _ in PAIRS)]
+
+
+def use(settings: Settings) -> None:
+    """What all commands do together with the files that settings name."""
+    connection_arguments(settings)
+    client_settings(settings, "test")
+    for login in LOGINS:
+        settings_as(login, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +48,14 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def mistake(monkeypatch: pytest.MonkeyPatch, **environment: object) -> str:
-    """The one line that these settings give."""
-    for name, value in environment.items():
+    """The one line that these settings give, at the latest when the clients are made."""
+    monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SASL_SSL")
+    monkeypatch.setenv("KAFKA_SASL_USERNAME", "somebody")
+    keys: dict[str, object] = {key: "its.key" for certificate, key in PAIRS if certificate in environment}
+    for name, value in ({"KAFKA_SASL_PASSWORD": "hunter1"} | keys | environment).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigurationError) as caught:
-        load_settings()
+        use(load_settings())
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -64,12 +81,12 @@ def test_a_password_comes_from_a_file_and_wins(
     monkeypatch.setenv(name, str(tmp_path / "secret"))
     monkeypatch.setenv(name.removesuffix("_FILE"), "from the environment")
     settings = load_settings()
-    assert getattr(settings, PASSWORDS[name]).get_secret_value() == password
+    assert settings.secret(PASSWORDS[name]) == password
     for shown in (str(settings), repr(settings), settings.model_dump_json()):
         assert password.strip() not in shown
 
 
-@pytest.mark.parametrize("name", PASSWORDS)
+@pytest.mark.parametrize("name", [*PASSWORDS, *LOGIN_FILES])
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -121,7 +138,7 @@ def test_a_certificate_and_a_key_belong_together(
     locked = authority.issue("locked", "locked", password="hunter2")
     assert (
         mistake(monkeypatch, **{certificate: one.certificate, key: other.key})
-        == f"{key}={other.key}: the key does not belong to the certificate {one.certificate}"
+        == f"{key}={other.key}: the key does not belong to the certificate"
     )
     unusable = "the file holds no private key in PEM form, or one that its password does not open"
     assert mistake(monkeypatch, **{key: one.certificate}) == f"{key}={one.certificate}: {unusable}"
@@ -151,18 +168,12 @@ def test_a_key_with_a_password(monkeypatch: pytest.MonkeyPatch, authority: Autho
     assert "hunter" not in line
 
 
-def test_a_key_that_others_may_read_is_refused_as_libpq_would(
-    monkeypatch: pytest.MonkeyPatch, authority: Authority
-) -> None:
+def test_a_certificate_and_its_key_are_for_libpq(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
     pair = authority.issue("client", "client")
     monkeypatch.setenv("POSTGRE_SSLCERT", str(pair.certificate))
     monkeypatch.setenv("POSTGRE_SSLKEY", str(pair.key))
     arguments = connection_arguments(load_settings())
     assert (arguments["sslcert"], arguments["sslkey"]) == (str(pair.certificate), str(pair.key))
-    pair.key.chmod(0o644)
-    assert mistake(monkeypatch) == (
-        f"POSTGRE_SSLKEY={pair.key}: others may read the private key; take that away (chmod 600)"
-    )
 
 
 def test_the_systems_authorities_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +182,25 @@ def test_the_systems_authorities_have_a_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_sasl_needs_a_user_and_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mistake(monkeypatch, KAFKA_SECURITY_PROTOCOL="SASL_SSL") == (
+    assert mistake(monkeypatch, KAFKA_SASL_USERNAME="", KAFKA_SASL_PASSWORD="") == (
         "KAFKA_SASL_USERNAME=: KAFKA_SECURITY_PROTOCOL=SASL_SSL needs one; "
         "KAFKA_SASL_PASSWORD=: KAFKA_SECURITY_PROTOCOL=SASL_SSL needs one"
     )
+
+
+def test_files_that_are_gone_are_missed_by_those_who_need_them_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever deletes .local makes its files again with the same settings that name them."""
+    directory = tmp_path / ".local" / "tls"
+    for name, value in secure(directory, make_settings()).client_settings().items():
+        monkeypatch.setenv(name.upper(), value)
+    before = load_settings()
+    use(before)
+    shutil.rmtree(tmp_path / ".local")
+    settings = load_settings()
+    for make in (connection_arguments, partial(client_settings, role="test")):
+        with pytest.raises(ConfigurationError, match="the file cannot be read"):
+            make(settings)
+    assert secure(directory, settings).applied_to(settings) == before
+    use(settings)
