@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -73,6 +73,10 @@ class Parser(argparse.ArgumentParser):
         """Raise ConfigurationError."""
         raise ConfigurationError(f"{message} ({self.prog} --help)")
 
+    def flag(self, option: str, what: str) -> None:
+        """Add an option without a value."""
+        self.add_argument(option, action="store_true", help=what)
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -84,39 +88,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: Commands, run: Run, name: str, what: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(name, help=what)
+def _command(commands: Commands, run: Run, name: str, what: str) -> Parser:
+    made: Parser = commands.add_parser(name, help=what)
     made.set_defaults(run=run)
     return made
 
 
 def _add_services(commands: Commands) -> None:
     produce = _command(commands, _run_produce, "produce", "send the readings of PARQUET_URL to the Kafka topic")
-    produce.add_argument(
-        "--resend", action="store_true", help="send files that were sent before once more; they fill gaps only"
-    )
-    produce.add_argument("--overwrite", action="store_true", help="resend: let them overwrite what is stored")
-    produce.add_argument(
-        "--speed",
-        metavar="60x",
-        help="replay by the readings' times: the gaps between them, divided by 60, lie between sending",
-    )
-    produce.add_argument(
-        "--watch",
-        action="store_true",
-        help=f"stay, and look for new files: every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0",
-    )
+    produce.flag("--resend", "send files that were sent before once more; they fill gaps only")
+    produce.flag("--overwrite", "resend: let them overwrite what is stored")
+    what = "replay by the readings' times: the gaps between them, divided by 60, lie between sending"
+    produce.add_argument("--speed", metavar="60x", help=what)
+    what = f"stay, and check for new files every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0"
+    produce.flag("--watch", what)
 
     consume = _command(commands, _run_consume, "consume", "store the topic's readings in sensor_data")
-    consume.add_argument("--until-caught-up", action="store_true", help="end at the topic's end")
+    consume.flag("--until-caught-up", "end at the topic's end")
 
     etl = _command(commands, _run_etl, "etl", "keep the summaries equal to the readings")
-    etl.add_argument("--once", action="store_true", help="refresh what is queued, then end")
-    etl.add_argument(
-        "--reconcile",
-        action="store_true",
-        help="compare all summaries with the raw readings, repair what differs, print how many rows did",
-    )
+    etl.flag("--once", "refresh what is queued, then end")
+    etl.flag("--reconcile", "compare all summaries with the raw readings, repair them, print how many rows differed")
 
 
 def _add_generate(commands: Commands) -> None:
@@ -127,13 +119,12 @@ def _add_generate(commands: Commands) -> None:
     _number(generate, "--days", 0, 100_000, float, default=7, help="default: 7")
     what = "seconds between two readings of a sensor (default: 60)"
     _number(generate, "--interval", 1, 86_400, dest="interval_s", default=60, help=what)
-    generate.add_argument(
-        "--start", type=partial(_time, "--start"), default="2024-01-01", help="first day, UTC (default: 2024-01-01)"
-    )
+    what = "first day, UTC (default: 2024-01-01)"
+    generate.add_argument("--start", type=partial(_time, "--start"), default="2024-01-01", help=what)
     _number(generate, "--seed", 0, 2**63, default=1, help="default: 1")
     for name, what in (("gaps", "left out"), ("late", "that come after newer ones"), ("duplicates", "that come twice")):
         _number(generate, f"--{name}", 0, 0.5, float, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
-    generate.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    generate.flag("--force", "replace OUT if it exists")
 
 
 def _add_setup(commands: Commands) -> None:
@@ -145,17 +136,17 @@ def _add_setup(commands: Commands) -> None:
 
     local = _command(commands, _run_local, "local", "Kafka and TimescaleDB on this machine, without Docker")
     local.add_argument("action", choices=["up", "down", "status"])
-    local.add_argument("--tls", action="store_true", help="up: with TLS, and passwords for Kafka (SASL)")
+    local.flag("--tls", "up: with TLS, and passwords for Kafka (SASL)")
 
     demo = _command(commands, _run_demo, "demo", "the whole pipeline over real readings, checked")
-    demo.add_argument("--keep", action="store_true", help="leave everything running")
-    demo.add_argument("--down", action="store_true", help="stop a demo that was left running")
-    demo.add_argument("--tls", action="store_true", help="with TLS and SASL, and certificates that are verified")
+    demo.flag("--keep", "leave everything running")
+    demo.flag("--down", "stop a demo that was left running")
+    demo.flag("--tls", "with TLS and SASL, and certificates that are verified")
 
 
 def _add_views(commands: Commands) -> None:
     status = _command(commands, _run_status, "status", "how everything is; exit code 1 if something needs a person")
-    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.flag("--json", "as one JSON object")
 
     what = "a page with live rates, and the intervals of each sensor"
     dashboard = _command(commands, _run_dashboard, "dashboard", what)
@@ -164,22 +155,22 @@ def _add_views(commands: Commands) -> None:
 
 
 def _add_repairs(commands: Commands) -> None:
-    rewind = _command(commands, _run_rewind, "rewind", "let consumers read the topic again from an earlier place")
-    place = rewind.add_mutually_exclusive_group(required=True)
-    place.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
-    place.add_argument("--to-time", metavar="TIME", help="what was sent at or after this time, like 2024-01-01T00:00Z")
+    what = "let consumers read the topic again from an earlier position"
+    rewind = _command(commands, _run_rewind, "rewind", what)
+    position = rewind.add_mutually_exclusive_group(required=True)
+    position.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
+    what = "what was sent at or after this time, like 2024-01-01T00:00Z"
+    position.add_argument("--to-time", metavar="TIME", help=what)
     what = "from this offset of --partition on; a later one than now skips messages"
-    _number(place, "--to-offset", 0, 2**63 - 1, metavar="OFFSET", help=what)
+    _number(position, "--to-offset", 0, 2**63 - 1, metavar="OFFSET", help=what)
     _number(rewind, "--partition", 0, 2**31 - 1, help="only this one")
 
     what = "messages that were not stored: list them, send them again, delete them"
     letters = _command(commands, _run_dead_letters, "dead-letters", what)
     letters.add_argument("action", choices=["list", "replay", "delete"])
     letters.add_argument("--reason", help="list or replay only those with this reason, for example too_late")
-    letters.add_argument("--json", action="store_true", help="list as JSON, one object a line")
-    letters.add_argument(
-        "--overwrite", action="store_true", help="replay: let them overwrite what is stored, instead of filling gaps"
-    )
+    letters.flag("--json", "list as JSON, one object per line")
+    letters.flag("--overwrite", "replay: let them overwrite what is stored, instead of filling gaps")
     what = "delete or replay those up to this offset, the first column of the list"
     _number(letters, "--up-to", 0, 2**63 - 1, metavar="OFFSET", help=what)
 
@@ -310,19 +301,19 @@ def _run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     shutdown = Shutdown().listen()
     if options.overwrite and options.action != "replay":
         raise ConfigurationError("--overwrite goes with dead-letters replay")
-    if options.action == "delete":
-        if options.up_to is None or options.reason:
-            raise ConfigurationError(
-                "dead-letters delete needs --up-to OFFSET (the last that you looked at) and no --reason"
-            )
-        print(f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted")
-        return 0
-    if options.action == "replay":
-        done = replay(settings, shutdown, reason=options.reason, up_to=options.up_to, overwrite=options.overwrite)
-        for line in done.lines(settings):
-            print(line)
-        return 0
-    for line in list_letters(settings, shutdown, reason=options.reason, as_json=options.json):
+    match options.action:
+        case "delete":
+            if options.up_to is None or options.reason:
+                raise ConfigurationError(
+                    "dead-letters delete needs --up-to OFFSET (the last that you looked at) and no --reason"
+                )
+            lines: Iterable[str] = [f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted"]
+        case "replay":
+            done = replay(settings, shutdown, reason=options.reason, up_to=options.up_to, overwrite=options.overwrite)
+            lines = done.lines(settings)
+        case _:
+            lines = list_letters(settings, shutdown, reason=options.reason, as_json=options.json)
+    for line in lines:
         print(line)
     return 0
 

@@ -27,7 +27,7 @@ from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.etl.rollup import BASE
 from services.local.security import Security
-from services.local.stack import Stack, StackOptions
+from services.local.stack import Stack
 from tests import ROOT as ROOT
 from tests.measured import MEASUREMENTS, make_settings
 
@@ -75,18 +75,7 @@ def native_settings() -> Settings:
 
 def make_stack(directory: Path, security: Security | None = None) -> Stack:
     """A local stack with its own data and ports; not started."""
-    return Stack(
-        StackOptions(
-            directory=directory,
-            kafka_port=free_port(),
-            postgre_port=free_port(),
-            postgre_user="postgres",
-            postgre_password="postgres",
-            postgre_dbname="sensors",
-            security=security,
-            runtime_directory=ROOT / ".local" / "runtime",
-        )
-    )
+    return Stack(directory, make_settings(kafka_port=free_port(), postgre_port=free_port()), security)
 
 
 def stack_settings(stack: Stack) -> Settings:

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from services.core.config import Settings, settings_type
 from services.core.measurements import DEFAULT, names_of
+from services.core.names import with_synonyms
 from services.core.reading import Reading, reading_type
 
 # More than these the tests do not send; of the others there must be aggregates and empty summaries, and nothing else.
@@ -21,14 +22,14 @@ ALL_SETTINGS = settings_type(MEASUREMENTS)
 
 def make_settings(**given: Any) -> Settings:
     """Settings with these values; the others are those of the environment, without any ``.env``."""
-    return ALL_SETTINGS(_env_file=None, **given)
+    return ALL_SETTINGS(**with_synonyms(os.environ) | given)
 
 
 def with_measurement(settings: Settings, name: str) -> Settings:
     """The settings with a measurement more, which files do not have."""
     names = (*settings.measurements, name)
     values: dict[str, Any] = dict(settings) | {"measurements": names}
-    return settings_type(names)(_env_file=None, **values)
+    return settings_type(names)(**values)
 
 
 def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: float | None) -> Reading:

@@ -10,23 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from services.local.check import Key, Row, floor, summarised
+
 NEVER = datetime.min.replace(tzinfo=UTC)  # PostgreSQL's -infinity
-ORIGIN = datetime(2000, 1, 3, tzinfo=UTC)  # where time_bucket counts whole minutes from
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # where a hypertable counts its chunks from
 CHUNK = timedelta(days=7)
 METRICS = ("temperature", "humidity")
-TOLERANCE = 1e-9  # of an average: a sum of floats depends on its order in the last digits
 
-Key = tuple[str, datetime]
 Values = tuple[float | None, float | None]
-Row = tuple[datetime, float, float, float, int]  # end, average, least, greatest, count
 Rows = dict[Key, Row]
-
-
-def floor(time: datetime, minutes: int) -> datetime:
-    """The start of the interval that holds ``time``."""
-    width = timedelta(minutes=minutes)
-    return ORIGIN + (time - ORIGIN) // width * width
 
 
 def ceil(time: datetime, minutes: int) -> datetime:
@@ -43,19 +35,6 @@ def chunk_of(time: datetime) -> datetime:
 def minute_of(time: datetime) -> datetime:
     """``time`` without its seconds."""
     return floor(time, 1)
-
-
-def same(stored: Row | None, wanted: Row | None) -> bool:
-    """Equal, with a tolerance for the average only."""
-    if stored is None or wanted is None:
-        return stored is wanted
-    close = math.isclose(stored[1], wanted[1], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    return close and (stored[0], *stored[2:]) == (wanted[0], *wanted[2:])
-
-
-def differing(stored: Rows, wanted: Rows) -> set[Key]:
-    """The keys whose rows differ or exist on one side only."""
-    return {key for key in stored.keys() | wanted.keys() if not same(stored.get(key), wanted.get(key))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +86,8 @@ class Model:
         state = self.summaries[metric]
         if state.minutes is None:
             return {}
-        groups: dict[Key, list[float]] = {}
-        for (sensor, time), values in self.rows.items():
-            value = values[METRICS.index(metric)]
-            start = floor(time, state.minutes)
-            if value is not None and start >= state.frozen:
-                groups.setdefault((sensor, start), []).append(value)
-        width = timedelta(minutes=state.minutes)
-        return {
-            (sensor, start): (start + width, math.fsum(found) / len(found), min(found), max(found), len(found))
-            for (sensor, start), found in groups.items()
-        }
+        rows = summarised(self.rows, METRICS.index(metric), state.minutes)
+        return {key: row for key, row in rows.items() if key[1] >= state.frozen}
 
     def expected(self, metric: str) -> Rows:
         """The whole summary as it must be once nothing is queued."""

@@ -15,7 +15,7 @@ from services.core.database import connect_at_start
 from services.core.errors import ConfigurationError, ProtocolNotOfferedError
 from services.core.kafka import connect_admin, create_topics
 from services.core.logs import fields
-from services.core.monitoring import Monitoring, database_probe, kafka_probe
+from services.core.monitoring import database_probe, kafka_probe, monitored
 from services.core.shutdown import Shutdown
 
 log = logging.getLogger("consumer")
@@ -31,7 +31,7 @@ def run(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool = False
     gc.set_threshold(100_000)
     sample = partial(EXPIRY.sample, settings.kafka_topic)
     probes = partial(kafka_probe, settings, sample), partial(database_probe, settings)
-    with Monitoring(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
+    with monitored(settings, shutdown, "consumer", *probes, hung_after_s=HUNG_AFTER_S):
         create_topics(connect_admin(settings, shutdown), settings, shutdown=shutdown)
         connect_at_start(settings, shutdown, tables=True).close()
         totals = consume(settings, shutdown, until_caught_up=until_caught_up)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from zoneinfo import available_timezones
 
+from dotenv import dotenv_values
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -28,13 +31,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 
 from services.core.credentials import read_password
 from services.core.errors import ConfigurationError
@@ -94,7 +90,7 @@ def _level(text: str) -> str:
 
 
 Zone = Annotated[str, AfterValidator(_zone)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), PlainSerializer(",".join)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names), PlainSerializer(",".join)]
 Name = Annotated[str, Field(min_length=1)]
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
@@ -103,40 +99,15 @@ Severity = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Topic = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
 
 
-class Environment(BaseSettings):
-    """Whatever is read from the environment and ``.env``."""
-
-    model_config = SettingsConfigDict(env_file=DOTENV, env_file_encoding="utf-8-sig", extra="ignore", frozen=True)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Each source with the synonyms, so that the environment wins by whatever name."""
-        for source in (env_settings, dotenv_settings):
-            if isinstance(source, EnvSettingsSource):
-                source.env_vars = with_synonyms(dict(source.env_vars))
-        return init_settings, env_settings, dotenv_settings
-
-
-class Measured(Environment):
-    """What is measured: which other settings there are depends on it."""
-
-    measurements: Names = _text(
-        DEFAULT, "what is measured, comma-separated; run sensor-pipeline migrate after a change"
-    )
-
-
-class Settings(Measured):
+class Settings(BaseModel, frozen=True):
     """All settings; the names are the environment variables' names in lower case.
 
     Those of each measurement are added by ``settings_type``. Files that settings name are read when a client is made.
     """
+
+    measurements: Names = _text(
+        DEFAULT, "what is measured, comma-separated; run sensor-pipeline migrate after a change"
+    )
 
     postgre_host: Name = _text("localhost", "host name or address of PostgreSQL with TimescaleDB")
     postgre_port: int = _number(5432, 1, 65535, "port of PostgreSQL")
@@ -309,33 +280,38 @@ def load_settings(needed: tuple[str, ...] = ("*",)) -> Settings:
 
     Raises ConfigurationError with one line for each wrong variable: its name, its value, what is allowed.
     """
-    model = settings_type(DEFAULT)
+    if not needed:
+        return settings_type(DEFAULT)()
+    given = {name: value for name, value in given_values().items() if any(fnmatchcase(name, each) for each in needed)}
+    model = _type_for(given)
+    names_in(DOTENV, model.model_fields)
     try:
-        if "*" in needed or "measurements" in needed:
-            model = settings_type(Measured().measurements)
-        if needed:
-            names_in(DOTENV, model.model_fields)
-        return model() if "*" in needed else _read(model, needed)
+        return model(**given)
     except ValidationError as error:
         raise ConfigurationError("; ".join(_line(problem, model) for problem in error.errors())) from error
+
+
+def given_values() -> dict[str, Any]:
+    """What the environment and ``.env`` say, by lower-case name; the environment wins, by whatever synonym."""
+    try:
+        dotenv = dotenv_values(DOTENV, encoding="utf-8-sig") if DOTENV.is_file() else {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{DOTENV} cannot be read: {error}") from error
+    return with_synonyms(dotenv) | with_synonyms(os.environ)
 
 
-def _read(model: type[Settings], patterns: tuple[str, ...]) -> Settings:
-    chosen: dict[str, Any] = {
-        name: (field.annotation, field)
-        for name, field in model.model_fields.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
-    return model.model_construct(**dict(create_model("Chosen", __base__=Environment, **chosen)()))
+def _type_for(given: Mapping[str, Any]) -> type[Settings]:
+    """The type for what MEASUREMENTS lists; where that is wrong, a type that says so."""
+    with suppress(ValueError):
+        return settings_type(_names(given.get("measurements", DEFAULT)))
+    return settings_type(DEFAULT)
 
 
 def _line(problem: ErrorDetails, model: type[Settings]) -> str:
     said = problem.get("ctx", {}).get("error")  # by a validator of ours
     if not problem["loc"]:
         return str(said)
-    name = str(problem["loc"][0]).lower()
+    name = str(problem["loc"][0])
     field = model.model_fields[name]
     value = "" if field.annotation is SecretStr else " ".join(str(problem["input"]).splitlines())
     return f"{name.upper()}={value}: {said}" if said else f"{name.upper()}={value} is not allowed ({field.description})"
@@ -346,5 +322,5 @@ def find_unknown_names() -> list[UnknownName]:
 
     Those of the default measurements are known whatever is measured: docker-compose.yml and .env.example set them.
     """
-    known = settings_type(DEFAULT).model_fields | settings_type(Measured().measurements).model_fields
+    known = settings_type(DEFAULT).model_fields | _type_for(given_values()).model_fields
     return list(unknown_names(known, os.environ, names_in(DOTENV, known)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
@@ -25,9 +25,8 @@ from services.core.credentials import check_files
 from services.core.errors import ConfigurationError, PermanentError, TransientError
 from services.core.shutdown import Shutdown
 
-# Class 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55 lock or state,
-# 57 operator intervention, 58 system error (disk), 25006 read-only transaction (a standby), 25P03 and 25P04 time
-# limits of a transaction, XX internal.
+# Class 08 connection, 40 rollback (deadlock, serialization), 53 resources, 55 lock or state, 57 operator intervention,
+# 58 system error (disk), XX internal; 25006 read-only transaction (a standby), 25P03 and 25P04 time limits of one.
 TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58", "XX"})
 TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04"})
 # A bug of the server, a state it may never leave, a time limit that may always be too short, a limit of its
@@ -56,10 +55,10 @@ LOST_WORDS = (
 
 # A pooler may drop the options without a word. The server reports this one to its clients, and nobody else sets it.
 DATE_STYLE = "ISO,YMD"
-# What holds for a session, whatever the server's or the role's defaults: UTC; no time limit on the work itself; no
-# long wait for a lock, because others queue behind whoever waits; and the server ends the session, with its locks,
-# soon after this machine is gone, this process has died in the middle of a statement, or it is frozen between two
-# statements of a transaction. Otherwise nobody could take over from it for hours.
+# What holds for a session, whatever the defaults of server and role: UTC; no time limit on the work itself; no long
+# wait for a lock, because others queue behind it; and the server ends the session, with its locks, soon after this
+# machine is gone, this process has died in a statement, or it is frozen between two statements of a transaction:
+# otherwise nobody could take over from it for hours.
 SESSION_OPTIONS = {
     "timezone": "UTC",
     "statement_timeout": "0",
@@ -130,15 +129,22 @@ def connect(settings: Settings, name: str = "sensor-pipeline") -> Connection:
 
 
 def connect_for_work(settings: Settings, name: str = "sensor-pipeline") -> Connection:
-    """``connect``, without any time limit of the server's or the role's; waits until the server answers."""
+    """``connect``, without any time limit of the server's or the role's."""
     connection = connect(settings, name)
+    with closed_on_error(connection):
+        connection.execute(NO_TIME_LIMIT)
+    return connection
+
+
+@contextmanager
+def closed_on_error(connection: Connection) -> Iterator[None]:
+    """Set up a connection that is new: any error in the block closes it, and psycopg's are ``translated``."""
     try:
         with translated():
-            connection.execute(NO_TIME_LIMIT)
+            yield
     except BaseException:
         connection.close()
         raise
-    return connection
 
 
 def _pooled(settings: Settings) -> ConfigurationError:
@@ -150,30 +156,25 @@ def _pooled(settings: Settings) -> ConfigurationError:
 
 def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> Exception:
     """libpq gives no SQLSTATE for a failed connection; having used the password means we were refused."""
+    server = f"PostgreSQL at {address(settings)}"
     text = " ".join(str(error).split())
     if "unsupported startup parameter" in text:
         return _pooled(settings)
     if "authentication method requirement" in text:
-        return ConfigurationError(
-            f"PostgreSQL at {address(settings)} asks for the password in clear text: set POSTGRE_SSLMODE=verify-full, "
-            "or scram-sha-256 in its pg_hba.conf"
-        )
+        remedy = "set POSTGRE_SSLMODE=verify-full, or scram-sha-256 in its pg_hba.conf"
+        return ConfigurationError(f"{server} asks for the password in clear text: {remedy}")
     is_lost = any(words in text for words in LOST_WORDS)
     refused = error.pgconn is not None and bool(error.pgconn.used_password) and not is_lost
     busy = any(word in text for word in ("slots", "too many", "starting up", "shutting down", "recovery"))
     if refused and not busy:
         reason = text.rsplit("FATAL:", 1)[-1].strip()
-        return ConfigurationError(
-            f"PostgreSQL at {address(settings)} refused user {settings.postgre_user}: {reason} "
-            "(check POSTGRE_USER, POSTGRE_PASSWORD and POSTGRE_DBNAME)"
-        )
+        check = "check POSTGRE_USER, POSTGRE_PASSWORD and POSTGRE_DBNAME"
+        return ConfigurationError(f"{server} refused user {settings.postgre_user}: {reason} ({check})")
     if any(word in text for word in TLS_WORDS):
         reason = text.rsplit("failed: ", 1)[-1].removeprefix("FATAL: ").strip()
-        return ConfigurationError(
-            f"PostgreSQL at {address(settings)}: {reason} "
-            "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT, POSTGRE_SSLKEY and POSTGRE_HOST)"
-        )
-    return TransientError(f"PostgreSQL at {address(settings)} does not answer: {text}")
+        check = "check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT, POSTGRE_SSLKEY and POSTGRE_HOST"
+        return ConfigurationError(f"{server}: {reason} ({check})")
+    return TransientError(f"{server} does not answer: {text}")
 
 
 def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = False) -> Connection:
@@ -186,8 +187,8 @@ def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = F
     def start() -> Connection:
         connection = connect(settings)
         if tables:
-            with translated():
-                require_tables(connection, settings)
+            with closed_on_error(connection):
+                _require_tables(connection, settings)
         return connection
 
     def give_up(error: TransientError) -> ConfigurationError:
@@ -201,18 +202,15 @@ def _remedy(text: str) -> str:
     if "resolve host" in text or "translate host name" in text:
         return "there is no host of this name"
     if "invalid response to SSL negotiation" in text:
-        return "what answers there is no PostgreSQL"
+        return "what answers there is not PostgreSQL"
     return "start it, or correct the address"
 
 
-def require_tables(connection: Connection, settings: Settings) -> None:
-    """Raise unless the migrations have run, for all of MEASUREMENTS; which ones is asked by the command status."""
-    if connection.execute("SELECT to_regclass('partition_progress')").fetchone() == (None,):
-        connection.close()
+def _require_tables(connection: Connection, settings: Settings) -> None:
+    """Raise unless the migrations have run for all of MEASUREMENTS; the command status says which ones have."""
+    if one(connection, "SELECT to_regclass('partition_progress')") == (None,):
         raise PermanentError(f"the database {address(settings)} does not have the tables yet: {MIGRATE}")
-    missing = missing_measurements(connection, settings)
-    if missing:
-        connection.close()
+    if missing := missing_measurements(connection, settings):
         names = ", ".join(missing)
         raise ConfigurationError(f"MEASUREMENTS: the database {address(settings)} does not have {names} yet: {MIGRATE}")
 
@@ -221,6 +219,31 @@ def missing_measurements(connection: Connection, settings: Settings) -> list[str
     """Those of MEASUREMENTS that no migration has added."""
     (there,) = one(connection, "SELECT measurements()")
     return [name for name in settings.measurements if name not in there]
+
+
+class Reconnecting:
+    """A connection that is opened when it is needed, and again after an error. For one thread at a time."""
+
+    def __init__(self, open_connection: Callable[[], Connection]) -> None:
+        self._open = open_connection
+        self._connection: Connection | None = None
+
+    @contextmanager
+    def connected(self) -> Iterator[Connection]:
+        """The connection. Any error in the block closes it, and psycopg's are ``translated``."""
+        try:
+            with translated():
+                self._connection = self._connection or self._open()
+                yield self._connection
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
 
 
 def cut(connection: Connection) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger("sensor-pipeline")
 def run_to_its_end(command: Callable[[], int]) -> int:
     """The exit code of a command, or that of the error that ended it, which is then one line on stderr.
 
-    Ctrl-C ends the process at once, until the command asks for something else: nothing has begun yet.
+    Ctrl-C ends the process at once until the command asks for something else: nothing has begun yet.
     """
     handle_interrupts(signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 
 REQUEST_TIMEOUT_S = 5.0
-AT_ONCE = 16  # requests; a probe and a scraper need one each
+MAX_REQUESTS = 16  # requests; a probe and a scraper need one each
 PLAIN = "text/plain; charset=utf-8"
 
 log = logging.getLogger("health")
@@ -37,9 +37,9 @@ Pages = Mapping[str, Callable[[], Page]]
 
 
 class HealthServer(ThreadingMixIn, TCPServer):
-    """Answers GET with the page of the path. It listens as soon as it exists, and answers after ``start``.
+    """Answers GET with the page of the path: it listens as soon as it exists, and answers inside ``with``.
 
-    Whoever is slow is cut off, and of many at once some are. Raises ConfigurationError when it cannot listen.
+    Slow clients are cut off, and of many at once some. Raises ConfigurationError when it cannot listen.
     """
 
     daemon_threads = True
@@ -49,7 +49,7 @@ class HealthServer(ThreadingMixIn, TCPServer):
 
     def __init__(self, settings: Settings, pages: Pages) -> None:
         self.pages = pages
-        self._free = threading.BoundedSemaphore(AT_ONCE)
+        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
         host, port = settings.metrics_host, settings.metrics_port
         self.is_for_this_machine = is_loopback(host)
         try:
@@ -62,24 +62,23 @@ class HealthServer(ThreadingMixIn, TCPServer):
                 "(0 turns the metrics off)"
             ) from error
 
-    def start(self) -> None:
-        """Answer from now on."""
+    def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, name="health", daemon=True).start()
+        return self
 
-    def stop(self) -> None:
-        """Stop listening."""
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread, unless there are too many."""
+        """Answer in a thread, unless there are too many."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """As long as it may take, whatever the client does."""
+        """Answer for REQUEST_TIMEOUT_S at most: a time-out of the socket would begin again with each byte."""
         end = threading.Timer(REQUEST_TIMEOUT_S, cut, [request])
         end.daemon = True
         end.start()
@@ -90,7 +89,7 @@ class HealthServer(ThreadingMixIn, TCPServer):
             self._free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away, or a fault of ours: no reason to stop."""
+        """Carry on after a client that went away, or a fault of ours."""
         log.debug("request_failed", exc_info=True)
 
 
@@ -129,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(page.body)
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the name is the library's
-        """Probes come every few seconds; nobody wants to read of them."""
+        """Log nothing: probes come every few seconds."""
 
 
 def _not_found() -> Page:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from services.core.printable import printable
 
-REPEAT_AFTER_S = 30.0
+REPEAT_INTERVAL_S = 30.0
 ROUTINE = "GETPID "  # librdkafka's word before "Coordinator load in progress: retrying"
 
 
@@ -35,7 +35,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (RFC 3339, UTC), level, service, event, then the fields."""
+    """One JSON object per line: time (RFC 3339, UTC), level, service, event, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -51,18 +51,18 @@ class JsonFormatter(logging.Formatter):
 
 
 class OnceInAWhile(logging.Filter):
-    """Lets one of librdkafka's lines through every REPEAT_AFTER_S: it reports each failed reconnect.
+    """Lets one of librdkafka's lines through every REPEAT_INTERVAL_S: it reports each failed reconnect.
 
-    None of ROUTINE: the first producer of a new cluster is too early each time. What lasts is an error of the call.
+    None of ROUTINE: the first producer of a new cluster always comes too early. What lasts is an error of the call.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._last = -REPEAT_AFTER_S
+        self._last = -REPEAT_INTERVAL_S
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is logged."""
-        if record.created - self._last < REPEAT_AFTER_S or record.getMessage().startswith(ROUTINE):
+        if record.created - self._last < REPEAT_INTERVAL_S or record.getMessage().startswith(ROUTINE):
             return False
         self._last = record.created
         return True

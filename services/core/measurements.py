@@ -1,7 +1,7 @@
-"""What is measured: the list, and every name that follows from one on it.
+"""What is measured: MEASUREMENTS lists it, and every other name follows from one on that list.
 
-MEASUREMENTS is the list. Each name on it is a field of the messages and a column of ``sensor_data``; it has two
-settings, a summary table with columns of its own, and a live view. ``add_measurement`` (migrations) creates them.
+Each is a field of the messages and a column of ``sensor_data``, and has two settings, a summary table with columns of
+its own, and a live view. ``add_measurement`` (migrations) creates them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What every service tells of itself: whether it is alive and ready, and which server is away.
+"""What every service reports about itself: whether it is alive and ready, and which server is unavailable.
 
-Alive: the main loop goes round. Each look that a loop takes at its Shutdown is the sign of that.
-Ready: every server that the service needs is connected now, and the last try to use it did not fail. A probe beside
-the service keeps the connection, so that it is known of an idle service too.
+Alive: the main loop is iterating; each check of its Shutdown is a heartbeat.
+Ready: every server that the service needs is connected now, and the last try to use it did not fail. A probe in a
+thread beside the service keeps a connection, so that this is known of an idle service too.
 
 The metrics of one service are in its metrics.py; docs/metrics.md lists all.
 """
@@ -10,13 +10,12 @@ The metrics of one service are in its metrics.py; docs/metrics.md lists all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 
-import psycopg
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from prometheus_client import (
@@ -31,7 +30,7 @@ from prometheus_client import (
 from psycopg import Connection
 
 from services.core.config import Settings
-from services.core.database import connect, translated
+from services.core.database import Reconnecting, connect
 from services.core.errors import PipelineError
 from services.core.health import HealthServer, Page
 from services.core.kafka import client_settings
@@ -98,17 +97,17 @@ DATABASE = Dependency("database")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A server that a service needs, and how to see whether it is connected. ``look`` returns within seconds."""
+    """A server that a service needs, and how to see whether it is connected. ``check`` returns within seconds."""
 
     server: Dependency
-    look: Callable[[], bool]
+    check: Callable[[], bool]
 
 
 def kafka_probe(settings: Settings, ask: Callable[[AdminClient], None] | None = None) -> Probe:
     """Kafka is connected when it answers a question about the topic of readings; then it is used to ``ask``."""
     admin = AdminClient(client_settings(settings, "probe") | {"log_level": 0})
 
-    def look() -> bool:
+    def check() -> bool:
         try:
             admin.list_topics(settings.kafka_topic, timeout=KAFKA_TIMEOUT_S)
             if ask is not None:
@@ -117,92 +116,82 @@ def kafka_probe(settings: Settings, ask: Callable[[AdminClient], None] | None = 
             return False
         return True
 
-    return Probe(KAFKA, look)
+    return Probe(KAFKA, check)
 
 
 def database_probe(settings: Settings, ask: Callable[[Connection], None] | None = None) -> Probe:
     """PostgreSQL is connected while it keeps a connection that is used for nothing else, except to ``ask``."""
-    kept: list[Connection] = []
+    database = Reconnecting(partial(connect, settings))
 
-    def look() -> bool:
+    def check() -> bool:
         try:
-            with translated():
-                if not kept:
-                    kept.append(connect(settings))
-                kept[0].pgconn.consume_input()  # does not wait; an error if the server has ended the connection
+            with database.connected() as connection:
+                connection.pgconn.consume_input()  # does not wait; an error if the server has ended the connection
                 if ask is not None:
-                    ask(kept[0])
+                    ask(connection)
         except PipelineError:
-            while kept:
-                with suppress(psycopg.Error):
-                    kept.pop().close()
             return False
         return True
 
-    return Probe(DATABASE, look)
+    return Probe(DATABASE, check)
 
 
-class Monitoring:
-    """Serves the three pages while the block runs. With METRICS_PORT=0 it does nothing.
+@contextmanager
+def monitored(
+    settings: Settings, shutdown: Shutdown, service: str, *make_probes: Callable[[], Probe], hung_after_s: float
+) -> Iterator[None]:
+    """Serve the three pages while the block runs; with METRICS_PORT=0 do nothing.
 
-    ``hung_after_s``: so long the main loop may be busy with one thing. Raises ConfigurationError when the port
-    cannot be had, before the service begins.
+    The main loop hangs when it has been busy with one thing for ``hung_after_s``. Raises ConfigurationError when the
+    port cannot be had, before the service begins.
     """
+    if not settings.metrics_port:
+        yield
+        return
 
-    def __init__(
-        self, settings: Settings, shutdown: Shutdown, service: str, *probes: Callable[[], Probe], hung_after_s: float
-    ) -> None:
-        self._shutdown = shutdown
-        self._hung_after_s = hung_after_s
-        self._end = threading.Event()
-        self._server: HealthServer | None = None
-        self._probes: list[Probe] = []
-        self._threads: list[threading.Thread] = []
-        if not settings.metrics_port:
-            return
-        pages = {
-            "/metrics": lambda: Page(generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST),
-            "/livez": lambda: page("alive", self._hung()),
-            "/readyz": lambda: page("ready", self._problems()),
-        }
-        self._server = HealthServer(settings, pages)
-        self._probes = [probe() for probe in probes]
-        BUILD.info({"service": service, "version": version()})
-        READY.set_function(lambda: not self._problems())
-        SILENT.set_function(lambda: self._shutdown.silent_s)
-        for server in (probe.server for probe in self._probes):
-            CONNECTED.labels(server.name).set_function(partial(getattr, server, "is_up"))
-            for counter in (OUTAGES, RETRIES):
-                counter.labels(server.name)
+    def hung() -> list[str]:
+        silent_s = shutdown.silent_s
+        return [f"the main loop has been busy for {silent_s:.0f} s"] if silent_s > hung_after_s else []
 
-    def __enter__(self) -> Monitoring:
-        if self._server is not None:
-            self._server.start()
-            self._threads = [threading.Thread(target=self._watch, args=(each,), daemon=True) for each in self._probes]
-            for thread in self._threads:
-                thread.start()
-        return self
+    def problems() -> list[str]:
+        return hung() + [f"{probe.server.name} is not connected" for probe in probes if not probe.server.is_up]
 
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._server is not None:
-            self._server.stop()
-        for thread in self._threads:
+    pages = {
+        "/metrics": lambda: Page(generate_latest(REGISTRY), content_type=CONTENT_TYPE_LATEST),
+        "/livez": lambda: page("alive", hung()),
+        "/readyz": lambda: page("ready", problems()),
+    }
+    server = HealthServer(settings, pages)
+    probes = [make_probe() for make_probe in make_probes]
+    BUILD.info({"service": service, "version": version()})
+    READY.set_function(lambda: not problems())
+    SILENT.set_function(lambda: shutdown.silent_s)
+    with server, _watched(probes):
+        yield
+
+
+@contextmanager
+def _watched(probes: Sequence[Probe]) -> Iterator[None]:
+    """Each probe is checked once a second while the block runs."""
+    end = threading.Event()
+
+    def watch(probe: Probe) -> None:
+        while not end.is_set():
+            probe.server.note_connected(probe.check())
+            end.wait(CHECK_INTERVAL_S)
+
+    threads = [threading.Thread(target=watch, args=(probe,), daemon=True) for probe in probes]
+    for probe, thread in zip(probes, threads, strict=True):
+        CONNECTED.labels(probe.server.name).set_function(partial(getattr, probe.server, "is_up"))
+        for counter in (OUTAGES, RETRIES):
+            counter.labels(probe.server.name)
+        thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        for thread in threads:
             thread.join(STOP_TIMEOUT_S)
-
-    def _watch(self, probe: Probe) -> None:
-        while not self._end.is_set():
-            probe.server.note_connected(probe.look())
-            self._end.wait(CHECK_INTERVAL_S)
-
-    def _problems(self) -> list[str]:
-        """Why the service is not ready."""
-        away = [f"{probe.server.name} is not connected" for probe in self._probes if not probe.server.is_up]
-        return [*self._hung(), *away]
-
-    def _hung(self) -> list[str]:
-        silent_s = self._shutdown.silent_s
-        return [f"the main loop has been busy for {silent_s:.0f} s"] if silent_s > self._hung_after_s else []
 
 
 def page(state: str, problems: list[str]) -> Page:

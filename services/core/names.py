@@ -1,14 +1,14 @@
-"""Names that are no setting: one that is misspelt would be ignored without a word.
+"""Names that are not settings: a misspelt one would be ignored without a word.
 
-In ``.env`` every name should be a setting, or one that docker-compose.yml reads. In the environment only what comes
-close to a setting is looked at, since most of it belongs to others.
+In ``.env`` every name should be a setting, or one that docker-compose.yml reads. In the environment only names that are
+close to a setting count, since most of it belongs to others.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,7 @@ from dotenv.parser import parse_stream
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT
 
-# The official image of PostgreSQL, and so everybody, writes it with an S.
-SYNONYM = re.compile(r"^postgres_", re.IGNORECASE)
-SYNONYMS = {"postgres_db": "postgre_dbname"}
+SYNONYMS = {"postgres_db": "postgre_dbname"}  # as the official image of PostgreSQL has it, and POSTGRES_* for POSTGRE_*
 # Nobody else's names begin like this.
 OURS = ("DATA_FEATURE_", "DEAD_LETTER_", "POSTGRE_", *(f"{name.upper()}_" for name in DEFAULT))
 OF_COMPOSE = re.compile(r"(COMPOSE|DOCKER|GRAFANA|POSTGRES|PROMETHEUS|SENSOR)_\w+|\w+_(IMAGE|RESTART)")
@@ -30,7 +28,7 @@ SIMILAR = 0.6
 
 @dataclass(frozen=True, slots=True)
 class UnknownName:
-    """A name that is read by nobody, and the setting that may have been meant."""
+    """A name that nothing reads, and the setting that may have been meant."""
 
     name: str
     source: str
@@ -40,13 +38,13 @@ class UnknownName:
 def setting_of(name: str) -> str:
     """The setting, in lower case, that a name stands for: POSTGRES_HOST is POSTGRE_HOST."""
     lower = name.lower()
-    return SYNONYMS.get(lower) or SYNONYM.sub("postgre_", lower)
+    return SYNONYMS.get(lower) or re.sub("^postgres_", "postgre_", lower)
 
 
-def with_synonyms(values: dict[str, str | None]) -> dict[str, str | None]:
-    """The values by lower-case name, also by the setting that each name stands for; the setting's own name wins."""
-    own = {setting_of(name): value for name, value in values.items() if not _is_address(name, value)}
-    return own | values
+def with_synonyms(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The values by the lower-case setting that each name stands for; the setting's own name wins."""
+    lower = {name.lower(): value for name, value in values.items()}
+    return {setting_of(name): value for name, value in lower.items() if not _is_address(name, value)} | lower
 
 
 def _is_address(name: str, value: str | None) -> bool:
@@ -81,8 +79,7 @@ def unknown_names(
     settings: Collection[str], environment: Iterable[str], dotenv: Iterable[str]
 ) -> Iterator[UnknownName]:
     """What looks like a setting in the environment and is none, and whatever is none in ``.env``."""
-    known = [name.upper() for name in settings]
-    known += [name.upper() for name in SYNONYMS]
+    known = [name.upper() for name in (*settings, *SYNONYMS)]
     known += [name.replace("POSTGRE_", "POSTGRES_") for name in known if name.startswith("POSTGRE_")]
     for source, names in (("environment", environment), (".env", dotenv)):
         for name in sorted({name.upper() for name in names}.difference(known)):

@@ -1,4 +1,4 @@
-"""Text from outside, such as names of files and headers of messages, made fit for a terminal and for one line."""
+"""Text from outside, such as file names and message headers, made safe for a terminal and for one line."""
 
 from __future__ import annotations
 

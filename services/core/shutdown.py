@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT become one event that every loop waits on; and so every loop shows that it goes round."""
+"""SIGTERM and SIGINT become one event that every loop waits on; by that each loop also shows that it is iterating."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Shutdown:
     """Set once, never cleared. ``wait`` replaces every sleep of a service."""
 
     def __init__(self) -> None:
-        # Not an Event: who waits for one holds its lock now and then, and a handler in that thread would wait for it.
+        # Not an Event: a thread that waits for one holds its lock at times, and a signal handler in it would deadlock.
         self._requests: SimpleQueue[None] = SimpleQueue()
         self._is_requested = False
-        self._expected = time.monotonic()  # when the main loop is to look again, or last did
+        self._expected = time.monotonic()  # when the main loop must check again, or last did
 
     def listen(self) -> Shutdown:
         """Turn SIGTERM and SIGINT into ``request``; a second signal ends the process at once."""
@@ -35,25 +35,25 @@ class Shutdown:
 
     @property
     def requested(self) -> bool:
-        """Whether the service shall end."""
+        """Whether the service must end."""
         self._expected = time.monotonic()
         return self._is_requested
 
     def wait(self, seconds: float) -> bool:
-        """Pause for ``seconds`` at most; True as soon as the service shall end."""
+        """Pause for ``seconds`` at most; True as soon as the service must end."""
         self._expected = time.monotonic() + seconds
         self._wait(max(0.0, seconds))
         return self.requested
 
     def wait_until_requested(self) -> None:
-        """For threads beside the main loop: they do not speak for it."""
+        """Wait in a thread beside the main loop: this is not a sign that the loop is iterating."""
         self._wait(None)
 
     def _wait(self, seconds: float | None) -> None:
         with suppress(Empty):
-            self._requests.put(self._requests.get(timeout=seconds))  # it is everybody's
+            self._requests.put(self._requests.get(timeout=seconds))  # it is for all who wait
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the main loop last looked; 0 while it pauses."""
+        """Seconds since the main loop last checked; 0 while it pauses."""
         return max(0.0, time.monotonic() - self._expected)

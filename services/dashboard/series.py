@@ -12,7 +12,7 @@ from typing import Self
 from psycopg import Connection, sql
 
 from services.core.config import Settings
-from services.core.database import connect, missing_measurements, one, queries, translated
+from services.core.database import Reconnecting, closed_on_error, connect, missing_measurements, one, queries
 from services.core.measurements import measurement
 
 SQL = queries("services.dashboard")
@@ -44,19 +44,19 @@ class Series:
 
 
 class SummaryReader:
-    """One connection that is opened when it is needed, and again after an error. For one thread at a time."""
+    """Reads summaries over one connection, for one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
         self.measurements = settings.measurements
         self._settings = settings
         self._lock = threading.Lock()
-        self._connection: Connection | None = None
+        self._database = Reconnecting(self._open)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._database.close()
 
     def queue(self) -> tuple[int, float]:
         """Rows of the refresh queue, and the age of the oldest in seconds."""
@@ -100,17 +100,11 @@ class SummaryReader:
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
         """Raises TransientError while the server is away, PermanentError if it does not let us read."""
-        with self._lock, translated():
-            try:
-                if self._connection is None:
-                    self._connection = connect(self._settings)
-                    self._connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
-                yield self._connection
-            except BaseException:
-                self._close()
-                raise
+        with self._lock, self._database.connected() as connection:
+            yield connection
 
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+    def _open(self) -> Connection:
+        connection = connect(self._settings)
+        with closed_on_error(connection):
+            connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
+        return connection

@@ -17,7 +17,7 @@ from services.core.config import Settings
 from services.core.database import connect_at_start, connect_for_work, cut, translated
 from services.core.errors import LeaseLostError, PermanentError, PipelineError, TransientError
 from services.core.logs import fields
-from services.core.monitoring import DATABASE, Monitoring, database_probe
+from services.core.monitoring import DATABASE, database_probe, monitored
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
 from services.etl.duties import Duty, next_due
@@ -47,7 +47,7 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
         run_once(settings, shutdown)
         return 0
     probe = partial(database_probe, settings, QUEUE.look)
-    with Monitoring(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
+    with monitored(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
         connect_at_start(settings, shutdown, tables=True).close()
         lead_or_stand_by(settings, shutdown)
     log.info("stopped")

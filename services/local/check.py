@@ -6,8 +6,7 @@ It shares no code with the pipeline on purpose: an error there must not hide her
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -18,35 +17,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from psycopg import Connection, sql
 
+from services.core.config import Settings
+
 ORIGIN = datetime(2000, 1, 3, tzinfo=UTC)  # where time_bucket counts whole minutes from
 TOLERANCE = 1e-9  # of an average: a sum of floats depends on its order in the last digits
 
 Key = tuple[str, datetime]
 Values = tuple[float | None, ...]  # of each measurement, in one order everywhere
+Row = tuple[datetime, float, float, float, int]  # end, average, minimum, maximum, count
 
 
-@dataclass(frozen=True, slots=True)
-class SentColumns:
-    """The Parquet file's column names."""
-
-    time: str
-    measured: dict[str, str]  # by measurement; empty: there is none
-    sensor: str
-    timezone: str = "UTC"
-    unit: str = ""
+def differences(connection: Connection, settings: Settings) -> list[str]:
+    """What differs from what the file of PARQUET_URL says, one line each."""
+    rows = read_rows([Path(settings.parquet_url)], settings)
+    found = differences_in_readings(connection, rows, settings.measurements)
+    for at, name in enumerate(settings.measurements):
+        found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
+    return found
 
 
-def read_rows(files: Iterable[Path], columns: SentColumns) -> dict[Key, Values]:
+def read_rows(files: Iterable[Path], settings: Settings) -> dict[Key, Values]:
     """The rows that ``sensor_data`` must hold: for each sensor and time the last value of each field."""
     rows: dict[Key, Values] = {}
+    columns = [settings.column_of(name) for name in settings.measurements]
     for file in files:
         table = pq.read_table(file)
-        times = instants(table[columns.time], columns.timezone, columns.unit)
-        sensors = table[columns.sensor].to_pylist() if columns.sensor else ["default"] * len(times)
-        values = [
-            finite(table[name].cast(pa.float64())) if name else [None] * len(times)
-            for name in columns.measured.values()
-        ]
+        unit = settings.data_feature_date_unit
+        times = instants(table[settings.data_feature_date], settings.data_feature_timezone, unit)
+        sensor_column = settings.data_feature_sensor
+        sensors = table[sensor_column].to_pylist() if sensor_column else ["default"] * len(times)
+        values = [finite(table[name].cast(pa.float64())) if name else [None] * len(times) for name in columns]
         for time, sensor, *measured in zip(times, sensors, *values, strict=True):
             if time is not None and any(value is not None for value in measured):
                 rows[sensor, time] = later(rows.get((sensor, time)), measured)
@@ -109,38 +109,46 @@ def differences_in_summary(
     connection: Connection, rows: dict[Key, Values], field: int, name: str, minutes: int
 ) -> list[str]:
     """What differs between a summary table and a recomputation from a field of ``rows``, one line each."""
-    width = timedelta(minutes=minutes)
-    groups: dict[Key, list[float]] = {}
-    for (sensor, time), values in rows.items():
-        value = values[field]
-        if value is not None:
-            groups.setdefault((sensor, ORIGIN + (time - ORIGIN) // width * width), []).append(value)
-    query = sql.SQL(
-        "SELECT sensor_id, interval_start, interval_end - interval_start, {}, {}, {}, reading_count FROM {}"
-    ).format(
+    query = sql.SQL("SELECT sensor_id, interval_start, interval_end, {}, {}, {}, reading_count FROM {}").format(
         *(sql.Identifier(f"{function}_{name}") for function in ("avg", "min", "max")),
         sql.Identifier(f"{name}_summary"),
     )
     stored = {(row[0], row[1]): row[2:] for row in connection.execute(query)}
-    found = []
-    for key in sorted(stored.keys() | groups.keys()):
-        values_of = groups.get(key, [])
-        wanted = (
-            (width, math.fsum(values_of) / len(values_of), min(values_of), max(values_of), len(values_of))
-            if values_of
-            else None
-        )
-        if not same(stored.get(key), wanted):
-            found.append(f"{name}_summary {key}: stored {stored.get(key)}, recomputed {wanted}")
-    return found
+    wanted = summarised(rows, field, minutes)
+    return [
+        f"{name}_summary {key}: stored {stored.get(key)}, recomputed {wanted.get(key)}"
+        for key in sorted(differing(stored, wanted))
+    ]
 
 
-def same(stored: tuple[object, ...] | None, wanted: tuple[object, ...] | None) -> bool:
+def summarised(rows: Mapping[Key, Sequence[float | None]], field: int, minutes: int) -> dict[Key, Row]:
+    """The rows of a summary table that a field of ``rows`` gives."""
+    groups: dict[Key, list[float]] = {}
+    for (sensor, time), values in rows.items():
+        value = values[field]
+        if value is not None:
+            groups.setdefault((sensor, floor(time, minutes)), []).append(value)
+    width = timedelta(minutes=minutes)
+    return {
+        (sensor, start): (start + width, math.fsum(found) / len(found), min(found), max(found), len(found))
+        for (sensor, start), found in groups.items()
+    }
+
+
+def floor(time: datetime, minutes: int) -> datetime:
+    """The start of the interval that holds ``time``."""
+    width = timedelta(minutes=minutes)
+    return ORIGIN + (time - ORIGIN) // width * width
+
+
+def differing(stored: Mapping[Key, Row], wanted: Mapping[Key, Row]) -> set[Key]:
+    """The keys whose rows differ or exist on one side only."""
+    return {key for key in stored.keys() | wanted.keys() if not same(stored.get(key), wanted.get(key))}
+
+
+def same(stored: Row | None, wanted: Row | None) -> bool:
     """Equal, with a tolerance for the average only."""
     if stored is None or wanted is None:
         return stored is wanted
-    average, recomputed = stored[1], wanted[1]
-    assert isinstance(average, float)
-    assert isinstance(recomputed, float)
-    close = math.isclose(average, recomputed, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    close = math.isclose(stored[1], wanted[1], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     return close and (stored[0], *stored[2:]) == (wanted[0], *wanted[2:])

@@ -6,22 +6,9 @@ from pathlib import Path
 
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
-from services.local.runtime import make_writable
-from services.local.security import Security, secure
-from services.local.stack import Stack, StackOptions
-
-
-def stack_options(settings: Settings, directory: Path, security: Security | None = None) -> StackOptions:
-    """The stack that the settings point at, with its data below ``directory``."""
-    return StackOptions(
-        directory=directory,
-        kafka_port=settings.kafka_port,
-        postgre_port=settings.postgre_port,
-        postgre_user=settings.postgre_user,
-        postgre_password=settings.secret("postgre_password"),
-        postgre_dbname=settings.postgre_dbname,
-        security=security,
-    )
+from services.local.runtime import make_writable, say
+from services.local.security import secure
+from services.local.stack import Stack
 
 
 def run(settings: Settings, action: str, directory: Path, *, tls: bool) -> int:
@@ -29,25 +16,29 @@ def run(settings: Settings, action: str, directory: Path, *, tls: bool) -> int:
 
     Raises ConfigurationError where servers run already that do not speak TLS, or do, unlike what is asked for.
     """
-    stack = Stack(stack_options(settings, directory), report=print)
+    stack = Stack(directory, settings, report=say)
     if action == "up":
-        make_writable(directory)
-        if stack.kafka.running and stack.kafka.speaks_tls != tls:
-            raise ConfigurationError(
-                f"the servers in {directory.resolve()} are running {'without' if tls else 'with'} TLS: "
-                "stop them first (sensor-pipeline local down)"
-            )
-        security = secure((directory / "tls").resolve(), settings) if tls else None
-        Stack(stack_options(settings, directory, security), report=print).up(detach=True)
-        if security is not None:
-            print(f"what clients need is in {security.directory / 'client.env'}: add its lines to .env")  # noqa: T201
+        _up(stack, settings, tls=tls)
         return 0
     if action == "down":
         stack.down()
         return 0
     if not any(server.data_path.exists() for server in stack.servers):
-        print(f"no servers were ever started in {directory.resolve()}: the local stack is that of a directory")  # noqa: T201
+        say(f"no servers were ever started in {stack.directory}: the local stack is that of a directory")
     for server in stack.servers:
         pid = f"pid {server.pid}" if server.pid else "no process"
-        print(f"{server.name:12} {server.state:8} {pid}, port {server.port}, log {server.log_path}")  # noqa: T201
+        say(f"{server.name:12} {server.state:8} {pid}, port {server.port}, log {server.log_path}")
     return 0 if all(server.state == "running" for server in stack.servers) else 1
+
+
+def _up(stack: Stack, settings: Settings, *, tls: bool) -> None:
+    make_writable(stack.directory)
+    if stack.kafka.running and stack.kafka.speaks_tls != tls:
+        raise ConfigurationError(
+            f"the servers in {stack.directory} are running {'without' if tls else 'with'} TLS: "
+            "stop them first (sensor-pipeline local down)"
+        )
+    security = secure(stack.directory / "tls", settings) if tls else None
+    Stack(stack.directory, settings, security, say).up(detach=True)
+    if security is not None:
+        say(f"what clients need is in {security.directory / 'client.env'}: add its lines to .env")

@@ -15,6 +15,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
 
 from services.core.errors import PermanentError
+from services.core.kafka import ClientSettings
 from services.local.runtime import Runtime
 from services.local.security import SERVER_NAME, Security
 from services.local.servers import HOST, Server, free_port
@@ -100,11 +101,14 @@ class KafkaProcess(Server):
                 "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
                 "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             }
+        return self._secure_listeners(self._security, controller)
+
+    def _secure_listeners(self, security: Security, controller: int) -> dict[str, str | int]:
         self.internal_port = free_port()
         self._user_is_known = False
         keystore = self.data_path / "keystore.pem"
         keystore.touch(mode=0o600)
-        keystore.write_text(self._security.server.key.read_text() + self._security.server.certificate.read_text())
+        keystore.write_text(security.server.key.read_text() + security.server.certificate.read_text())
         login = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
         return {
             "controller.quorum.voters": f"1@{SERVER_NAME}:{controller}",
@@ -121,7 +125,7 @@ class KafkaProcess(Server):
             "ssl.keystore.type": "PEM",
             "ssl.keystore.location": str(keystore),
             "ssl.truststore.type": "PEM",
-            "ssl.truststore.location": str(self._security.authority.certificate),
+            "ssl.truststore.location": str(security.authority.certificate),
         }
 
     @property
@@ -134,34 +138,27 @@ class KafkaProcess(Server):
 
     def _answers(self) -> bool:
         if self._security is None:
-            return _lists_topics(_client(f"{HOST}:{self.port}"))
+            return _lists_topics(_client(f"{HOST}:{self.port}", {}))
         if not self._user_is_known:
             self._user_is_known = self._introduce_user(self._security)
-        return self._user_is_known and _lists_topics(
-            _client(
-                f"{SERVER_NAME}:{self.port}",
-                **{
-                    "security.protocol": "SASL_SSL",
-                    "ssl.ca.location": str(self._security.authority.certificate),
-                    "sasl.mechanism": "SCRAM-SHA-512",
-                    "sasl.username": self._security.username,
-                    "sasl.password": self._security.password,
-                },
-            ),
-            HANDSHAKE_S,
-        )
+        login = {
+            "security.protocol": "SASL_SSL",
+            "ssl.ca.location": str(self._security.authority.certificate),
+            "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.username": self._security.username,
+            "sasl.password": self._security.password,
+        }
+        return self._user_is_known and _lists_topics(_client(f"{SERVER_NAME}:{self.port}", login), HANDSHAKE_S)
 
     def _introduce_user(self, security: Security) -> bool:
-        """Tell the broker the user and its password, which may be another than at the last start."""
-        admin = _client(
-            f"{SERVER_NAME}:{self.internal_port}",
-            **{
-                "security.protocol": "SSL",
-                "ssl.ca.location": str(security.authority.certificate),
-                "ssl.certificate.location": str(security.server.certificate),
-                "ssl.key.location": str(security.server.key),
-            },
-        )
+        """Tell the broker the user and its password, which may have changed since the last start."""
+        certificate = {
+            "security.protocol": "SSL",
+            "ssl.ca.location": str(security.authority.certificate),
+            "ssl.certificate.location": str(security.server.certificate),
+            "ssl.key.location": str(security.server.key),
+        }
+        admin = _client(f"{SERVER_NAME}:{self.internal_port}", certificate)
         if not _lists_topics(admin, HANDSHAKE_S):
             return False
         credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
@@ -192,14 +189,9 @@ _LOG4J = {
 }
 
 
-def _client(address: str, **security: str) -> AdminClient:
-    settings: dict[str, str | int | float | bool] = {
-        "bootstrap.servers": address,
-        "reconnect.backoff.max.ms": 100,
-        "log_level": 0,
-        **security,
-    }
-    return AdminClient(settings, logger=_quiet)
+def _client(address: str, security: dict[str, str]) -> AdminClient:
+    settings: ClientSettings = {"bootstrap.servers": address, "reconnect.backoff.max.ms": 100, "log_level": 0}
+    return AdminClient(settings | security, logger=_quiet)
 
 
 def _lists_topics(admin: AdminClient, timeout_s: float = 0.5) -> bool:

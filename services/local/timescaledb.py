@@ -44,7 +44,7 @@ class TimescaleDB(Server):
         # V8's own stack: deep enough that PostgreSQL notices its depth first, within the usual limit of 8 MB.
         return [str(runtime.node), "--stack-size=6000", str(runtime.gateway), *arguments]
 
-    def _secrets(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         return {"GATEWAY_PASSWORD": self._password}
 
     def _answers(self) -> bool:
@@ -52,16 +52,9 @@ class TimescaleDB(Server):
         if self._security is not None:
             ca = str(self._security.authority.certificate)
             arguments = {"host": SERVER_NAME, "sslmode": "verify-full", "sslrootcert": ca}
+        arguments |= {"port": self.port, "user": self._user, "password": self._password, "dbname": self._dbname}
         try:
-            with psycopg.connect(
-                **arguments,
-                port=self.port,
-                user=self._user,
-                password=self._password,
-                dbname=self._dbname,
-                connect_timeout=2,
-                autocommit=True,
-            ) as connection:
+            with psycopg.connect(**arguments, connect_timeout=2, autocommit=True) as connection:
                 return connection.execute("SELECT 1").fetchone() == (1,)
         except psycopg.OperationalError:
             return False

@@ -11,7 +11,7 @@ from services.core.config import Settings
 from services.core.errors import STOPPED, ConfigurationError, PermanentError, PipelineError
 from services.core.kafka import REPEATED, connect_admin, create_topics
 from services.core.logs import fields
-from services.core.monitoring import Monitoring, kafka_probe
+from services.core.monitoring import kafka_probe, monitored
 from services.core.shutdown import Shutdown
 from services.producer.display import show_rows
 from services.producer.job import Job
@@ -95,7 +95,7 @@ def run(
     pacing = choose_pacing(settings, speed)
     _check_options(settings, resend=resend, overwrite=overwrite)
     mark = ("" if overwrite else REPEATED.decode()) if resend else None
-    with Monitoring(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
+    with monitored(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
         feed: Feed = Watch(settings, shutdown) if settings.producer_watch_seconds else Once(settings, shutdown)
         admin = connect_admin(settings, shutdown)
         create_topics(admin, settings, progress_topic(settings), shutdown=shutdown)

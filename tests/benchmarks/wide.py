@@ -27,7 +27,7 @@ def measure_wide(bench: Bench) -> None:
     rows = history.rows()
     wide_rows = [(*row, *(row[2] + number for number in range(len(MORE)))) for row in rows]
     values: dict[str, Any] = dict(bench.settings) | {"measurements": names}
-    wide = replace(bench, settings=settings_type(names)(_env_file=None, **values))
+    wide = replace(bench, settings=settings_type(names)(**values))
     topic, wide_topic = bench.new_topic(), wide.new_topic()
     bench.fill(topic, rows)
     wide.fill(wide_topic, wide_rows)

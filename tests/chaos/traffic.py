@@ -22,12 +22,15 @@ from confluent_kafka import Producer
 
 from services.core.config import Settings
 from services.core.kafka import PARTITIONER, client_settings
-from services.core.measurements import DEFAULT
-from services.local.check import SentColumns
 from tests.fix_services import PATIENCE_S, message
 from tests.model import CHUNK, chunk_of
 
-COLUMNS = SentColumns("time", {name: name for name in DEFAULT}, "sensor")
+COLUMNS = {  # of the files, by setting
+    "data_feature_date": "time",
+    "data_feature_sensor": "sensor",
+    "data_feature_temp": "temperature",
+    "data_feature_humid": "humidity",
+}
 ROWS_A_FILE = 2_500
 SENSORS = 25
 DEVICES = 8
@@ -41,9 +44,10 @@ MINUTES_A_FILE, MINUTES_OF_A_FILE = 200, 260
 Sample = tuple[datetime, float | None, float | None]  # time, temperature, humidity
 SCHEMA = pa.schema(
     [
-        (COLUMNS.time, pa.timestamp("us", "UTC")),
-        (COLUMNS.sensor, pa.string()),
-        *((column, pa.float64()) for column in COLUMNS.measured.values()),
+        ("time", pa.timestamp("us", "UTC")),
+        ("sensor", pa.string()),
+        ("temperature", pa.float64()),
+        ("humidity", pa.float64()),
     ]
 )
 

@@ -16,9 +16,10 @@ from psycopg import Connection
 
 from services.core.kafka import REASON_HEADER, position_of
 from services.core.letters import read_headers
+from services.local.check import Key, Row, floor, same
 from tests.chaos.traffic import POISON_KEY, Sample, Traffic
 from tests.fix_services import rows_of
-from tests.model import METRICS, Key, Row, Rows, Values, floor, same
+from tests.model import METRICS, Rows, Values
 
 Place = tuple[int, int]  # partition and offset
 

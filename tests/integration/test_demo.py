@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -19,11 +18,10 @@ import psutil
 import pytest
 
 from services.core.database import connect
-from services.local.command import stack_options
 from services.local.report import fetch
 from services.local.security import secure
 from services.local.stack import Stack
-from services.local.supervisor import ProcessRecord
+from services.local.supervisor import PidFile
 from tests.fix_services import wait_until
 from tests.fix_stack import ROOT, free_port
 from tests.measured import ALL_SETTINGS, make_settings
@@ -68,8 +66,9 @@ def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
 ) -> None:
     wait_until(lambda: "readings stored" in output(workspace), "the first readings", timeout_s=60)
     refused(workspace, f"another demo is running in {workspace}/.local: wait for its end")
-    pid = int((workspace / ".local" / "demo" / "consumer.pid").read_text(encoding="utf-8").split()[0])
-    os.kill(pid, signal.SIGKILL)
+    consumer = PidFile.read(workspace / ".local" / "demo" / "consumer.pid")
+    assert consumer is not None
+    os.kill(consumer.server.pid, signal.SIGKILL)
     assert demo.wait(150) == 0, output(workspace)
     lines = output(workspace).splitlines()
     assert "consumer was killed by SIGKILL; starting it again" in lines
@@ -111,8 +110,9 @@ def test_the_demo_with_tls_and_sasl_is_kept_and_looked_at_while_its_database_die
 
     kept = Kept(directory, lines)
     kept.assert_all_agree()
-    database = ProcessRecord(**json.loads((directory / "timescaledb.pid").read_text(encoding="utf-8"))["server"])
-    os.kill(database.pid, signal.SIGKILL)
+    database = PidFile.read(directory / "timescaledb.pid")
+    assert database is not None
+    os.kill(database.server.pid, signal.SIGKILL)
     wait_until(lambda: kept.ready("consumer") == kept.ready("etl") == 503, "two services that are not ready", 10)
     code, state = kept.status()
     assert code == 1
@@ -145,8 +145,7 @@ class Kept:
         values: dict[str, Any] = {name.lower(): value for name, value in self.environment.items()}
         self.settings = make_settings(**values)
         security = secure(directory / "tls", self.settings)
-        options = stack_options(self.settings, directory, security)
-        self.stack = Stack(dataclasses.replace(options, runtime_directory=ROOT / ".local" / "runtime"))
+        self.stack = Stack(directory, self.settings, security)
 
     def status(self) -> tuple[int, dict[str, Any]]:
         """Exit code and what ``status --json`` prints."""

@@ -19,10 +19,8 @@ from tests.measured import make_settings
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
     monkeypatch.setattr(health, "REQUEST_TIMEOUT_S", 1.0)
     settings = make_settings(metrics_port=free_port())
-    server = HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")})
-    server.start()
-    yield server
-    server.stop()
+    with HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")}) as server:
+        yield server
 
 
 def ask(server: HealthServer, host: str) -> bytes:
@@ -54,12 +52,8 @@ def test_on_loopback_only_this_machine_is_asked_for(server: HealthServer, host: 
 
 def test_on_a_network_any_name_may_be_used() -> None:
     settings = make_settings(metrics_host="0.0.0.0", metrics_port=free_port())  # noqa: S104
-    server = HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")})
-    server.start()
-    try:
+    with HealthServer(settings, {"/metrics": lambda: Page(b"fine\n")}) as server:
         assert b"fine" in ask(server, "Host: consumer.example\r\n")
-    finally:
-        server.stop()
 
 
 def test_who_is_slow_is_cut_off_and_keeps_nobody_waiting(server: HealthServer) -> None:
@@ -91,8 +85,8 @@ def test_who_is_slow_is_cut_off_and_keeps_nobody_waiting(server: HealthServer) -
 
 def test_of_many_at_once_some_are_refused_and_then_all_is_well(server: HealthServer) -> None:
     address = server.server_address
-    many = [socket.create_connection(address, timeout=10) for _ in range(3 * health.AT_ONCE)]  # type: ignore[arg-type]
-    assert threading.active_count() < 3 * health.AT_ONCE
+    many = [socket.create_connection(address, timeout=10) for _ in range(3 * health.MAX_REQUESTS)]  # type: ignore[arg-type]
+    assert threading.active_count() < 3 * health.MAX_REQUESTS
     for connection in many:
         connection.close()
     for _ in range(100):

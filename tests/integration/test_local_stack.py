@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,41 +11,38 @@ from pathlib import Path
 from socket import socket
 
 import psutil
-import psycopg
 import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+from pydantic import SecretStr
 
+from services.core.config import Settings
+from services.core.database import connect
 from services.core.errors import ConfigurationError, PermanentError
 from services.local.command import run
-from services.local.servers import HOST, Server
-from services.local.stack import Stack, StackOptions
+from services.local.servers import HOST, Server, free_port
+from services.local.stack import Stack
 from services.local.supervisor import PidFile, ProcessRecord
 from tests.measured import make_settings
 
 ROOT = Path(__file__).parents[2]
-USER, PASSWORD, DBNAME = "postgres", "secret", "sensors"
+PASSWORD = "secret"
 
 
-def free_port() -> int:
-    with socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def options_in(directory: Path) -> StackOptions:
-    return StackOptions(directory, free_port(), free_port(), USER, PASSWORD, DBNAME, ROOT / ".local" / "runtime")
+def own_settings() -> Settings:
+    return make_settings(kafka_port=free_port(), postgre_port=free_port(), postgre_password=SecretStr(PASSWORD))
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> StackOptions:
-    return options_in(tmp_path_factory.mktemp("stack"))
+def local() -> Settings:
+    """The settings of the shared stack."""
+    return own_settings()
 
 
 @pytest.fixture(scope="module")
-def stack(options: StackOptions) -> Iterator[Stack]:
-    with Stack(options) as stack:
+def stack(local: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(tmp_path_factory.mktemp("stack"), local) as stack:
         yield stack
 
 
@@ -55,10 +53,8 @@ def ready(stack: Stack) -> Stack:
     return stack
 
 
-def count(options: StackOptions) -> int:
-    with psycopg.connect(
-        host=HOST, port=options.postgre_port, user=USER, password=PASSWORD, dbname=DBNAME
-    ) as connection:
+def count(settings: Settings) -> int:
+    with connect(settings) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS visits (at timestamptz DEFAULT now())")
         connection.execute("INSERT INTO visits DEFAULT VALUES")
         row = connection.execute("SELECT count(*) FROM visits").fetchone()
@@ -66,15 +62,15 @@ def count(options: StackOptions) -> int:
         return int(row[0])
 
 
-def processes(stack: Stack, directory: Path) -> list[psutil.Process]:
-    records = [PidFile.read(directory / f"{status.name}.pid") for status in stack.servers]
+def processes(stack: Stack) -> list[psutil.Process]:
+    records = [PidFile.read(stack.directory / f"{status.name}.pid") for status in stack.servers]
     return [psutil.Process(part.pid) for record in records if record for part in (record.supervisor, record.server)]
 
 
 @pytest.mark.slow
-def test_up_is_idempotent_and_says_so(ready: Stack, options: StackOptions) -> None:
+def test_up_is_idempotent_and_says_so(ready: Stack, local: Settings) -> None:
     lines: list[str] = []
-    again = Stack(options, lines.append)
+    again = Stack(ready.directory, local, report=lines.append)
     before = [status.pid for status in again.servers]
     again.up(detach=True)
     assert [line.split(" is ")[1].split(" (")[0] for line in lines] == ["already running"] * 2
@@ -96,9 +92,9 @@ def test_servers_listen_on_loopback_only(ready: Stack) -> None:
 
 
 @pytest.mark.slow
-def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: Stack, options: StackOptions) -> None:
+def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: Stack, local: Settings) -> None:
     address: dict[str, str | int | float | bool] = {
-        "bootstrap.servers": f"{HOST}:{options.kafka_port}",
+        "bootstrap.servers": f"{HOST}:{local.kafka_port}",
         "log_level": 0,
     }
     admin = AdminClient(address)
@@ -114,7 +110,7 @@ def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: St
     consumer.commit(asynchronous=False)
     consumer.close()
 
-    record = PidFile.read(options.directory / "kafka.pid")
+    record = PidFile.read(ready.directory / "kafka.pid")
     assert record is not None
     server = psutil.Process(record.server.pid)
     psutil.Process(record.supervisor.pid).kill()
@@ -131,18 +127,18 @@ def test_kafka_dies_with_its_supervisor_and_keeps_messages_and_offsets(ready: St
     assert set(admin.list_topics(timeout=10).topics) == {"readings", "__consumer_offsets"}
 
 
-def test_up_after_a_crash_reopens_the_same_data(ready: Stack, options: StackOptions) -> None:
-    visits = count(options)
+def test_up_after_a_crash_reopens_the_same_data(ready: Stack, local: Settings) -> None:
+    visits = count(local)
     ready.timescaledb.kill()
     assert not ready.timescaledb.running
     ready.up(detach=False)
-    assert count(options) == visits + 1
+    assert count(local) == visits + 1
 
 
-def test_data_is_opened_once(ready: Stack, options: StackOptions) -> None:
-    twin = Stack(options_in(options.directory), lambda line: None)
+def test_data_is_opened_once(ready: Stack, local: Settings) -> None:
+    twin = Stack(ready.directory, own_settings())
     assert twin.install()
-    pid_file = options.directory / "timescaledb.pid"
+    pid_file = ready.directory / "timescaledb.pid"
     kept = pid_file.read_bytes()
     pid_file.unlink()  # as if it had been lost
     with pytest.raises(PermanentError, match="another process has its data open"):
@@ -151,17 +147,16 @@ def test_data_is_opened_once(ready: Stack, options: StackOptions) -> None:
     assert ready.timescaledb.running
 
 
-def test_recycled_pid_is_not_taken_for_the_server(ready: Stack, options: StackOptions) -> None:
+def test_recycled_pid_is_not_taken_for_the_server(ready: Stack, local: Settings) -> None:
     stranger = psutil.Process()
     record = PidFile(
         ProcessRecord(stranger.pid, stranger.create_time() - 100),
         ProcessRecord(stranger.pid, stranger.create_time() - 100),
-        1,
     )
-    directory = options.directory / "elsewhere"
+    directory = ready.directory / "elsewhere"
     directory.mkdir()
     record.write(directory / "kafka.pid")
-    other = Stack(options_in(directory))
+    other = Stack(directory, own_settings())
     assert [status.state for status in other.servers] == ["crashed", "stopped"]
     other.down()
     assert stranger.is_running()
@@ -170,39 +165,37 @@ def test_recycled_pid_is_not_taken_for_the_server(ready: Stack, options: StackOp
 
 @pytest.mark.parametrize("taken", ["kafka_port", "postgre_port"])
 def test_taken_port_is_one_line_and_nothing_is_started(tmp_path: Path, taken: str) -> None:
-    options = options_in(tmp_path / "new")
+    settings = own_settings()
     with socket() as other:
-        other.bind((HOST, getattr(options, taken)))
+        other.bind((HOST, getattr(settings, taken)))
         other.listen()
         with pytest.raises(ConfigurationError) as caught:
-            Stack(options).up(detach=True)
+            Stack(tmp_path / "new", settings).up(detach=True)
     line = str(caught.value)
     assert "\n" not in line
     assert taken.upper() in line
-    assert str(getattr(options, taken)) in line
+    assert str(getattr(settings, taken)) in line
     assert not (tmp_path / "new").exists()
 
 
-def test_servers_that_run_without_tls_are_not_taken_for_others(ready: Stack, options: StackOptions) -> None:
-    settings = make_settings(kafka_port=options.kafka_port, postgre_port=options.postgre_port)
+def test_servers_that_run_without_tls_are_not_taken_for_others(ready: Stack, local: Settings) -> None:
     with pytest.raises(ConfigurationError, match="are running without TLS: stop them first"):
-        run(settings, "up", options.directory, tls=True)
+        run(local, "up", ready.directory, tls=True)
     assert not ready.kafka.speaks_tls
-    assert not (options.directory / "tls").exists()
+    assert not (ready.directory / "tls").exists()
 
 
 def test_servers_have_no_secrets_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAFKA_SASL_PASSWORD", "hunter2")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    with Stack(options_in(tmp_path)) as stack:
+    with Stack(tmp_path, own_settings()) as stack:
         for server in (stack.kafka, stack.timescaledb):
             assert "hunter2" not in Path(f"/proc/{server.pid}/environ").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_server_that_dies_while_starting_shows_its_log(tmp_path: Path) -> None:
-    options = options_in(tmp_path)
-    stack = Stack(options)
+    stack = Stack(tmp_path, own_settings())
     (tmp_path / "timescaledb" / "cluster").mkdir(parents=True)
     (tmp_path / "timescaledb" / "cluster" / "PG_VERSION").write_text("9.6\n")
     with pytest.raises(PermanentError) as caught:
@@ -223,11 +216,10 @@ def test_stop_is_graceful(ready: Stack) -> None:
 STARTER = """
 import sys
 from pathlib import Path
-from services.local.stack import Stack, StackOptions
-directory, kafka_port, postgre_port, mode = sys.argv[1:]
-stack = Stack(
-    StackOptions(Path(directory), int(kafka_port), int(postgre_port), "postgres", "secret", "sensors")
-)
+from services.core.config import load_settings
+from services.local.stack import Stack
+directory, mode = sys.argv[1:]
+stack = Stack(Path(directory), load_settings())
 stack.up(detach=mode == "detach")
 print("up", flush=True)
 if mode == "stay":
@@ -236,24 +228,24 @@ if mode == "stay":
 
 
 @pytest.mark.slow
-def test_who_outlives_whom(ready: Stack, options: StackOptions) -> None:
+def test_who_outlives_whom(ready: Stack, local: Settings) -> None:
     """Servers die with a starter that was killed; detached ones outlive it until `down`."""
-    visits = count(options)
+    visits = count(local)
     ready.down()
-    observer = Stack(options)
+    observer = Stack(ready.directory, local)
 
-    with started(options, "stay") as starter:
-        alive = processes(observer, options.directory)
+    with started(observer, local, "stay") as starter:
+        alive = processes(observer)
         starter.kill()
         gone, left = psutil.wait_procs(alive, timeout=20)
     assert (len(gone), left) == (4, [])
     assert [status.state for status in observer.servers] == ["stopped", "stopped"]
 
-    with started(options, "detach") as starter:
-        alive = processes(observer, options.directory)
+    with started(observer, local, "detach") as starter:
+        alive = processes(observer)
         assert starter.wait(10) == 0
         assert [status.state for status in observer.servers] == ["running", "running"]
-        assert count(options) == visits + 1
+        assert count(local) == visits + 1
         observer.down()
         gone, left = psutil.wait_procs(alive, timeout=20)
     assert (len(gone), left) == (4, [])
@@ -261,11 +253,14 @@ def test_who_outlives_whom(ready: Stack, options: StackOptions) -> None:
 
 
 @contextmanager
-def started(options: StackOptions, mode: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(stack: Stack, settings: Settings, mode: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has brought the stack up."""
-    arguments = [str(options.directory), str(options.kafka_port), str(options.postgre_port), mode]
     with subprocess.Popen(
-        [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", STARTER, str(stack.directory), mode],
+        cwd=ROOT,
+        env=os.environ | settings.as_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as starter:
         assert starter.stdout is not None
         assert starter.stdout.readline() == b"up\n"

@@ -54,24 +54,11 @@ from services.etl.lease import Lease
 from services.etl.reconcile import reconcile
 from services.etl.rollup import BASE, OF_MINUTES
 from services.etl.worker import Leader
+from services.local.check import Key, Row, differing, floor
 from tests.fix_services import NOWHERE, publish, read_topic, wait_until
 from tests.fix_stack import empty
 from tests.measured import MEASUREMENTS, of_default, reading_of
-from tests.model import (
-    CHUNK,
-    METRICS,
-    NEVER,
-    Key,
-    Model,
-    Row,
-    Rows,
-    Stage,
-    ceil,
-    chunk_of,
-    differing,
-    floor,
-    minute_of,
-)
+from tests.model import CHUNK, METRICS, NEVER, Model, Rows, Stage, ceil, chunk_of, minute_of
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "0"))
 EVERY = 1 if EXAMPLES else 11  # of the statements of a run

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
 from pydantic import SecretStr
 
-from services.core.config import Settings
+from services.core.config import Settings, load_settings
 from services.core.database import connect, connect_at_start
 from services.core.errors import ConfigurationError
 from services.core.kafka import connect_admin, create_topics
@@ -23,6 +25,7 @@ from services.local.certificates import Authority
 from services.local.kafka import KafkaProcess
 from services.local.security import Security, secure
 from services.local.stack import Stack
+from tests.certificates import locked
 from tests.fix_services import message, publish, run_cli
 from tests.fix_stack import make_stack, upgrade
 from tests.measured import make_settings
@@ -174,7 +177,7 @@ def test_a_certificate_for_kafka(
     check = "(check KAFKA_SSL_CERTIFICATE_LOCATION and KAFKA_SSL_KEY_LOCATION)"
     assert kafka_mistake(internal, capfd) == f"it refuses us: tlsv13 alert certificate required {check}"
     for authority in (security.authority, stranger):
-        pair = authority.issue("client", "client", password="hunter2")
+        pair = locked(authority.issue("client", "client"), "hunter2")
         settings = changed(
             internal,
             kafka_ssl_certificate_location=str(pair.certificate),
@@ -277,13 +280,15 @@ def test_no_password_is_in_a_log_a_file_or_a_command_line(
 
 
 def test_local_up_writes_down_what_clients_need(
-    client: Settings, security: Security, monkeypatch: pytest.MonkeyPatch
+    client: Settings, security: Security, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = security.directory / "client.env"
     assert PASSWORD not in path.read_text(encoding="utf-8")
     monkeypatch.setenv("KAFKA_PORT", str(client.kafka_port))
     monkeypatch.setenv("POSTGRE_PORT", str(client.postgre_port))
-    settings = Settings(_env_file=path)
+    shutil.copy(path, tmp_path / ".env")
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
     connect_admin(settings, Shutdown())
     connect(settings).close()
 

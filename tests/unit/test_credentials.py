@@ -17,6 +17,7 @@ from services.core.logins import settings_as
 from services.core.measurements import DEFAULT
 from services.local.certificates import Authority
 from services.local.security import secure
+from tests.certificates import locked
 from tests.measured import make_settings
 
 PASSWORDS = {"POSTGRE_PASSWORD_FILE": "postgre_password", "KAFKA_SASL_PASSWORD_FILE": "kafka_sasl_password"}
@@ -135,7 +136,7 @@ def test_a_certificate_and_a_key_belong_together(
     monkeypatch: pytest.MonkeyPatch, authority: Authority, certificate: str, key: str
 ) -> None:
     one, other = authority.issue("one", "one"), authority.issue("other", "other")
-    locked = authority.issue("locked", "locked", password="hunter2")
+    opened = locked(authority.issue("locked", "locked"), "hunter2")
     assert (
         mistake(monkeypatch, **{certificate: one.certificate, key: other.key})
         == f"{key}={other.key}: the key does not belong to the certificate"
@@ -143,7 +144,7 @@ def test_a_certificate_and_a_key_belong_together(
     unusable = "the file holds no private key in PEM form, or one that its password does not open"
     assert mistake(monkeypatch, **{key: one.certificate}) == f"{key}={one.certificate}: {unusable}"
     assert (
-        mistake(monkeypatch, **{certificate: locked.certificate, key: locked.key}) == f"{key}={locked.key}: {unusable}"
+        mistake(monkeypatch, **{certificate: opened.certificate, key: opened.key}) == f"{key}={opened.key}: {unusable}"
     )
     assert (
         mistake(monkeypatch, **{key: "/no/key"})
@@ -154,14 +155,14 @@ def test_a_certificate_and_a_key_belong_together(
 
 
 def test_a_key_with_a_password(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
-    locked = authority.issue("locked", "locked", password="hunter2")
+    opened = locked(authority.issue("locked", "locked"), "hunter2")
     monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SSL")
-    monkeypatch.setenv("KAFKA_SSL_CERTIFICATE_LOCATION", str(locked.certificate))
-    monkeypatch.setenv("KAFKA_SSL_KEY_LOCATION", str(locked.key))
+    monkeypatch.setenv("KAFKA_SSL_CERTIFICATE_LOCATION", str(opened.certificate))
+    monkeypatch.setenv("KAFKA_SSL_KEY_LOCATION", str(opened.key))
     monkeypatch.setenv("KAFKA_SSL_KEY_PASSWORD", "hunter2")
     arguments = client_settings(load_settings(), "test")
-    assert arguments["ssl.certificate.location"] == str(locked.certificate)
-    assert arguments["ssl.key.location"] == str(locked.key)
+    assert arguments["ssl.certificate.location"] == str(opened.certificate)
+    assert arguments["ssl.key.location"] == str(opened.key)
     assert arguments["ssl.key.password"] == "hunter2"
     line = mistake(monkeypatch, KAFKA_SSL_KEY_PASSWORD="hunter3")
     assert line.endswith("or one that its password does not open")
