@@ -26,7 +26,6 @@ from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settings, headers_of
 from services.core.reading import Reading
 from services.etl import aggregates
-from tests.fix_stack import as_environment
 from tests.measured import MEASUREMENTS
 from tests.processes import Forked, Fresh
 
@@ -61,7 +60,7 @@ class Service:
     ) -> None:
         self.log_path = log_path
         log_path.touch()
-        self.process = begin(module, arguments, os.environ | as_environment(settings), log_path, log_path)
+        self.process = begin(module, arguments, os.environ | settings.as_environment(), log_path, log_path)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log lines of one event so far."""
@@ -128,7 +127,7 @@ def run_cli(settings: Settings, *arguments: str, **environment: str) -> subproce
     """Run one command to its end."""
     with TemporaryDirectory() as directory:
         out, err = Path(directory) / "out", Path(directory) / "err"
-        process = Forked("services.cli", arguments, os.environ | as_environment(settings) | environment, out, err)
+        process = Forked("services.cli", arguments, os.environ | settings.as_environment() | environment, out, err)
         try:
             code = process.wait(120)
         finally:

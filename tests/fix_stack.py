@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,18 +26,12 @@ from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.etl.rollup import BASE
 from services.local.security import Security
+from services.local.servers import free_port as free_port
 from services.local.stack import Stack
 from tests import ROOT as ROOT
 from tests.measured import MEASUREMENTS, make_settings
 
 _numbers = itertools.count(1)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answers(settings: Settings, dbname: str) -> bool:
@@ -105,18 +98,9 @@ def downgrade(settings: Settings, revision: str = "base") -> None:
 def alembic_environment(settings: Settings) -> Iterator[None]:
     """The settings as environment variables, for as long as the block runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in as_environment(settings).items():
+        for name, value in settings.as_environment().items():
             patch.setenv(name, value)
         yield
-
-
-def as_environment(settings: Settings) -> dict[str, str]:
-    """Settings as the environment variables that would give them."""
-    values = settings.model_dump()
-    return {
-        name.upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        for name, value in values.items()
-    }
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from socket import create_connection, socket
+from socket import create_connection
 from typing import Any, LiteralString
 
 import psycopg
@@ -22,7 +22,7 @@ from sqlalchemy import create_engine, text
 
 from services.core.errors import PermanentError
 from services.local.runtime import install
-from services.local.servers import HOST
+from services.local.servers import HOST, free_port
 from services.local.timescaledb import TimescaleDB
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +31,6 @@ USER, PASSWORD, DBNAME = "keeper", "correct horse", "sensors"
 ADVISORY_LOCKS: LiteralString = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
 
 Connect = Callable[..., psycopg.Connection[Any]]
-
-
-def free_port() -> int:
-    with socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

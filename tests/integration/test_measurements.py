@@ -35,7 +35,7 @@ from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, StartService, minutes, publish, run_cli, wait_until
-from tests.fix_stack import ROOT, as_environment, remove_measurement, upgrade
+from tests.fix_stack import ROOT, remove_measurement, upgrade
 from tests.integration.test_etl import aggregates, summary
 from tests.integration.test_recipe import NOT_COPIED
 from tests.measured import MEASUREMENTS, with_measurement
@@ -101,7 +101,7 @@ def test_an_upgrade_adds_what_is_configured_and_nothing_else_does(
     settings: Settings, connection: psycopg.Connection
 ) -> None:
     """Also where there is no new revision; taken off the list, it stays."""
-    alembic = {"env": os.environ | as_environment(more(settings)), "timeout": 60, "check": True}
+    alembic = {"env": os.environ | more(settings).as_environment(), "timeout": 60, "check": True}
     assert "noise" not in columns(connection)
 
     for command in (["current"], ["history"], ["upgrade", "head"], ["upgrade", "head"]):
@@ -357,7 +357,7 @@ def test_the_readme_s_five_lines_bring_co2_to_its_summary(
     pq.write_table(table, clone / "office.parquet")
     given = {
         name: value
-        for name, value in as_environment(settings).items()
+        for name, value in settings.as_environment().items()
         if not re.fullmatch("MEASUREMENTS|DATA_FEATURE_.*|PARQUET_URL", name)
     }
     environment = {name: value for name, value in os.environ.items() if name != "MEASUREMENTS"} | given

@@ -22,7 +22,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, wait_until
-from tests.fix_stack import ROOT, answers, as_environment, downgrade, free_port, upgrade
+from tests.fix_stack import ROOT, answers, downgrade, free_port, upgrade
 from tests.measured import MEASUREMENTS, reading_of
 
 pytestmark = pytest.mark.without_topics
@@ -55,7 +55,7 @@ def alembic(settings: Settings, *arguments: str, **environment: str) -> subproce
     return subprocess.run(
         [Path(sys.executable).parent / "alembic", *arguments],
         cwd=ROOT,
-        env=os.environ | as_environment(settings) | {"STARTUP_TIMEOUT_SECONDS": "1"} | environment,
+        env=os.environ | settings.as_environment() | {"STARTUP_TIMEOUT_SECONDS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=60,

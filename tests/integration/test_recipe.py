@@ -20,7 +20,7 @@ from services.core.config import Settings
 from services.core.database import connect
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START
-from tests.fix_stack import ROOT, as_environment, is_native, make_stack, upgrade
+from tests.fix_stack import ROOT, is_native, make_stack, upgrade
 from tests.measured import MEASUREMENTS, reading_of
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ class Follower:
             ["sh", "-c", command],
             cwd=self.clone,
             env=os.environ
-            | as_environment(self._settings)
+            | self._settings.as_environment()
             | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(self.clone)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ import pytest
 
 from services.core.config import Settings
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli
-from tests.fix_stack import ROOT, as_environment
+from tests.fix_stack import ROOT
 from tests.integration.test_monitoring import Pages
 from tests.integration.test_producer import FORMATS, changed, source
 
@@ -212,7 +212,7 @@ def test_on_a_terminal_the_warning_stands_above_the_bar(settings: Settings, tmp_
     process = subprocess.Popen(
         [sys.executable, "-m", "services.cli", "produce"],
         cwd=ROOT,
-        env=os.environ | as_environment(settings) | {"COLUMNS": "500", "TERM": "xterm"},
+        env=os.environ | settings.as_environment() | {"COLUMNS": "500", "TERM": "xterm"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=theirs,

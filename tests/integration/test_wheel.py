@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from services.core.config import Settings
-from tests.fix_stack import ROOT, as_environment, free_port
+from tests.fix_stack import ROOT, free_port
 from tests.measured import ALL_SETTINGS
 
 # Of the gateway's files, what its server does not run with.
@@ -101,7 +101,7 @@ def test_the_pipeline_from_the_wheel(
     programs: Path, settings: Settings, connection: psycopg.Connection, tmp_path: Path
 ) -> None:
     command = programs / "sensor-pipeline"
-    environment = as_environment(settings) | {"PARQUET_URL": "readings.parquet", "LOG_LEVEL": "ERROR"}
+    environment = settings.as_environment() | {"PARQUET_URL": "readings.parquet", "LOG_LEVEL": "ERROR"}
     for arguments, shown in (
         ("--version", f"sensor-pipeline {VERSION}\n"),
         ("migrate", ""),
