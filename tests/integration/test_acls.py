@@ -23,7 +23,7 @@ from services.core.config import Settings
 from services.core.kafka import client_settings, read_topic
 from services.local.kafka import KafkaProcess
 from tests.fix_services import message, minutes, publish, run_cli
-from tests.fix_stack import ROOT, free_port, make_stack
+from tests.fix_stack import ROOT, free_port
 
 KINDS = {
     "topic": ResourceType.TOPIC,
@@ -76,7 +76,7 @@ class Guarded(KafkaProcess):
 @pytest.fixture
 def guarded(tmp_path: Path, settings: Settings) -> Iterator[tuple[Settings, int]]:
     """Settings for somebody whom the broker believes, and the port where it does not."""
-    broker = Guarded(tmp_path, free_port(), make_stack(tmp_path).install())
+    broker = Guarded(tmp_path, free_port())
     broker.start()
     try:
         broker.wait_ready()

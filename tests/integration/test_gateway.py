@@ -21,7 +21,6 @@ from psycopg_pool import ConnectionPool
 from sqlalchemy import create_engine, text
 
 from services.core.errors import PermanentError
-from services.local.runtime import install
 from services.local.servers import HOST, free_port
 from services.local.timescaledb import TimescaleDB
 
@@ -35,9 +34,8 @@ Connect = Callable[..., psycopg.Connection[Any]]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TimescaleDB]:
-    runtime = install(lambda line: None, ROOT / ".local/runtime")
     directory = tmp_path_factory.mktemp("gateway")
-    server = TimescaleDB(directory, free_port(), USER, PASSWORD, DBNAME, runtime)
+    server = TimescaleDB(directory, free_port(), USER, PASSWORD, DBNAME)
     server.start()
     server.wait_ready()
     yield server

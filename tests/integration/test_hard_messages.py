@@ -24,7 +24,7 @@ from services.core.kafka import client_settings, create_topics, headers_of
 from services.local.kafka import KafkaProcess
 from tests.expected import committed_offsets, member_ids
 from tests.fix_services import PATIENCE_S, StartService, message, minutes, publish, read_topic, wait_until
-from tests.fix_stack import free_port, is_native, make_stack
+from tests.fix_stack import free_port, is_native
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -156,7 +156,7 @@ def test_thousands_of_weeks_in_one_batch(
 @pytest.fixture
 def own_kafka(tmp_path: Path, servers: Settings, request: pytest.FixtureRequest) -> Iterator[Settings]:
     """Settings with a broker that has the properties of the test's parameter."""
-    broker = OwnKafka(tmp_path, free_port(), make_stack(tmp_path).install())
+    broker = OwnKafka(tmp_path, free_port())
     broker.more = request.param
     broker.start()
     try:

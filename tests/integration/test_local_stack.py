@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from services.local.command import run
 from services.local.servers import HOST, Server, free_port
 from services.local.stack import Stack
 from services.local.supervisor import PidFile, ProcessRecord
+from tests.fix_services import wait_until
 from tests.measured import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +139,6 @@ def test_up_after_a_crash_reopens_the_same_data(ready: Stack, local: Settings) -
 
 def test_data_is_opened_once(ready: Stack, local: Settings) -> None:
     twin = Stack(ready.directory, own_settings())
-    assert twin.install()
     pid_file = ready.directory / "timescaledb.pid"
     kept = pid_file.read_bytes()
     pid_file.unlink()  # as if it had been lost
@@ -211,6 +212,46 @@ def test_stop_is_graceful(ready: Stack) -> None:
     assert server.log_path.read_text().splitlines()[-1].endswith("stopped")
     with pytest.raises(PermanentError, match="not running"):
         server.wait_ready(1)
+
+
+class Command(Server):
+    """Any command as a server."""
+
+    name = "command"
+
+    def __init__(self, directory: Path, *command: str) -> None:
+        super().__init__(directory, 0)
+        self._arguments = list(command)
+
+    def _command(self) -> list[str]:
+        return self._arguments
+
+    def _answers(self) -> bool:
+        return self.running
+
+
+def test_how_a_server_ended_by_itself_is_known(tmp_path: Path) -> None:
+    failing = Command(tmp_path, sys.executable, "-c", "import sys; sys.exit(3)")
+    failing.start()
+    wait_until(lambda: failing.exit_code == 3, "its own exit code")
+    assert failing.state == "crashed"
+    lasting = Command(tmp_path, "sleep", "60")
+    lasting.start()
+    assert lasting.exit_code is None
+    assert lasting.pid is not None
+    os.kill(lasting.pid, signal.SIGKILL)
+    wait_until(lambda: lasting.exit_code == -signal.SIGKILL, "the signal")
+    lasting.start()
+    lasting.stop()
+    assert lasting.state == "stopped"
+
+
+def test_no_signal_is_blocked_in_a_server(tmp_path: Path) -> None:
+    """Its supervisor blocks those that it waits for."""
+    shown = Command(tmp_path, "grep", "SigBlk", "/proc/self/status")
+    shown.start()
+    wait_until(lambda: shown.exit_code == 0, "it ends")
+    assert shown.log_lines() == ["SigBlk:\t0000000000000000"]
 
 
 STARTER = """

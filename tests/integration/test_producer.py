@@ -37,7 +37,6 @@ from services.core.murmur2 import partition_of
 from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 from services.local.kafka import KafkaProcess
-from services.local.runtime import install
 from services.producer.encoding import Readings
 from services.producer.progress import progress_topic
 from services.producer.publisher import Publisher
@@ -648,7 +647,6 @@ def test_progress_that_an_open_transaction_of_another_producer_hides_is_waited_f
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaProcess]:
     """A broker that tests of this module may kill."""
     kafka = KafkaProcess(tmp_path_factory.mktemp("broker"), free_port())
-    kafka.runtime = install(lambda line: None, ROOT / ".local" / "runtime")
     kafka.start()
     kafka.wait_ready()
     yield kafka

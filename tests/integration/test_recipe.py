@@ -34,7 +34,6 @@ def database(servers: Settings, tmp_path_factory: pytest.TempPathFactory) -> Ite
     if is_native():
         pytest.skip("the databases of servers that TEST_* name keep their schema")
     stack = make_stack(tmp_path_factory.mktemp("recipe"))
-    stack.install()
     stack.timescaledb.start()
     try:
         stack.timescaledb.wait_ready()

@@ -300,7 +300,7 @@ def test_a_broker_that_was_killed_comes_back_with_a_new_password(
     """The last one here: the old password is worth nothing from then on."""
     kafka = tls_stack.kafka
     kafka.kill()
-    renewed = KafkaProcess(kafka.data_path.parent, kafka.port, kafka.runtime, replace(security, password="another one"))
+    renewed = KafkaProcess(kafka.data_path.parent, kafka.port, replace(security, password="another one"))
     renewed.start()
     renewed.wait_ready()
     assert "invalid credentials" in kafka_mistake(client, capfd)
