@@ -35,14 +35,14 @@ def run_to_its_end(command: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = _exit_code(command)
-        flush()
+        _flush()
         return code
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # who read it has seen enough
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # such as head, which has seen enough
             _forget(sys.stdout)
             return BROKEN_PIPE
         log.debug("fault", exc_info=True)
@@ -50,7 +50,7 @@ def run_to_its_end(command: Callable[[], int]) -> int:
 
 
 def _exit_code(command: Callable[[], int]) -> int:
-    """Also of one that ends the process, as argparse does after printing a help text."""
+    """The exit code also of a command that raises SystemExit, as argparse does after printing a help text."""
     try:
         return command()
     except SystemExit as end:
@@ -58,20 +58,20 @@ def _exit_code(command: Callable[[], int]) -> int:
 
 
 def handle_interrupts(handler: signal.Handlers | Callable[..., object]) -> None:
-    """What Ctrl-C does from now on; in a thread beside the main one nothing changes."""
+    """Set what Ctrl-C does from now on; only the main thread can."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, handler)
 
 
-def flush() -> None:
-    """Write what was printed, so that a full disk is an error and no surprise at the end."""
+def _flush() -> None:
+    """Write what was printed, so that a full disk is an error now and not a surprise at the end."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def _fail(text: str, exit_code: int) -> int:
     try:
-        flush()
+        _flush()
     except OSError:
         _forget(sys.stdout)
     try:
@@ -82,20 +82,20 @@ def _fail(text: str, exit_code: int) -> int:
 
 
 def _has_no_reader(stream: TextIO) -> bool:
-    """Whether it is a pipe that nobody reads any more: other pipes break too, and that is a fault."""
+    """Whether it is a pipe without a reader: other pipes break too, and that is a fault."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _forget(stream: TextIO) -> None:
-    """What could not be written is not tried again when Python ends."""
+    """Keep Python from trying again at its end to write what could not be written."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _describe(error: Exception) -> str:
-    """A fault that nobody foresaw, in one line."""
+    """An unforeseen fault in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror} ({TRACE})" if error.filename else f"{error.strerror} ({TRACE})"
     frames = traceback.extract_tb(error.__traceback__)

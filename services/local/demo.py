@@ -89,9 +89,6 @@ class ServiceProcess(Server):
     def _environment(self) -> dict[str, str]:
         return self._settings.as_environment()
 
-    def _answers(self) -> bool:
-        return self.running
-
 
 class Demo:
     """Servers and services of one demo, everything they write below one directory."""

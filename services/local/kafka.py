@@ -36,7 +36,6 @@ class KafkaProcess(Server):
     def __init__(self, directory: Path, port: int, security: Security | None = None) -> None:
         super().__init__(directory, port)
         self._security = security
-        self._user_is_known = False
         self.internal_port = 0  # where it asks for a certificate; chosen at each start
 
     def _command(self) -> list[str]:
@@ -103,7 +102,6 @@ class KafkaProcess(Server):
 
     def _secure_listeners(self, security: Security, controller: int) -> dict[str, str | int]:
         self.internal_port = free_port()
-        self._user_is_known = False
         keystore = self.data_path / "keystore.pem"
         keystore.touch(mode=0o600)
         keystore.write_text(security.server.key.read_text() + security.server.certificate.read_text())
@@ -137,8 +135,8 @@ class KafkaProcess(Server):
     def _answers(self) -> bool:
         if self._security is None:
             return _lists_topics(_client(f"{HOST}:{self.port}", {}))
-        if not self._user_is_known:
-            self._user_is_known = self._introduce_user(self._security)
+        if not self._introduce_user(self._security):
+            return False
         login = {
             "security.protocol": "SASL_SSL",
             "ssl.ca.location": str(self._security.authority.certificate),
@@ -146,7 +144,7 @@ class KafkaProcess(Server):
             "sasl.username": self._security.username,
             "sasl.password": self._security.password,
         }
-        return self._user_is_known and _lists_topics(_client(f"{SERVER_NAME}:{self.port}", login), HANDSHAKE_S)
+        return _lists_topics(_client(f"{SERVER_NAME}:{self.port}", login), HANDSHAKE_S)
 
     def _introduce_user(self, security: Security) -> bool:
         """Tell the broker the user and its password, which may have changed since the last start."""

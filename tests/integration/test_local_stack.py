@@ -226,9 +226,6 @@ class Command(Server):
     def _command(self) -> list[str]:
         return self._arguments
 
-    def _answers(self) -> bool:
-        return self.running
-
 
 def test_how_a_server_ended_by_itself_is_known(tmp_path: Path) -> None:
     failing = Command(tmp_path, sys.executable, "-c", "import sys; sys.exit(3)")
