@@ -10,7 +10,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from operator import attrgetter
 
@@ -48,6 +48,8 @@ COPY_HEADER, COPY_TRAILER = b"PGCOPY\n\xff\r\n\0" + bytes(8), b"\xff\xff"
 MILLION = pa.scalar(1_000_000, pa.int64())  # of a bare int Arrow would look for its type, in each call
 EIGHT_BYTES, NULL = (8).to_bytes(4, "big"), b"\xff\xff\xff\xff"  # the lengths that fields begin with
 POSTGRES_EPOCH_US = 946_684_800_000_000  # 2000
+# The last argument goes between the others.
+join = partial(pc.binary_join_element_wise, null_handling="replace", null_replacement=NULL)
 
 
 @cache
@@ -97,16 +99,14 @@ def encode(rows: pa.RecordBatch) -> Sequence[bytes | memoryview]:
     measurements = measured(rows)
     names = rows["sensor_id"].dictionary_encode()
     starts = [start_of_row(2 + len(measurements), name.encode()) for name in names.dictionary.to_pylist()]
-    fields = [pa.array(starts, pa.binary()).take(names.indices)]
+    pieces = [[pa.array(starts, pa.binary()).take(names.indices)]]  # EIGHT_BYTES go between two lists
     for numbers in (pc.subtract(rows["time"], POSTGRES_EPOCH_US), *(rows[name] for name in measurements)):
-        field = big_endian(numbers)
-        if numbers.null_count:  # a null has no EIGHT_BYTES before it, so it is joined to the field before
-            field = pc.if_else(numbers.is_valid(), pc.binary_join_element_wise(EIGHT_BYTES, field, b""), NULL)
-            fields[-1] = pc.binary_join_element_wise(fields[-1], field, b"")
+        if numbers.null_count:
+            pieces[-1].append(big_endian(numbers, EIGHT_BYTES))
         else:
-            fields.append(field)
-    joined_rows = pc.binary_join_element_wise(*fields, EIGHT_BYTES)
-    return COPY_HEADER, memoryview(joined_rows.buffers()[2]), COPY_TRAILER
+            pieces.append([big_endian(numbers)])
+    encoded = join(*(join(*each, b"") if len(each) > 1 else each[0] for each in pieces), EIGHT_BYTES)
+    return COPY_HEADER, memoryview(encoded.buffers()[2]), COPY_TRAILER
 
 
 def start_of_row(fields: int, sensor: bytes) -> bytes:
@@ -114,12 +114,19 @@ def start_of_row(fields: int, sensor: bytes) -> bytes:
     return struct.pack(">hi", fields, len(sensor)) + sensor
 
 
-def big_endian(numbers: pa.Array) -> pa.Array:
-    """The eight bytes of each of these int64 or float64, most significant first."""
-    count = len(numbers)
-    swapped = array("Q", numbers.buffers()[1].slice(numbers.offset * 8, count * 8).to_pybytes())
-    swapped.byteswap()
-    return pa.Array.from_buffers(pa.binary(8), count, [None, pa.py_buffer(swapped)]).cast(pa.binary())
+def big_endian(numbers: pa.Array, before: bytes = b"") -> pa.Array:
+    """The eight bytes of each of these int64 or float64, most significant first, with some ``before`` them."""
+    valid, values = numbers.buffers()
+    count, width = numbers.offset + len(numbers), len(before) + 8
+    found = array("Q", values.slice(0, count * 8).to_pybytes())
+    found.byteswap()
+    if before:
+        swapped = found.tobytes()
+        found = bytearray(before + bytes(8)) * count
+        for byte in range(8):
+            found[len(before) + byte :: width] = swapped[byte::8]
+    buffers = [valid, pa.py_buffer(found)]
+    return pa.Array.from_buffers(pa.binary(width), len(numbers), buffers, offset=numbers.offset).cast(pa.binary())
 
 
 def last_values(rows: pa.RecordBatch) -> pa.RecordBatch:

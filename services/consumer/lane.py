@@ -6,7 +6,6 @@ its lane while it is ours, so its batches are stored in their order.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection
 from queue import SimpleQueue
@@ -35,7 +34,7 @@ class Lane:
         self.filling = Batch()
         self.ready: Batch | None = None
         self.paused = False
-        self._blocked_since = math.inf
+        self._ready_at = 0.0
         self._next_check = time.monotonic() + CHECK_INTERVAL_S
         self._most_rows = settings.consumer_batch_rows
         self._max_bytes = MAX_BATCH_BYTES // settings.consumer_writers
@@ -73,21 +72,18 @@ class Lane:
             return
         only_positions = not len(batch)  # to correct
         if at_end or only_positions or self.is_full or not self.left_s():
-            self.ready, self.filling = batch, new
+            self.ready, self.filling, self._ready_at = batch, new, time.monotonic()
             self._rows = min(2 * self._rows, self._most_rows)
 
     def submit_ready(self) -> None:
-        """Store the batch that waits; only when the writer is idle."""
+        """Store the ready batch, if there is one; only when the writer is idle."""
         if self.ready is not None:
-            batch, self.ready, self._blocked_since = self.ready, None, math.inf
-            self.writer.submit(batch)
+            self.writer.submit(self.ready)
+            self.ready = None
 
     def blocked_s(self) -> float:
-        """For how long the ready batch has waited for the writer, as seen by the calls so far."""
-        now = time.monotonic()
-        is_blocked = self.writer.busy and self.ready is not None
-        self._blocked_since = min(self._blocked_since, now) if is_blocked else math.inf
-        return max(0.0, now - self._blocked_since)
+        """For how long the ready batch has waited for the writer."""
+        return 0.0 if self.ready is None else time.monotonic() - self._ready_at
 
     def is_check_due(self) -> bool:
         """Whether to check the positions again, now that nothing comes; once in each interval."""
@@ -99,7 +95,7 @@ class Lane:
     def forget(self, new: Batch) -> None:
         """Abandon what is not being stored."""
         MESSAGES_ABANDONED.inc(self.waiting)
-        self.filling, self.ready, self.paused, self._blocked_since = new, None, False, math.inf
+        self.filling, self.ready, self.paused = new, None, False
 
     def lose(self, gone: Collection[int]) -> None:
         """These partitions are another consumer's."""
