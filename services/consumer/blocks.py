@@ -92,7 +92,7 @@ def are_ids(column: pa.Array) -> pa.Array:
 
 
 def origin_of(row: pa.RecordBatch) -> Position:
-    """The place of the message that the row came in."""
+    """Partition and offset of the message that the row came in."""
     return row["partition"][0].as_py(), row["offset"][0].as_py()
 
 

@@ -161,7 +161,7 @@ def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
 
 
 def _has_members(admin: AdminClient, settings: Settings) -> bool:
-    """Whether anybody consumes the topic of readings."""
+    """Whether the consumer group has any members."""
     (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_TIMEOUT_S).values()
     try:
         return bool(group.result().members)

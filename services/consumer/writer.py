@@ -158,7 +158,7 @@ class Writer:
     def _keep_trying(self, server: Dependency, step: Callable[[], T]) -> T:
         """Run a step until it succeeds. Raises AbandonedError once the job is to be abandoned.
 
-        Raises also what is not a TransientError, and PermanentError when a doubtful one keeps coming back.
+        Raises also what is not a TransientError, and PermanentError when a retry-limited one keeps coming back.
         """
         event = f"{server.name}_unavailable"
         retries = Retries()
