@@ -36,10 +36,10 @@ class Lane:
         self.paused = False
         self._ready_at = 0.0
         self._next_check = time.monotonic() + CHECK_INTERVAL_S
-        self._most_rows = settings.consumer_batch_rows
+        self._max_rows = settings.consumer_batch_rows
         self._max_bytes = MAX_BATCH_BYTES // settings.consumer_writers
-        self._most_age_s = settings.consumer_batch_seconds
-        self._rows = min(FIRST_BATCH_ROWS, self._most_rows)
+        self._max_age_s = settings.consumer_batch_seconds
+        self._rows = min(FIRST_BATCH_ROWS, self._max_rows)
 
     @property
     def room(self) -> int:
@@ -63,7 +63,7 @@ class Lane:
 
     def left_s(self) -> float:
         """Seconds until the batch has to be written, however small it is."""
-        return max(0.0, self.filling.opened_at + self._most_age_s - time.monotonic())
+        return max(0.0, self.filling.opened_at + self._max_age_s - time.monotonic())
 
     def close_batch(self, new: Batch, *, at_end: bool) -> None:
         """If the batch is due, and none is ready, make it ready for the writer, and fill ``new``."""
@@ -73,7 +73,7 @@ class Lane:
         only_positions = not len(batch)  # to correct
         if at_end or only_positions or self.is_full or not self.left_s():
             self.ready, self.filling, self._ready_at = batch, new, time.monotonic()
-            self._rows = min(2 * self._rows, self._most_rows)
+            self._rows = min(2 * self._rows, self._max_rows)
 
     def submit_ready(self) -> None:
         """Store the ready batch, if there is one; only when the writer is idle."""
