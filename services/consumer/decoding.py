@@ -51,7 +51,7 @@ def decode_readings(messages: Sequence[Message], repeated: Sequence[bool], decod
     readings, refused = decoder.decode_all(values)
     columns = usual_columns(readings, values, decoder)
     if columns is None:
-        readings, refused = decoder.decode_all(values, one_by_one=True)
+        readings, refused = decoder.decode_each(values)
         columns = columns_of(readings, decoder.measurements)
     letters = [DeadLetter(messages[number], *why) for number, why in refused.items()]
     if refused:

@@ -45,6 +45,9 @@ def reading_type(measurements: tuple[str, ...]) -> type[Reading]:
     return cast("type[Reading]", msgspec.defstruct("Reading", fields, bases=(Reading,), frozen=True, gc=False))
 
 
+Decoded = tuple[list[Reading], dict[int, tuple[Reason, str]]]
+
+
 def _ago(now: datetime, age: timedelta | None) -> datetime:
     return EARLIEST if age is None or now - EARLIEST < age else now - age
 
@@ -85,27 +88,34 @@ class Decoder:
         """The earliest and the latest time that a reading may have."""
         return self._earliest, self._latest
 
-    def decode_all(
-        self, values: Sequence[bytes | None], *, one_by_one: bool = False
-    ) -> tuple[list[Reading], dict[int, tuple[Reason, str]]]:
-        """The readings in ``values``, and for the others reason and detail, by their numbers.
+    def decode_all(self, values: Sequence[bytes | None]) -> Decoded:
+        """As ``decode_each``, but much faster, because it leaves checks of the readings to the caller.
 
-        Unless ``one_by_one``, which is much slower, only the checks that JSON's decoder makes are made of the
-        readings: not ``max_bytes``, ``bounds``, whether an id is printable and whether there is any measurement.
+        These are ``max_bytes``, ``bounds``, whether an id is printable, and whether there is any measurement.
         """
         readings: list[Reading] = []
         refused: dict[int, tuple[Reason, str]] = {}
-        decode = self.decode if one_by_one else self._decode
         rest = iter(values)
         while len(readings) + len(refused) < len(values):
             try:
-                readings.extend(map(decode, rest))  # type: ignore[arg-type]  # of None: TypeError
-            except (TypeError, ValueError, RecursionError, MalformedMessageError):  # what came before it has been added
+                readings.extend(map(self._decode, rest))  # type: ignore[arg-type]  # of None: TypeError
+            except (TypeError, ValueError, RecursionError):  # what came before it has been added
                 number = len(readings) + len(refused)
-                try:  # again: how deeply JSON may be nested depends on who asks
-                    readings.append(self.decode(values[number]))
-                except MalformedMessageError as error:  # not kept: its traceback would refer to this frame
-                    refused[number] = error.reason, str(error)
+                found, why = self.decode_each(values[number : number + 1])  # deeply nested JSON may be a reading now
+                readings += found
+                if why:
+                    refused[number] = why[0]
+        return readings, refused
+
+    def decode_each(self, values: Sequence[bytes | None]) -> Decoded:
+        """The readings in ``values``, and for the others reason and detail, by their numbers."""
+        readings: list[Reading] = []
+        refused: dict[int, tuple[Reason, str]] = {}
+        for number, value in enumerate(values):
+            try:
+                readings.append(self.decode(value))
+            except MalformedMessageError as error:  # not kept: its traceback would refer to this frame
+                refused[number] = error.reason, str(error)
         return readings, refused
 
     def decode(self, value: bytes | None) -> Reading:
