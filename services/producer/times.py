@@ -182,7 +182,7 @@ def _to_utc(shown: pa.Array, zone: str) -> tuple[pa.Array, dict[str, pa.Array]]:
     days = shown.cast(pa.date32(), safe=False).dictionary_encode()
     by_day = [_offset_of_day(zone, day) for day in days.dictionary.cast(pa.int32()).to_pylist()]
     offsets = pa.array(by_day, pa.int64()).take(days.indices)
-    if not offsets.null_count > shown.null_count:
+    if offsets.null_count == shown.null_count:
         return _shifted(shown, offsets), {}
     changing = pc.and_(offsets.is_null(), shown.is_valid())
     times = shown.filter(changing).dictionary_encode()
