@@ -195,8 +195,5 @@ def _sensors(batch: pa.RecordBatch, name: str) -> tuple[list[bytes], pa.Array, p
 
 
 def _is_id(key: bytes) -> bool:
-    try:
-        sensor = key.decode()
-    except UnicodeDecodeError:
-        return False
+    sensor = key.decode(errors="surrogateescape")  # so that what is not UTF-8 cannot be printed
     return len(sensor) <= MAX_SENSOR_ID and sensor.isprintable()
