@@ -17,13 +17,7 @@ const IDLE_MS = 250;
 const INPUT_UNTIL_POLL_BYTES = 4 * 1024 * 1024;
 const UNIT_BYTES = 4096; // what a unit counts for, however short
 
-/**
- * @typedef {import('./engine.mjs').Engine} Engine
- * @typedef {import('./sessions.mjs').Sessions} Sessions
- * @typedef {import('node:worker_threads').MessagePort} MessagePort
- * @typedef {import('./types.d.ts').Request} Request
- * @typedef {import('./types.d.ts').Reply} Reply
- */
+/** @typedef {import('node:worker_threads').MessagePort} MessagePort */
 
 export class Backend {
   #engine;
@@ -54,7 +48,7 @@ export class Backend {
 
   // -- requests; each is done before the next is looked at
 
-  /** @param {Request} request */
+  /** @param {BackendRequest} request */
   #perform(request) {
     switch (request.type) {
       case 'unit':
@@ -114,12 +108,13 @@ export class Backend {
   }
 
   async #stop() {
+    this.#sessions.rollback();
     await this.#engine.close();
     log('stopped');
     process.exit(0);
   }
 
-  /** @returns {import('./types.d.ts').Roles} */
+  /** @returns {Roles} */
   readRoles() {
     const [[json]] = this.#sessions.asSuperuser(
       `SELECT json_object_agg(rolname, json_build_object(
@@ -151,7 +146,7 @@ export class Backend {
     return bytes;
   }
 
-  /** Waits while the client reads too slowly. @param {Extract<Reply, { type: 'answer' | 'done' }>} reply */
+  /** Waits while the client reads too slowly. @param {Extract<BackendReply, { type: 'answer' | 'done' }>} reply */
   #send(reply) {
     Atomics.add(this.#shared, SHARED.UNSENT_BYTES, reply.bytes.length);
     this.#port.postMessage(reply, [reply.bytes.buffer]);
@@ -162,7 +157,7 @@ export class Backend {
     }
   }
 
-  /** @param {Reply} reply */
+  /** @param {BackendReply} reply */
   #reply(reply) {
     this.#port.postMessage(reply);
   }
@@ -173,7 +168,7 @@ export class Backend {
   #pull() {
     for (;;) {
       const seen = Atomics.load(this.#shared, SHARED.REQUESTS);
-      /** @type {Request | undefined} */
+      /** @type {BackendRequest | undefined} */
       const request = receiveMessageOnPort(this.#port)?.message;
       if (request?.type === 'copy' && request.pid === this.#sessions.current) {
         return this.#take(request.pid, request.bytes);

@@ -23,8 +23,6 @@ const CANCELED = 'canceling statement due to user request';
 const TIMED_OUT = 'canceling statement due to statement timeout';
 const ENDS_UNIT = new Set([CLIENT.QUERY, CLIENT.SYNC, CLIENT.FLUSH]);
 
-/** @typedef {import('./frontend.mjs').Hub} Hub @typedef {import('node:net').Socket} Socket */
-
 /** Messages up to and including the one that asks for an answer. */
 class Unit {
   /** @type {Buffer[]} */

@@ -13,11 +13,6 @@ const HOST = '127.0.0.1';
 const MAX_CONNECTIONS = 300; // more are closed at once
 const FIRST_PID = 1000; // small enough for names, and unlike the pids of single-user mode
 
-/**
- * @typedef {import('node:net').Socket} Socket
- * @typedef {import('./types.d.ts').FrontendData} FrontendData
- */
-
 /** What all clients share: the backend, who has it, who waits for it. */
 export class Hub {
   roles;
@@ -32,8 +27,6 @@ export class Hub {
   /** @type {Client[]} */
   #queue = [];
   #lastPid = FIRST_PID;
-  /** @type {(() => void) | null} */
-  #closing = null;
 
   /** @param {FrontendData} data */
   constructor(data) {
@@ -63,7 +56,7 @@ export class Hub {
 
   /**
    * Begin a connection whose login is done, with the settings that it was given.
-   * @type {(socket: Socket, user: string, role: import('./types.d.ts').Role, given: [string, string][]) => void}
+   * @type {(socket: Socket, user: string, role: Role, given: [string, string][]) => void}
    */
   admit(socket, user, role, given) {
     const pid = ++this.#lastPid;
@@ -103,14 +96,14 @@ export class Hub {
 
   // -- the backend
 
-  /** @param {import('./types.d.ts').Request} request */
+  /** @param {BackendRequest} request */
   post(request) {
     this.#backend.postMessage(request, 'bytes' in request ? [request.bytes.buffer] : []);
     Atomics.add(this.#shared, SHARED.REQUESTS, 1);
     Atomics.notify(this.#shared, SHARED.REQUESTS);
   }
 
-  /** @param {import('./types.d.ts').Reply} reply */
+  /** @param {BackendReply} reply */
   #receive(reply) {
     const client = this.#clients.get(reply.pid);
     if (!client) return;
@@ -131,7 +124,6 @@ export class Hub {
       case 'closed':
         this.#clients.delete(reply.pid);
         this.leave(client);
-        if (!this.#clients.size) this.#closing?.();
     }
   }
 
@@ -164,15 +156,11 @@ export class Hub {
     session.disconnect();
   }
 
-  /** Hang up on everybody, then let the backend stop. */
-  async stop() {
-    await new Promise((resolve) => {
-      this.#closing = () => resolve(null);
-      for (const client of this.#clients.values()) {
-        client.fail('57P01', 'terminating connection due to administrator command');
-      }
-      if (!this.#clients.size) resolve(null);
-    });
+  /** Hang up on everybody; the backend stops when the running statement has ended. */
+  stop() {
+    for (const client of this.#clients.values()) {
+      client.fail('57P01', 'terminating connection due to administrator command');
+    }
     this.post({ type: 'stop' });
   }
 }

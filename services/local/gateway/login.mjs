@@ -13,8 +13,6 @@ import {
   text,
 } from './wire.mjs';
 
-/** @typedef {import('node:net').Socket | import('node:tls').TLSSocket} Socket */
-
 const MAX_MESSAGE_BYTES = 10_000;
 const [SASL, SASL_CONTINUE, SASL_FINAL] = [10, 11, 12];
 
@@ -27,7 +25,7 @@ export class Login {
   #socket;
   #wake = () => {};
 
-  /** @param {import('./frontend.mjs').Hub} hub @param {Socket} socket */
+  /** @param {Hub} hub @param {Socket} socket */
   constructor(hub, socket) {
     this.#hub = hub;
     this.#socket = socket;

@@ -48,7 +48,7 @@ const backend = new Backend(engine, new Sessions(engine), port1, shared);
 globalThis.gatewayInterrupt = (pid) => backend.interrupt(pid); // called by the worker through the inspector
 prepareRole(user);
 
-/** @type {import('./types.d.ts').FrontendData} */
+/** @type {FrontendData} */
 const workerData = {
   port: Number(port),
   database,

@@ -41,7 +41,7 @@ const unlockAll = (pid) =>
      PERFORM pg_catalog.pg_advisory_unlock_shared(key, ${pid});
    END LOOP; END $$`;
 
-/** A connection, whether it has the backend or not. @param {import('./types.d.ts').Start} start */
+/** A connection, whether it has the backend or not. @param {Start} start */
 const newSession = ({ pid, user, settings, reported }) => {
   const defaults = new Map(settings.map(([name, value]) => [name.toLowerCase(), value])); // what RESET goes back to
   return {
@@ -64,7 +64,7 @@ export class Sessions {
   /** What the backend is now. @type {State} */
   #applied = { user: SUPERUSER, role: 'none', settings: new Map() };
 
-  /** @param {import('./engine.mjs').Engine} engine */
+  /** @param {Engine} engine */
   constructor(engine) {
     this.#engine = engine;
   }
@@ -74,7 +74,7 @@ export class Sessions {
     return this.#current?.pid;
   }
 
-  /** @param {import('./types.d.ts').Start} start */
+  /** @param {Start} start */
   open(start) {
     this.#sessions.set(start.pid, newSession(start));
   }
@@ -150,12 +150,16 @@ export class Sessions {
     this.#apply(session.state); // what RESET has brought to another value, or SET SESSION AUTHORIZATION
   }
 
+  /** End the transaction, if there is one. */
+  rollback() {
+    if (this.#engine.status === 'I' && this.#engine.ready) return;
+    // After an error in a unit whose Sync has not come, the first is not even looked at.
+    this.#engine.exchange(Buffer.concat([query('ROLLBACK'), SYNC, query('ROLLBACK')]));
+  }
+
   /** The connection is gone: nothing of it stays. @param {number} pid */
   close(pid) {
-    if (this.#engine.status !== 'I' || !this.#engine.ready) {
-      // After an error in a unit whose Sync has not come, the first is not even looked at.
-      this.#engine.exchange(Buffer.concat([query('ROLLBACK'), SYNC, query('ROLLBACK')]));
-    }
+    this.rollback();
     this.asSuperuser(`${deallocateAll(statementPrefix(pid))}; ${unlockAll(pid)}`);
     this.#sessions.delete(pid);
     if (this.current === pid) this.#current = undefined;

@@ -1,15 +1,15 @@
-// What the two threads tell each other. Types only: nothing runs.
+// Types that all files know: what the two threads tell each other.
 
-export interface Role {
+interface Role {
   secret: string | null; // the password's verifier
   login: boolean;
   superuser: boolean;
   settings: string[] | null;
 }
-export type Roles = Record<string, Role>;
+type Roles = Record<string, Role>;
 
 /** A connection, as it begins. */
-export interface Start {
+interface Start {
   pid: number;
   user: string;
   settings: [string, string][];
@@ -19,7 +19,7 @@ export interface Start {
 type Bytes = Uint8Array<ArrayBuffer>;
 
 /** From the network thread. */
-export type Request =
+type BackendRequest =
   | { type: 'open'; start: Start }
   | { type: 'unit'; pid: number; bytes: Bytes; marks: string[] } // to run before others get a turn
   | { type: 'copy'; pid: number; bytes: Bytes } // COPY data for the running unit
@@ -27,7 +27,7 @@ export type Request =
   | { type: 'stop' };
 
 /** To the network thread. */
-export type Reply =
+type BackendReply =
   | { type: 'limited'; pid: number; ms: number } // the unit has begun, with a statement_timeout
   | { type: 'answer'; pid: number; bytes: Bytes } // a part; more follows
   | { type: 'done'; pid: number; bytes: Bytes; free: boolean; roles?: Roles } // the rest; free: others may have a turn
@@ -36,7 +36,7 @@ export type Reply =
   | { type: 'closed'; pid: number };
 
 /** What the network thread starts with. */
-export interface FrontendData {
+interface FrontendData {
   port: number;
   database: string;
   backend: import('node:worker_threads').MessagePort;
@@ -46,7 +46,10 @@ export interface FrontendData {
   tls: { cert: Uint8Array; key: Uint8Array; ca: Uint8Array } | null;
 }
 
-declare global {
-  /** The network thread calls it through the inspector, in the middle of a statement. */
-  var gatewayInterrupt: (pid: number) => void;
-}
+/** The network thread calls it through the inspector, in the middle of a statement. */
+declare var gatewayInterrupt: (pid: number) => void;
+
+type Socket = import('node:net').Socket | import('node:tls').TLSSocket;
+type Hub = import('./frontend.mjs').Hub;
+type Engine = import('./engine.mjs').Engine;
+type Sessions = import('./sessions.mjs').Sessions;
