@@ -7,7 +7,6 @@ import { receiveMessageOnPort } from 'node:worker_threads';
 import { log, SHARED } from './common.mjs';
 import { READY_BYTES } from './engine.mjs';
 import { PostgresError, parameterStatus } from './wire.mjs';
-import { checkInterrupts, float8Argument, raise, replaceBuiltin, setInterrupt } from './workarounds.mjs';
 
 const FLUSH_BYTES = 64 * 1024;
 const MAX_UNSENT_BYTES = 32 * 1024 * 1024;
@@ -43,7 +42,7 @@ export class Backend {
 
   /** The network thread calls it, in the middle of a statement. @param {number} pid */
   interrupt(pid) {
-    if (this.#running && this.#sessions.current === pid) setInterrupt(this.#engine.module, true);
+    if (this.#running && this.#sessions.current === pid) this.#engine.memory.setInterrupt(true);
   }
 
   // -- requests; each is done before the next is looked at
@@ -206,13 +205,13 @@ export class Backend {
     // One backend would grant the same lock to every connection, and free the locks of all at once.
     const refuse = () => {
       const reason = 'the gateway has no advisory locks but pg_try_advisory_lock_shared(int, pg_backend_pid())';
-      raise(this.#engine.module, '0A000', reason);
+      this.#engine.memory.raise('0A000', reason);
       return 0;
     };
     /** @type {Record<string, (call: number) => number>} */
     const replacements = {
       pg_backend_pid: () => this.#sessions.current ?? process.pid,
-      pg_sleep: (call) => this.#sleep(float8Argument(this.#engine.module, call)),
+      pg_sleep: (call) => this.#sleep(this.#engine.memory.float8Argument(call)),
     };
     const functions = this.#engine.query(
       `SELECT oid, prosrc FROM pg_catalog.pg_proc
@@ -220,7 +219,7 @@ export class Backend {
           AND prosrc NOT IN ('pg_try_advisory_lock_shared_int4', 'pg_advisory_unlock_shared_int4')`,
     );
     for (const [oid, name] of functions) {
-      replaceBuiltin(this.#engine.module, Number(oid), replacements[name ?? ''] ?? refuse);
+      this.#engine.memory.replaceBuiltin(Number(oid), replacements[name ?? ''] ?? refuse);
     }
   }
 
@@ -229,8 +228,8 @@ export class Backend {
     const end = performance.now() + seconds * 1000;
     for (let left = end - performance.now(); left > 0; left = end - performance.now()) {
       Atomics.wait(this.#shared, SHARED.INTERRUPTED, 0, left);
-      if (this.#isInterrupted()) setInterrupt(this.#engine.module, true);
-      checkInterrupts(this.#engine.module);
+      if (this.#isInterrupted()) this.#engine.memory.setInterrupt(true);
+      this.#engine.memory.checkInterrupts();
     }
     return 0;
   }

@@ -17,7 +17,7 @@ import {
 } from './wire.mjs';
 import { statementPrefix, withoutWarning, withReason } from './workarounds.mjs';
 
-const MAX_UNREAD_BYTES = 4 * 1024 * 1024; // of COPY data or statements not yet with the backend; then the socket is paused
+const MAX_UNREAD_BYTES = 4 * 1024 * 1024; // COPY data or statements before the backend; then the socket is paused
 const MAX_UNIT_BYTES = 1024 * 1024; // a unit this large is handed over before its Sync has come
 const CANCELED = 'canceling statement due to user request';
 const TIMED_OUT = 'canceling statement due to statement timeout';

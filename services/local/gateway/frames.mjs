@@ -11,7 +11,7 @@ export class Frames {
   #wantedBytes = 0; // before it is worth looking again
 
   /**
-   * The messages that are complete with `chunk`. Neighbouring CopyData messages come as one: there can be one for each row.
+   * The messages that are complete with `chunk`. Neighbouring CopyData messages come as one: each row can be one.
    * @type {(chunk: Buffer) => Generator<{ type: string, bytes: Buffer }>}
    */
   *cut(chunk) {

@@ -107,7 +107,7 @@ export class Login {
     this.#hub.admit(this.#socket, user, role, [...options, ...startup]);
   }
 
-  /** A client may show a certificate; if it does, it must be the user's. @type {(user: string, database: string) => void} */
+  /** If the client shows a certificate, it must be the user's. @type {(user: string, database: string) => void} */
   #checkEncryption(user, database) {
     if (!('encrypted' in this.#socket)) {
       const who = `host "127.0.0.1", user "${user}", database "${database}"`;

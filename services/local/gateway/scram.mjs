@@ -29,13 +29,15 @@ export function matches(secret, password) {
 // A role that does not exist, or has no password, is asked for one all the same: the challenge must not tell.
 const NOBODY = verifier(randomBytes(16).toString('hex'));
 
+/** @typedef {{ challenge: string, prove: (clientFinal: string) => string | null }} Exchange */
+
 /**
  * Answer a client-first-message, for the role with the verifier `secret`.
  *
  * Gives the challenge (server-first-message), and a function from the client-final-message to the
  * server-final-message, or to null if the password is wrong. null if the message is malformed or asks for channel
  * binding.
- * @type {(secret: string | null, clientFirst: string) => { challenge: string, prove: (final: string) => string | null } | null}
+ * @type {(secret: string | null, clientFirst: string) => Exchange | null}
  */
 export function exchange(secret, clientFirst) {
   const [, header, bare, clientNonce] = /^([ny],[^,]*,)(.*?r=([^,]+).*)$/.exec(clientFirst) ?? [];

@@ -33,7 +33,7 @@ const literal = (string) => `'${string.replaceAll("'", "''")}'`;
 /** @type {(name: string, value: string) => string} */
 const setConfig = (name, value) => `pg_catalog.set_config(${literal(name)}, ${value}, false)`;
 
-/** SQL that frees the shared advisory locks whose second key is `pid`, however often each was taken. @param {number} pid */
+/** SQL that frees the shared advisory locks whose second key is `pid`, each taken once or more. @param {number} pid */
 const unlockAll = (pid) =>
   `DO $$ DECLARE key int; BEGIN LOOP
      SELECT classid::int INTO key FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND objid = ${pid} LIMIT 1;

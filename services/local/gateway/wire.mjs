@@ -71,14 +71,14 @@ export const parameterStatus = (name, value) => message(SERVER.PARAMETER, text(n
 /** @param {'I' | 'T' | 'E'} status of the transaction: none, open, failed */
 export const readyForQuery = (status) => message(SERVER.READY, Buffer.from(status));
 
-/** After FATAL, the connection is closed. @type {(severity: 'ERROR' | 'FATAL', sqlstate: string, reason: string) => Buffer} */
+/** FATAL comes before the connection's end. @type {(severity: string, sqlstate: string, reason: string) => Buffer} */
 export const errorResponse = (severity, sqlstate, reason) =>
   message(SERVER.ERROR, text(`S${severity}`, `V${severity}`, `C${sqlstate}`, `M${reason}`, ''));
 
 /** @param {Buffer} bytes */
 export const typeAt = (bytes, at = 0) => String.fromCharCode(bytes[at]);
 
-/** Length of the message that begins at `at`, with its type byte; 0 if its head is not complete. @param {Buffer} bytes */
+/** Length of the message at `at`, with its type byte; 0 if its head is not complete. @param {Buffer} bytes */
 export const lengthAt = (bytes, at = 0) => (bytes.length - at < 5 ? 0 : 1 + bytes.readInt32BE(at + 1));
 
 /** The messages in `bytes`. @param {Buffer} bytes */

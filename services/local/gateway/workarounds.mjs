@@ -1,20 +1,8 @@
 // What no ordinary program does, all in one place: rewriting SQL and answers, and changing the engine's memory.
 //
-// Each part says why it is needed and when it can go. Engine.open checks that the changes of memory have their
-// effect, so that another build of the engine is noticed.
+// Each part says why it is needed and when it can go.
 
 import { errorResponse, lengthAt, PostgresError } from './wire.mjs';
-
-/** @typedef {any} Module Emscripten's module; the package declares next to nothing of what is used here. */
-
-/** The package is not the build for which this file was written. The message says it all. */
-export class WrongBuild extends Error {
-  /** @param {string} what */
-  constructor(what) {
-    super(`workarounds.mjs does not fit this build of PGlite: ${what}`);
-    this.stack = this.message;
-  }
-}
 
 // == Statements
 //
@@ -71,7 +59,7 @@ const CANCELED = 'SERROR\0VERROR\0C57014\0';
 /** The end of an answer, without those warnings. @param {Buffer} answer */
 export const withoutWarning = (answer) => replaceMessage(answer, ABORT_WARNING, Buffer.alloc(0));
 
-/** The end of an answer, with this reason of a cancellation in it. @type {(answer: Buffer, reason: string) => Buffer} */
+/** The end of an answer, with this reason for the cancellation. @type {(answer: Buffer, reason: string) => Buffer} */
 export const withReason = (answer, reason) => replaceMessage(answer, CANCELED, errorResponse('ERROR', '57014', reason));
 
 /** @type {(answer: Buffer, start: string, replacement: Buffer) => Buffer} `start` is how the message's body begins */
@@ -81,53 +69,112 @@ function replaceMessage(answer, start, replacement) {
   return Buffer.concat([answer.subarray(0, at), replacement, answer.subarray(at + lengthAt(answer, at))]);
 }
 
-// == The stack
-//
-// Why: the build has a C stack of 64 kB, never checks its depth, and has its variables below: a deep expression
-// would overwrite them. So the stack is moved to where there is room, and PostgreSQL is told where it begins.
-// The variable for that, stack_base_ptr of tcop/postgres.c, is static: this is its address in this build.
-// Goes: with a build that has a larger stack and calls set_stack_base().
+// == The engine's memory
+
+/** The package is not the build for which this file was written. The message says it all. */
+export class WrongBuild extends Error {
+  /** @param {string} what */
+  constructor(what) {
+    super(`workarounds.mjs does not fit this build of PGlite: ${what}`);
+    this.stack = this.message;
+  }
+}
 
 const STACK_BYTES = 8 * 1024 * 1024;
 const STACK_BASE_PTR = 2540524 >> 2; // as an index of 32-bit words
+const ERROR = 21;
 
-/** @param {Module} module */
-export function moveStack(module) {
-  if (module.HEAPU32[STACK_BASE_PTR] !== 0) throw new WrongBuild('stack_base_ptr is not where it was');
-  const top = (module._malloc(STACK_BYTES) + STACK_BYTES - 16) & ~15;
-  module.___stack_pointer.value = top;
-  module.HEAPU32[STACK_BASE_PTR] = top;
-}
+export class Memory {
+  #module;
+  /** @type {Map<string, number>} */
+  #strings = new Map();
 
-// == Interrupts
-//
-// Why: nothing in the build cancels a statement. PostgreSQL's signal handler would set these two flags of
-// globals.c; QueryCancelPending is the one after InterruptPending, which the build exports.
-// Goes: with a build that exports a function for it.
+  /** @param {any} module Emscripten's; the package declares next to nothing of what is used here */
+  constructor(module) {
+    this.#module = module;
+  }
 
-/**
- * Make the running statement end with SQLSTATE 57014 at its next check, or no longer.
- * @type {(module: Module, pending: boolean) => void}
- */
-export function setInterrupt(module, pending) {
-  const at = module._InterruptPending >> 2;
-  module.HEAP32[at] = module.HEAP32[at + 1] = Number(pending);
-}
+  /** The address of a C string that stays: there are few, and always the same. @param {string} string */
+  cString(string) {
+    const address = this.#strings.get(string) ?? this.#module.stringToNewUTF8(string);
+    this.#strings.set(string, address);
+    return address;
+  }
 
-/** What CHECK_FOR_INTERRUPTS() does; throws through the calling function. @param {Module} module */
-export function checkInterrupts(module) {
-  if (module.HEAP32[module._InterruptPending >> 2]) module._ProcessInterrupts();
-}
+  // -- The stack
+  //
+  // Why: the build has a C stack of 64 kB, never checks its depth, and has its variables below: a deep expression
+  // would overwrite them. So the stack is moved to where there is room, and PostgreSQL is told where it begins.
+  // The variable for that, stack_base_ptr of tcop/postgres.c, is static: STACK_BASE_PTR is its address in this build.
+  // Goes: with a build that has a larger stack and calls set_stack_base().
 
-/** Throw WrongBuild unless a simple statement fails as those changes want it to. @type {(module: Module, run: () => void) => void} */
-export function checkBuild(module, run) {
-  setInterrupt(module, true);
-  if (sqlstateOf(run) !== '57014') throw new WrongBuild('QueryCancelPending is not where it was');
-  const top = module.HEAPU32[STACK_BASE_PTR];
-  module.HEAPU32[STACK_BASE_PTR] = top + STACK_BYTES; // so far away that every statement is too deep
-  const sqlstate = sqlstateOf(run);
-  module.HEAPU32[STACK_BASE_PTR] = top;
-  if (sqlstate !== '54001') throw new WrongBuild('stack_base_ptr is not where it was');
+  moveStack() {
+    if (this.#module.HEAPU32[STACK_BASE_PTR] !== 0) throw new WrongBuild('stack_base_ptr is not where it was');
+    const top = (this.#module._malloc(STACK_BYTES) + STACK_BYTES - 16) & ~15;
+    this.#module.___stack_pointer.value = top;
+    this.#module.HEAPU32[STACK_BASE_PTR] = top;
+  }
+
+  // -- Interrupts
+  //
+  // Why: nothing in the build cancels a statement. PostgreSQL's signal handler would set these two flags of
+  // globals.c; QueryCancelPending is the one after InterruptPending, which the build exports.
+  // Goes: with a build that exports a function for it.
+
+  /** Make the running statement end with SQLSTATE 57014 at its next check, or no longer. @param {boolean} pending */
+  setInterrupt(pending) {
+    const at = this.#module._InterruptPending >> 2;
+    this.#module.HEAP32[at] = this.#module.HEAP32[at + 1] = Number(pending);
+  }
+
+  /** What CHECK_FOR_INTERRUPTS() does; throws through the calling function. */
+  checkInterrupts() {
+    if (this.#module.HEAP32[this.#module._InterruptPending >> 2]) this.#module._ProcessInterrupts();
+  }
+
+  /** Throw WrongBuild unless both changes make a simple statement fail as they should. @param {() => void} run */
+  check(run) {
+    this.setInterrupt(true);
+    if (sqlstateOf(run) !== '57014') throw new WrongBuild('QueryCancelPending is not where it was');
+    const top = this.#module.HEAPU32[STACK_BASE_PTR];
+    this.#module.HEAPU32[STACK_BASE_PTR] = top + STACK_BYTES; // so far away that every statement is too deep
+    const sqlstate = sqlstateOf(run);
+    this.#module.HEAPU32[STACK_BASE_PTR] = top;
+    if (sqlstate !== '54001') throw new WrongBuild('stack_base_ptr is not where it was');
+  }
+
+  // -- Builtin functions
+  //
+  // Why: some answers depend on the connection, of which the backend knows nothing (pg_backend_pid), and one
+  // function blocks the server (pg_sleep). SQL functions of the same name would be other objects, with other
+  // privileges. So others are put into the table through which C calls them. Emscripten's addFunction fills the
+  // entry that removeFunction has freed last.
+  // Goes: with an engine that has a backend for each connection.
+
+  /** `own` gets the address of FunctionCallInfo. @type {(oid: number, own: (call: number) => number) => void} */
+  replaceBuiltin(oid, own) {
+    const info = this.#module._malloc(64); // FmgrInfo, which begins with the function's index in the table
+    this.#module._fmgr_info(oid, info);
+    const index = this.#module.HEAPU32[info >> 2];
+    this.#module._free(info);
+    this.#module.removeFunction(index);
+    const once = own.bind(null); // addFunction does not add the same function again
+    if (this.#module.addFunction(once, 'ii') !== index) throw new WrongBuild(`function ${oid} cannot be replaced`);
+  }
+
+  /** The first argument of a call, a float8: its address is at byte 20. @param {number} call */
+  float8Argument(call) {
+    return new DataView(this.#module.HEAPU8.buffer).getFloat64(this.#module.HEAPU32[(call + 20) >> 2], true);
+  }
+
+  /** ereport(ERROR): ends the running statement, does not return. @type {(sqlstate: string, reason: string) => void} */
+  raise(sqlstate, reason) {
+    const file = this.cString('gateway');
+    this.#module._errstart(ERROR, 0);
+    this.#module._errcode([...sqlstate].reduce((all, digit, at) => all + ((digit.charCodeAt(0) - 48) << (6 * at)), 0));
+    this.#module._errmsg(this.cString(reason.replaceAll('%', '%%')), 0);
+    this.#module._errfinish(file, 0, file);
+  }
 }
 
 /** @param {() => void} run */
@@ -138,49 +185,4 @@ function sqlstateOf(run) {
   } catch (error) {
     return error instanceof PostgresError && error.sqlstate;
   }
-}
-
-// == Builtin functions
-//
-// Why: some answers depend on the connection, of which the backend knows nothing (pg_backend_pid), and one
-// function blocks the server (pg_sleep). SQL functions of the same name would be other objects, with other
-// privileges. So others are put into the table through which C calls them. Emscripten's addFunction fills the
-// entry that removeFunction has freed last.
-// Goes: with an engine that has a backend for each connection.
-
-/** `replacement` gets the address of FunctionCallInfo. @type {(module: Module, oid: number, replacement: (call: number) => number) => void} */
-export function replaceBuiltin(module, oid, replacement) {
-  const info = module._malloc(64); // FmgrInfo, which begins with the function's index in the table
-  module._fmgr_info(oid, info);
-  const index = module.HEAPU32[info >> 2];
-  module._free(info);
-  module.removeFunction(index);
-  const own = (/** @type {number} */ call) => replacement(call); // addFunction adds each function once
-  if (module.addFunction(own, 'ii') !== index) throw new WrongBuild(`function ${oid} cannot be replaced`);
-}
-
-/** The first argument of a call, a float8: at byte 20 is its address. @type {(module: Module, call: number) => number} */
-export function float8Argument(module, call) {
-  return new DataView(module.HEAPU8.buffer).getFloat64(module.HEAPU32[(call + 20) >> 2], true);
-}
-
-const ERROR = 21;
-
-/** ereport(ERROR): ends the running statement, does not return. @type {(module: Module, sqlstate: string, reason: string) => void} */
-export function raise(module, sqlstate, reason) {
-  const file = cString(module, 'gateway');
-  module._errstart(ERROR, 0);
-  module._errcode([...sqlstate].reduce((all, digit, at) => all + ((digit.charCodeAt(0) - 48) << (6 * at)), 0));
-  module._errmsg(cString(module, reason.replaceAll('%', '%%')), 0);
-  module._errfinish(file, 0, file);
-}
-
-/** @type {Map<string, number>} */
-const strings = new Map();
-
-/** The address of a C string that stays: there are few, and always the same. @type {(module: Module, string: string) => number} */
-export function cString(module, string) {
-  const address = strings.get(string) ?? module.stringToNewUTF8(string);
-  strings.set(string, address);
-  return address;
 }

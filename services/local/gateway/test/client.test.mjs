@@ -158,7 +158,7 @@ test('a statement that takes longer than its statement_timeout is interrupted, a
   assert.equal(errorOf(error).message, 'canceling statement due to statement timeout');
 });
 
-test('a COPY that is cancelled gets CopyFail, and what still comes for it is not kept for the next statement', async () => {
+test('a COPY that is cancelled gets CopyFail, and its remaining data is for nobody', async () => {
   const one = await connect();
   one.socket.write(query('COPY t FROM STDIN'));
   const copy = await next();

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { errorOf, errorResponse, message, messages, PostgresError, readyForQuery, text } from '../wire.mjs';
-import { checkBuild, marksOf, moveStack, rewrite, withoutWarning, withReason } from '../workarounds.mjs';
+import { Memory, marksOf, rewrite, withoutWarning, withReason } from '../workarounds.mjs';
 
 /** @param {string} sql */
 const sent = (sql) => rewrite(sql, 'c7_');
@@ -69,10 +69,14 @@ test('a canceled statement says why, and a rollback is not worth a warning', () 
 test('another build of the engine is noticed', () => {
   const HEAPU32 = new Uint32Array(1 << 20);
   const module = { HEAPU32, HEAP32: new Int32Array(HEAPU32.buffer), _InterruptPending: 0 };
-  assert.throws(() => checkBuild(module, () => {}), /does not fit this build of PGlite: QueryCancelPending/);
+  const memory = new Memory(module);
+  assert.throws(() => memory.check(() => {}), /does not fit this build of PGlite: QueryCancelPending/);
   const interrupted = () => {
-    if (module.HEAP32[1]) throw new PostgresError('57014', 'canceling statement');
+    const pending = module.HEAP32[1];
+    module.HEAP32[1] = 0;
+    if (pending) throw new PostgresError('57014', 'canceling statement');
   };
-  assert.throws(() => checkBuild(module, interrupted), /does not fit/);
-  assert.throws(() => moveStack({ HEAPU32: HEAPU32.fill(1) }), /stack_base_ptr/);
+  assert.throws(() => memory.check(interrupted), /does not fit this build of PGlite: stack_base_ptr/);
+  HEAPU32.fill(1);
+  assert.throws(() => memory.moveStack(), /does not fit this build of PGlite: stack_base_ptr/);
 });
