@@ -89,7 +89,9 @@ export class Client {
       case CLIENT.COPY_FAIL:
         return this.#copy(bytes);
       default:
-        return this.#skipping ? this.#skip(type) : this.#collect(type, bytes);
+        if (!this.#skipping) return this.#collect(type, bytes);
+        this.#skipping = type !== CLIENT.SYNC;
+        if (!this.#skipping) this.#socket.write(readyForQuery('I'));
     }
   }
 
@@ -105,13 +107,6 @@ export class Client {
   copied(length) {
     this.#unreadBytes -= length;
     if (this.#unreadBytes < MAX_UNREAD_BYTES / 2) this.#socket.resume();
-  }
-
-  /** @param {string} type */
-  #skip(type) {
-    if (type !== CLIENT.SYNC) return;
-    this.#skipping = false;
-    this.#socket.write(readyForQuery('I'));
   }
 
   /** @type {(type: string, bytes: Buffer) => void} */
@@ -158,8 +153,8 @@ export class Client {
   done(free) {
     clearTimeout(this.#timer);
     this.#running = false;
-    if (this.#closed || !free || (this.#outbox.length && !this.#hub.contended)) return this.proceed();
-    this.#hub.leave(this);
+    if (this.#closed || !free) return this.proceed();
+    this.#hub.leave(this); // whoever waits comes first
     if (this.#outbox.length) this.#hub.acquire(this);
   }
 

@@ -77,10 +77,6 @@ export class Hub {
     return this.#queue.indexOf(client) > 0;
   }
 
-  get contended() {
-    return this.#queue.length > 1;
-  }
-
   /** Let the client proceed, now if it has the backend, else when its turn comes. @param {Client} client */
   acquire(client) {
     if (!this.#queue.includes(client)) this.#queue.push(client);

@@ -13,7 +13,7 @@ import { MessageChannel, Worker } from 'node:worker_threads';
 import { Backend } from './backend.mjs';
 import { log, SHARED } from './common.mjs';
 import { Engine, identifier } from './engine.mjs';
-import { matches, verifier } from './scram.mjs';
+import { verifier } from './scram.mjs';
 import { REPORTED, Sessions } from './sessions.mjs';
 
 const USAGE = 64; // as in sysexits.h
@@ -46,7 +46,8 @@ const shared = new Int32Array(new SharedArrayBuffer(4 * Object.keys(SHARED).leng
 const { port1, port2 } = new MessageChannel();
 const backend = new Backend(engine, new Sessions(engine), port1, shared);
 globalThis.gatewayInterrupt = (pid) => backend.interrupt(pid); // called by the worker through the inspector
-prepareRole(user);
+if (!backend.readRoles()[user]) engine.query(`CREATE ROLE ${identifier(user)}`);
+engine.query(`ALTER ROLE ${identifier(user)} SUPERUSER LOGIN PASSWORD '${verifier(password)}'`);
 
 /** @type {FrontendData} */
 const workerData = {
@@ -63,14 +64,6 @@ worker.on('error', die('the server ends'));
 worker.on('exit', (code) => die('the server ends')(`its network thread ended with code ${code}`));
 process.on('SIGTERM', () => worker.postMessage('stop'));
 process.on('SIGINT', () => worker.postMessage('stop'));
-
-/** @param {string} name */
-function prepareRole(name) {
-  const role = backend.readRoles()[name];
-  if (!role) engine.query(`CREATE ROLE ${identifier(name)}`);
-  if (role?.superuser && role.login && matches(role.secret, password)) return;
-  engine.query(`ALTER ROLE ${identifier(name)} SUPERUSER LOGIN PASSWORD '${verifier(password)}'`);
-}
 
 function readTls() {
   if (!certificate || !key || !authority) return null;

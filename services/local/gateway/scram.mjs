@@ -3,6 +3,7 @@
 
 import { createHash, createHmac, pbkdf2Sync, randomBytes, timingSafeEqual } from 'node:crypto';
 
+const ITERATIONS = 4096;
 const VERIFIER = /^SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)$/;
 
 /** @param {Buffer} data */
@@ -13,17 +14,11 @@ const hmac = (key, data) => createHmac('sha256', key).update(data).digest();
 const base64 = (encoded) => Buffer.from(encoded, 'base64');
 
 /** The verifier that PostgreSQL keeps in pg_authid.rolpassword. @param {string} password */
-export function verifier(password, salt = randomBytes(16), iterations = 4096) {
-  const salted = pbkdf2Sync(password.normalize('NFKC'), salt, iterations, 32, 'sha256');
+export function verifier(password, salt = randomBytes(16)) {
+  const salted = pbkdf2Sync(password.normalize('NFKC'), salt, ITERATIONS, 32, 'sha256');
   const stored = sha256(hmac(salted, 'Client Key')).toString('base64');
   const server = hmac(salted, 'Server Key').toString('base64');
-  return `SCRAM-SHA-256$${iterations}:${salt.toString('base64')}$${stored}:${server}`;
-}
-
-/** Whether `secret` is a verifier of `password`. @type {(secret: string | null, password: string) => boolean} */
-export function matches(secret, password) {
-  const [, iterations, salt] = VERIFIER.exec(secret ?? '') ?? [];
-  return salt !== undefined && verifier(password, base64(salt), Number(iterations)) === secret;
+  return `SCRAM-SHA-256$${ITERATIONS}:${salt.toString('base64')}$${stored}:${server}`;
 }
 
 // A role that does not exist, or has no password, is asked for one all the same: the challenge must not tell.
