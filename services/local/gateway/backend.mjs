@@ -131,7 +131,7 @@ export class Backend {
   #emit(piece) {
     this.#pieces.push(piece);
     this.#piecesBytes += piece.length;
-    if (this.#piecesBytes >= FLUSH_BYTES) this.#sendPieces();
+    if (this.#piecesBytes >= FLUSH_BYTES && !this.#engine.ready) this.#sendPieces(); // the end is for #finish
   }
 
   #sendPieces() {
@@ -169,9 +169,7 @@ export class Backend {
       const seen = Atomics.load(this.#shared, SHARED.REQUESTS);
       /** @type {BackendRequest | undefined} */
       const request = receiveMessageOnPort(this.#port)?.message;
-      if (request?.type === 'copy' && request.pid === this.#sessions.current) {
-        return this.#take(request.pid, request.bytes);
-      }
+      if (request?.type === 'copy') return this.#take(request.pid, request.bytes);
       if (request) this.#perform(request);
       else {
         if (this.#piecesBytes) this.#sendPieces();
