@@ -4,8 +4,8 @@
 //
 // Usage: node main.mjs --port=N --data=DIRECTORY --template=DIRECTORY --user=ROLE --database=NAME, with
 // GATEWAY_PASSWORD in the environment; with --certificate, --key and --authority (PEM files) it speaks TLS only.
-// Ends gracefully on SIGTERM, or at the end of its standard input when that is a pipe.
-// README.md says what is unlike a real server.
+// Ends gracefully at the end of its standard input if that is a pipe, or on SIGTERM once no statement is running.
+// README.md says how it differs from a real server.
 
 import fs from 'node:fs';
 import { parseArgs } from 'node:util';
