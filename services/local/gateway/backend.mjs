@@ -8,7 +8,6 @@ import { log, SHARED } from './common.mjs';
 import { READY_BYTES } from './engine.mjs';
 import { PostgresError, parameterStatus } from './wire.mjs';
 
-const FLUSH_BYTES = 64 * 1024;
 const MAX_UNSENT_BYTES = 32 * 1024 * 1024;
 const MAX_WAL_BYTES = 256 * 1024 * 1024;
 const MAX_IDLE_WAL_BYTES = 16 * 1024 * 1024;
@@ -24,9 +23,7 @@ export class Backend {
   #port;
   #shared;
   #running = false;
-  /** @type {Buffer[]} */
-  #pieces = []; // of the answer, not sent yet
-  #piecesBytes = 0;
+  #end = Buffer.alloc(0); // of the answer, with ReadyForQuery
   #inputBytes = 0; // since the size of the WAL was polled
   #idle = setTimeout(() => this.#checkpoint(MAX_IDLE_WAL_BYTES), IDLE_MS);
 
@@ -90,17 +87,17 @@ export class Backend {
     this.#checkpoint(MAX_WAL_BYTES);
   }
 
-  /** The answer's end, ReadyForQuery, is sent when it is known what has changed. @param {number} pid */
+  /** The end of the answer is sent when it is known what has changed. @param {number} pid */
   #finish(pid) {
     const { status, ready } = this.#engine;
-    const answer = this.#flushed();
     const { parameters, rolesChanged } = this.#sessions.settle();
-    const end = answer.length - (ready ? READY_BYTES : 0);
     const statuses = Object.entries(parameters).map(([name, value]) => parameterStatus(name, value));
+    const [rest, readyForQuery] = [this.#end.subarray(0, -READY_BYTES), this.#end.subarray(-READY_BYTES)];
+    this.#end = Buffer.alloc(0);
     this.#send({
       type: 'done',
       pid,
-      bytes: new Uint8Array(Buffer.concat([answer.subarray(0, end), ...statuses, answer.subarray(end)])),
+      bytes: new Uint8Array(Buffer.concat([rest, ...statuses, readyForQuery])),
       free: ready && status === 'I',
       ...(rolesChanged && { roles: this.readRoles() }),
     });
@@ -127,22 +124,10 @@ export class Backend {
 
   // -- answers
 
-  /** @param {Buffer} piece */
+  /** @param {Buffer<ArrayBuffer>} piece */
   #emit(piece) {
-    this.#pieces.push(piece);
-    this.#piecesBytes += piece.length;
-    if (this.#piecesBytes >= FLUSH_BYTES && !this.#engine.ready) this.#sendPieces(); // the end is for #finish
-  }
-
-  #sendPieces() {
-    this.#send({ type: 'answer', pid: this.#sessions.current ?? 0, bytes: new Uint8Array(this.#flushed()) });
-  }
-
-  #flushed() {
-    const bytes = Buffer.concat(this.#pieces);
-    this.#pieces = [];
-    this.#piecesBytes = 0;
-    return bytes;
+    if (this.#engine.ready) this.#end = piece;
+    else this.#send({ type: 'answer', pid: this.#sessions.current ?? 0, bytes: piece });
   }
 
   /** Waits while the client reads too slowly. @param {Extract<BackendReply, { type: 'answer' | 'done' }>} reply */
@@ -171,10 +156,7 @@ export class Backend {
       const request = receiveMessageOnPort(this.#port)?.message;
       if (request?.type === 'copy') return this.#take(request.pid, request.bytes);
       if (request) this.#perform(request);
-      else {
-        if (this.#piecesBytes) this.#sendPieces();
-        Atomics.wait(this.#shared, SHARED.REQUESTS, seen);
-      }
+      else Atomics.wait(this.#shared, SHARED.REQUESTS, seen);
     }
   }
 

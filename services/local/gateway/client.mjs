@@ -183,12 +183,11 @@ export class Client {
 
   // -- what the backend answers
 
-  /** Pass a part of an answer on. @type {(bytes: Buffer, isLast: boolean) => void} */
-  answer(bytes, isLast) {
+  /** Pass a part of an answer on. @param {Buffer} bytes */
+  answer(bytes) {
     if (this.#closed) return this.#hub.sent(bytes.length);
-    let shown = isLast ? withoutWarning(bytes) : bytes;
-    if (isLast && this.#timedOut) shown = withReason(shown, TIMED_OUT);
-    this.#socket.write(shown, () => this.#hub.sent(bytes.length));
+    const shown = this.#timedOut ? withReason(bytes, TIMED_OUT) : bytes;
+    this.#socket.write(withoutWarning(shown), () => this.#hub.sent(bytes.length));
   }
 
   // -- the end

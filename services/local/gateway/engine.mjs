@@ -22,7 +22,7 @@ export const identifier = (name) => `"${name.replaceAll('"', '""')}"`;
 
 /**
  * @typedef {() => Uint8Array} Pull the next bytes of input
- * @typedef {(piece: Buffer) => void} Emit
+ * @typedef {(piece: Buffer<ArrayBuffer>) => void} Emit
  */
 
 export class Engine {

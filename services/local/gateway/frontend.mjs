@@ -109,10 +109,10 @@ export class Hub {
       case 'copied':
         return client.copied(reply.length);
       case 'answer':
-        return client.answer(asBuffer(reply.bytes), false);
+        return client.answer(asBuffer(reply.bytes));
       case 'done':
         this.roles = reply.roles ?? this.roles;
-        client.answer(asBuffer(reply.bytes), true);
+        client.answer(asBuffer(reply.bytes));
         return client.done(reply.free);
       case 'refused':
         client.fail(reply.sqlstate, reply.reason);

@@ -51,22 +51,24 @@ export const marksOf = (sql) => Object.keys(MARKS).filter((mark) => MARKS[mark].
 //
 // Why: the build warns of each transaction that is rolled back, for debugging; and as there are no timers in it, a
 // statement that the gateway ends for its statement_timeout says that its user has cancelled it.
+// Each is flushed at its end, so one part of the answer has the whole of it, unless it is long.
 // Goes: with a build without the warning; with timers.
 
 const ABORT_WARNING = 'SWARNING\0VWARNING\0C01000\0M# ';
 const CANCELED = 'SERROR\0VERROR\0C57014\0';
 
-/** The end of an answer, without those warnings. @param {Buffer} answer */
+/** A part of an answer, without that warning. @param {Buffer} answer */
 export const withoutWarning = (answer) => replaceMessage(answer, ABORT_WARNING, Buffer.alloc(0));
 
-/** The end of an answer, with this reason for the cancellation. @type {(answer: Buffer, reason: string) => Buffer} */
+/** A part of an answer, with this reason for the cancellation. @type {(answer: Buffer, reason: string) => Buffer} */
 export const withReason = (answer, reason) => replaceMessage(answer, CANCELED, errorResponse('ERROR', '57014', reason));
 
 /** @type {(answer: Buffer, start: string, replacement: Buffer) => Buffer} `start` is how the message's body begins */
 function replaceMessage(answer, start, replacement) {
   const at = answer.indexOf(start) - 5;
-  if (at < 0) return answer;
-  return Buffer.concat([answer.subarray(0, at), replacement, answer.subarray(at + lengthAt(answer, at))]);
+  const end = at + lengthAt(answer, Math.max(at, 0));
+  if (at < 0 || end > answer.length) return answer;
+  return Buffer.concat([answer.subarray(0, at), replacement, answer.subarray(end)]);
 }
 
 // == The engine's memory

@@ -61,6 +61,8 @@ test('a canceled statement says why, and a rollback is not worth a warning', () 
   const canceled = Buffer.concat([row, errorResponse('ERROR', '57014', 'canceling'), readyForQuery('I')]);
   const [first, error, last] = messages(withReason(canceled, 'too slow'));
   assert.deepEqual([first, errorOf(error).message, last], [row, 'too slow', readyForQuery('I')]);
+  const begun = errorResponse('ERROR', '57014', 'a long reason, of which the end is in the next part').subarray(0, -20);
+  assert.deepEqual(withReason(begun, 'too slow'), begun);
   const warning = message('N', text('SWARNING', 'VWARNING', 'C01000', 'M# 1743: aborting transaction 739', ''));
   const own = message('N', text('SWARNING', 'VWARNING', 'C01000', 'Mmind the gap', ''));
   assert.deepEqual(withoutWarning(Buffer.concat([row, warning, own])), Buffer.concat([row, own]));
