@@ -6,7 +6,7 @@ READY := .venv/ready
 # KEEP=0 and KEEP=no mean what they say.
 yes = $(filter-out 0 no false off,$(1))
 
-.PHONY: help setup demo demo-down unit test test-all chaos load bench lint types fmt docs wheel lock sbom clean secrets
+.PHONY: help setup demo demo-down unit test test-all coverage chaos load bench lint types fmt docs wheel lock sbom clean secrets
 
 help: ## this list; what plain "make" prints
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,13 @@ test-all: setup $(GATEWAY_READY) ## all tests, and some of them with more measur
 	@$(NPM) run --silent test
 	@$(PYTEST) $(WORKERS)
 	@MEASUREMENTS=temperature,humidity,pressure,co2 $(PYTEST) $(WORKERS) $(MORE)
+
+# What is killed says nothing; what is forked or started does.
+coverage: setup ## which lines the tests run, those of their processes included: make coverage TESTS=tests/unit
+	@rm -rf .local/coverage && mkdir -p .local/coverage
+	@$(BIN)/coverage run -m pytest $(or $(TESTS),-m "not slow")
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
 
 chaos: setup ## random kills, longer: RUNS=5 SEED=7
 	@CHAOS_RUNS=$(or $(RUNS),1) CHAOS_SEED=$(or $(SEED),0) $(BIN)/python -m pytest tests/chaos/test_random_kills.py
