@@ -176,7 +176,7 @@ def freeze_and_wake(own: Settings, start: StartService, freezes: list[tuple[str,
         send_to_all(case, corrections(60, 9000))
         case.wait_until_read()
     for case in cases.values():
-        assert len(member_ids(case.settings)) == 2, case.sensors
+        wait_until(lambda case=case: len(member_ids(case.settings)) == 2, f"{case.sensors} has two members")  # type: ignore[misc]
     assert [service.stop() for service in (*zombies, *owners)] == [0] * 2 * len(cases)
     case.wait_until_stored()
 
