@@ -40,7 +40,7 @@ depends_on = None
 OLDEST_TIMESCALEDB = (2, 23)
 INSTALL = "install TimescaleDB 2.23 or newer, community edition (image timescale/timescaledb), and preload it"
 ROLES = ("sensor_consumer", "sensor_etl", "sensor_reader")
-# Who looks at the summaries from elsewhere, and with how many connections at most. A session may change its time
+# Who reads the summaries from elsewhere, and with how many connections at most. A session may change its time
 # limits, but not the two others.
 READERS = {"sensor_grafana": 10, "sensor_dashboard": 8}
 READER_LIMITS = (
@@ -70,6 +70,7 @@ def upgrade() -> None:
             "superuser_needed", extra=fields(detail="the rest works without; run as one", sql="; ".join(advised))
         )
     create_readings()
+    create_reading_chunks()
     create_progress()
     create_summaries()
     create_queue_state()
@@ -84,7 +85,7 @@ def downgrade() -> None:
         op.execute(f"DROP TABLE {name}_summary")
     op.execute("DROP FUNCTION add_measurement, measurements")
     op.execute("DROP TABLE sensor_data CASCADE")  # takes the continuous aggregates along
-    op.execute("DROP FUNCTION hold_readings")
+    op.execute("DROP FUNCTION hold_readings, reading_chunks")
     op.execute("DROP TABLE raw_chunk, summary_state, summary_refresh_queue, etl_lease, summary_check")
     op.execute("DROP FUNCTION advance_partitions")
     op.execute("DROP TABLE partition_progress")
@@ -175,7 +176,7 @@ def create_roles() -> None:
     if refused:
         raise ConfigurationError(f"{me} may not create roles; as a superuser, run: {'; '.join(refused)}")
     if "sensor_etl" in new:
-        # TimescaleDB writes a line about each refresh, several a second, and etl reports its errors itself.
+        # TimescaleDB writes a line about each refresh, several per second, and etl reports its errors itself.
         attempt(["ALTER ROLE sensor_etl SET log_min_messages = fatal"])
     op.execute(f"GRANT USAGE ON SCHEMA public TO {', '.join(ROLES)}")
     op.execute("GRANT CREATE ON SCHEMA public TO sensor_etl")
@@ -250,6 +251,20 @@ def create_readings() -> None:
     """)
     op.execute("REVOKE EXECUTE ON FUNCTION hold_readings FROM PUBLIC")
     op.execute("GRANT EXECUTE ON FUNCTION hold_readings TO sensor_etl")
+
+
+def create_reading_chunks() -> None:
+    """A function and not a view: an update of TimescaleDB replaces the view below, and nothing may depend on that."""
+    op.execute("""
+        CREATE FUNCTION reading_chunks() RETURNS TABLE (
+            range_start timestamptz, range_end timestamptz, created_at timestamptz, chunk text, is_compressed boolean
+        ) STABLE LANGUAGE sql AS $$
+            SELECT range_start, range_end, chunk_creation_time, format('%I.%I', chunk_schema, chunk_name), is_compressed
+            FROM timescaledb_information.chunks
+            WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
+        $$
+    """)
+    op.execute("COMMENT ON FUNCTION reading_chunks IS 'the chunks of sensor_data'")
 
 
 def create_progress() -> None:
@@ -327,7 +342,7 @@ def create_summaries() -> None:
     """)
     op.execute("""
         COMMENT ON COLUMN summary_state.closed_before IS
-            'the consumer stores no reading of an earlier time: its interval is not, or soon not, whole any more'
+            'the consumer stores no reading of an earlier time: some of its interval is, or soon will be, gone'
     """)
     op.execute("""
         COMMENT ON COLUMN summary_state.frozen_before IS
@@ -383,11 +398,13 @@ def create_queue_state() -> None:
     """What a reader may know of the queue: how much waits and for how long, and no readings."""
     op.execute("""
         CREATE VIEW refresh_queue_state AS
-        SELECT count(*) AS queue_rows, min(queued_at) AS oldest_queued_at FROM summary_refresh_queue
+        SELECT count(*) AS queue_rows,
+               coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8 AS oldest_age_s
+        FROM summary_refresh_queue
     """)
     op.execute("""
         COMMENT ON VIEW refresh_queue_state IS
-            'how many ranges of changed readings wait for their summaries, and since when the oldest does'
+            'how many ranges of changed readings wait for their summaries, and how long the oldest has; 0: none waits'
     """)
     # A view sees what its owner may see.
     op.execute("ALTER VIEW refresh_queue_state OWNER TO sensor_etl")

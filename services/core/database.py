@@ -283,8 +283,9 @@ def one(
 
 @cache
 def queries(package: str) -> dict[str, sql.SQL]:
-    """The named statements of ``queries.sql`` in ``package``: each begins with a line ``-- name: some_name``."""
-    text = resources.files(package).joinpath("queries.sql").read_text(encoding="utf-8")
+    """The named statements of the SQL files in ``package``: each begins with a line ``-- name: some_name``."""
+    files = (file for file in resources.files(package).iterdir() if file.name.endswith(".sql"))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     found: dict[str, sql.SQL] = {}
     for block in text.split("-- name: ")[1:]:
         name, body = block.split("\n", 1)

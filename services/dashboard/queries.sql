@@ -1,11 +1,10 @@
 -- What the dashboard asks. Of the summaries and of the queue's view only, as sensor_reader may.
 
 -- name: queue
-SELECT queue_rows, coalesce(extract(epoch FROM clock_timestamp() - oldest_queued_at), 0)::float8
-FROM refresh_queue_state
+SELECT queue_rows, oldest_age_s FROM refresh_queue_state
 
 -- name: sensors
--- One look into the index for each sensor, not one for each row.
+-- One index lookup for each sensor, not one for each row.
 WITH RECURSIVE sensor AS (
     (SELECT sensor_id FROM {summary} ORDER BY sensor_id LIMIT 1)
     UNION ALL

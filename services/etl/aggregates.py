@@ -3,7 +3,7 @@
 Where readings are dense it is made of an aggregate of minutes instead, which is there for as long as one is made of it.
 
 They belong to etl and not to the migrations because their bucket width is configuration. How one takes over from
-another is told in interval_change.py.
+another: interval_change.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
 
 from psycopg import Connection, sql
 
-from services.core.database import queries
+from services.core.database import one, queries
 from services.core.logs import fields
 from services.core.measurements import measurement
+from services.etl.history import History
 from services.etl.lease import Lease
 from services.etl.rollup import BASE, OF_MINUTES, Rollup, minutes_pay
 
@@ -42,9 +44,10 @@ def stored_rollups(connection: Connection) -> dict[str, Rollup]:
 class Aggregates:
     """The aggregates that exist, and which of them feeds each summary."""
 
-    def __init__(self, connection: Connection, lease: Lease, configured: tuple[Rollup, ...]) -> None:
+    def __init__(self, connection: Connection, lease: Lease, history: History, configured: tuple[Rollup, ...]) -> None:
         self._connection = connection
         self._lease = lease
+        self._history = history
         self.configured = configured
         self.current: dict[str, Rollup] = {}
         self.building: dict[str, Rollup] = {}
@@ -60,7 +63,7 @@ class Aggregates:
         stored = stored_rollups(self._connection)
         with self._lease.transaction():
             for rollup in self._set_aside():
-                self._connection.execute(statement("write_behind", rollup), {"edge": "infinity"})
+                self._connection.execute(statement("write_behind", rollup), {"before": "infinity"})
         for rollup in self.configured:
             with self._lease.transaction():
                 current = stored.get(rollup.name, rollup)
@@ -68,15 +71,7 @@ class Aggregates:
                     have_paid = any(each.of_minutes for each in self.current.values())
                     current = replace(current, of_minutes=minutes_pay(self._rate(), have_paid=have_paid))
                     self._create(current)
-                    self._connection.execute(
-                        SQL["write_state"],
-                        {
-                            "measurement": current.name,
-                            "aggregate": current.aggregate,
-                            "width": current.width,
-                            "behind": "infinity" if stored else "-infinity",
-                        },
-                    )
+                    self._write_state(current, "infinity" if stored else "-infinity")
                     self._connection.execute(statement("queue_all", current))
             self.current[rollup.name] = current
 
@@ -89,7 +84,9 @@ class Aggregates:
         """As long as nothing is summarised, what the summaries are made of can change at once."""
         if not self.is_new or self.building:
             return
-        self.is_new = all(map(self._is_empty, self.current.values()))
+        self.is_new = all(
+            one(self._connection, statement("is_summary_empty", rollup))[0] for rollup in self.current.values()
+        )
         for wanted in self.wanted() if self.is_new else ():
             current = self.current[wanted.name]
             suited = replace(current, of_minutes=wanted.of_minutes)
@@ -100,11 +97,6 @@ class Aggregates:
                 self.switch(suited, None)
                 self.drop_others()
 
-    def _is_empty(self, rollup: Rollup) -> bool:
-        """Whether nothing is summarised yet."""
-        row = self._connection.execute(statement("is_summary_empty", rollup)).fetchone()
-        return row is not None and bool(row[0])
-
     def wanted(self) -> tuple[Rollup, ...]:
         """The configured rollups, made of what suits the newest readings."""
         of_minutes = minutes_pay(self._rate(), have_paid=any(rollup.of_minutes for rollup in self.current.values()))
@@ -112,15 +104,15 @@ class Aggregates:
 
     def _rate(self) -> float | None:
         """How many readings per minute each sensor sends."""
-        (since,) = self._connection.execute(SQL["newest_chunks"]).fetchone() or (None,)
+        (since,) = one(self._connection, SQL["newest_chunks"])
         row = self._connection.execute(SQL["rate"], {"since": since}).fetchone()
         return None if row is None else row[0]
 
     def show_live(self) -> Iterator[None]:
         """Point each live view at its aggregate. Until then it shows the summary: somebody may be reading it.
 
-        That of a measurement that is no longer configured shows it again, and its aggregates go: TimescaleDB would
-        note each change for them, for ever.
+        That of a measurement that is no longer configured shows it again, and its aggregates are dropped: TimescaleDB
+        would note each change for them.
         """
         for rollup in self._set_aside():
             for aggregate in self._of([rollup.name]):
@@ -129,8 +121,7 @@ class Aggregates:
                     self._drop(aggregate)
                 yield
         for rollup in self.current.values():
-            row = self._connection.execute(statement("live_view_shows", rollup)).fetchone()
-            if row is not None and not row[0]:
+            if not one(self._connection, statement("live_view_shows", rollup))[0]:
                 with self._lease.transaction():
                     self._connection.execute(statement("replace_live_view", rollup))
                 yield
@@ -144,29 +135,32 @@ class Aggregates:
             self._create(rollup)
         self.building[rollup.name] = rollup
 
-    def switch(self, rollup: Rollup, edge: str | None) -> int:
+    def switch(self, rollup: Rollup, boundary: datetime | None) -> int:
         """Let the new aggregate feed the summary, in one transaction; returns how many of the summary's rows are new.
 
-        They are from ``edge`` on. Without one the width is the same, and so are the rows.
+        They are from ``boundary`` on. Without one the width is the same, and so are the rows.
 
-        The view comes last, since whoever wants to read it waits from then on; whether it can be had is tried before.
+        The view comes last, since its readers wait from then on; whether its lock can be had is tried before.
         """
         with self._lease.transaction():
             self._connection.execute(statement("probe_live_view", rollup))
         with self._lease.transaction():
             filled = 0
-            if edge is not None:
-                self._connection.execute(statement("delete_from", rollup), {"edge": edge})
+            if boundary is not None:
+                self._connection.execute(statement("delete_from", rollup), {"boundary": boundary})
                 fill = statement("fill_from", rollup, materialized=self.materialized()[rollup.aggregate])
-                filled = self._connection.execute(fill, {"edge": edge}).rowcount
-            self._connection.execute(
-                SQL["replace_state"],
-                {"measurement": rollup.name, "aggregate": rollup.aggregate, "width": rollup.width, "edge": edge},
-            )
+                filled = self._connection.execute(fill, {"boundary": boundary}).rowcount
+                self._history.take_over(rollup.name, boundary)
+            self._write_state(rollup)
             self._connection.execute(statement("replace_live_view", rollup))
         self.current[rollup.name] = rollup
         del self.building[rollup.name]
         return filled
+
+    def _write_state(self, rollup: Rollup, behind: str = "-infinity") -> None:
+        """The rollup feeds its summary; ``behind`` is for one that is new."""
+        state = {"measurement": rollup.name, "aggregate": rollup.aggregate, "width": rollup.width, "behind": behind}
+        self._connection.execute(SQL["write_state"], state)
 
     def drop_others(self) -> None:
         """Drop what feeds no summary and is not about to: aggregates of other widths or sources, unused minutes."""
@@ -220,7 +214,7 @@ class Aggregates:
             return
         base = f"{BASE}_{rollup.name}" if BASE in self._base_of.values() else BASE
         lacking = [each for each in self.configured if each.name not in self._base_of]
-        columns = sql.SQL(",\n       ").join(statement("base_columns", each) for each in lacking)
+        columns = sql.SQL(", ").join(statement("base_columns", each) for each in lacking)
         self._connection.execute(SQL["create_base"].format(base=sql.Identifier(base), columns=columns))
         self._note_created(base)
         self._read_bases()

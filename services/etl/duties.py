@@ -1,4 +1,4 @@
-"""Etl's duties beside the refresh, each at its own pace. One that fails is tried again later and stops nothing else."""
+"""Etl's duties beside the refresh, each at its own pace. One that fails is tried again and stops nothing else."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ class Duty:
 
 
 def next_due(duties: list[Duty]) -> Duty | None:
-    """The one whose step is next: what has begun goes on to its end before another begins."""
+    """The one whose step is next: what has begun is finished before another begins."""
     begun = [duty for duty in duties if duty.has_begun]
     return next((duty for duty in [*begun, *duties] if duty.is_due), None)

@@ -1,21 +1,19 @@
-"""Etl's metrics: the leader's work, and the queue, which every instance looks at beside its work."""
+"""Etl's metrics: the leader's work, and the queue, which every instance samples beside its work."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from psycopg import Connection
 
-from services.core.database import queries
+from services.core.database import one, queries
 
 SQL = queries("services.etl")
-FRESH_FOR_S = 5.0  # so long a look at the queue holds: looks come every second
+FRESH_FOR_S = 5.0  # a sample of the queue holds for this long; there is one every second
 
 LEADING = Gauge("sensor_etl_leading", "1 while this instance refreshes the summaries, 0 while it stands by.")
 REFRESH_SECONDS = Histogram(
@@ -52,32 +50,20 @@ DUTY_FAILURES = Counter(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the queue held, and when: ``at`` in seconds of time.monotonic()."""
-
-    rows: int
-    oldest_s: float  # 0: empty
-    at: float
-
-
 class QueueCollector(Collector):
-    """The refresh queue as of the last look.
+    """The refresh queue as it was last sampled.
 
-    How deep it is, is told while that is known. Freshness is told always: while the queue cannot be looked at, it
-    grows with the time since the last look, as readings may be waiting since then.
+    Its depth is reported while that is known. Freshness is reported always: while the queue cannot be sampled, it grows
+    with the time since the last sample, as readings may be waiting since then.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: Look | None = None
+        self._last: tuple[int, float, float] | None = None  # rows, age of the oldest, time.monotonic()
 
-    def look(self, connection: Connection) -> None:
-        """Look at the queue."""
-        row = connection.execute(SQL["queue_depth"]).fetchone()
-        assert row is not None
-        with self._lock:
-            self._last = Look(row[0], row[1], time.monotonic())
+    def sample(self, connection: Connection) -> None:
+        """Ask how deep the queue is, and how old."""
+        rows, oldest_s = one(connection, SQL["queue_state"])
+        self._last = rows, oldest_s, time.monotonic()
 
     def describe(self) -> list[Metric]:
         """The metrics without a value."""
@@ -91,20 +77,15 @@ class QueueCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """What is known now."""
-        with self._lock:
-            last = self._last
-        if last is None:
+        if self._last is None:
             return
-        since_s = time.monotonic() - last.at
-        known = since_s <= FRESH_FOR_S
-        rows, age, freshness = self.describe()
-        if known:
-            rows.add_sample(rows.name, {}, last.rows)
-            age.add_sample(age.name, {}, last.oldest_s)
-            yield rows
-            yield age
-        freshness.add_sample(freshness.name, {}, last.oldest_s + since_s if last.rows or not known else 0.0)
-        yield freshness
+        rows, oldest_s, at = self._last
+        since_s = time.monotonic() - at
+        is_known = since_s <= FRESH_FOR_S
+        values = [rows, oldest_s, oldest_s + since_s if rows or not is_known else 0.0]
+        for metric, value in list(zip(self.describe(), values, strict=True))[0 if is_known else -1 :]:
+            metric.add_sample(metric.name, {}, value)
+            yield metric
 
 
 QUEUE = QueueCollector()

@@ -1,17 +1,15 @@
 -- What etl runs. Schema: migrations/versions/0001_create_schema.py
 
--- name: show_session
--- Anybody may take such a lock; it can make a session look alive that is gone, and nothing else.
-SELECT pg_try_advisory_lock_shared(%(key)s, pg_backend_pid())
-
--- name: look_at_lease
--- The time as text: Python has no -infinity.
+-- name: read_lease
+-- And show by a lock that this session is alive. Anybody may take such a lock; all that it can do is make a session that
+-- is gone look alive. The time as text: Python has no -infinity.
 SELECT holder, expires_at::text, expires_at < clock_timestamp(),
        holder = pg_backend_pid() OR NOT EXISTS (
            SELECT FROM pg_locks
            WHERE locktype = 'advisory' AND granted AND objsubid = 2
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-             AND classid::bigint = %(key)s AND objid::bigint = holder)
+             AND classid::bigint = %(key)s AND objid::bigint = holder),
+       pg_try_advisory_lock_shared(%(key)s, pg_backend_pid())
 FROM etl_lease
 
 -- name: hold_state
@@ -34,10 +32,10 @@ UPDATE etl_lease SET holder = 0, expires_at = '-infinity' WHERE holder = pg_back
 
 -- name: prefer_hashing
 -- A refresh makes few groups of many readings. Without statistics of a chunk that is being filled the server expects
--- as many groups as readings, and would sort them all. The mirror compares sensors of one interval: a merge by time alone,
--- which needs no sort, would look at each pair of them. Where there is no way but a sort, it counts as so dear that the
--- server would compile the statement, for longer than it takes. Where the minutes are read whole, TimescaleDB looks its
--- watermark up for each of them; by an index, once.
+-- as many groups as readings, and would sort them all. The mirror compares sensors of one interval: a merge by time,
+-- which needs no sort, would look at each pair of them. A sort that cannot be avoided would count as so expensive that
+-- the server compiles the statement, for longer than it takes. And TimescaleDB would look its watermark up once for
+-- each of the minutes, were they read without an index.
 SET enable_sort = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET jit = off
 
 -- name: read_queue
@@ -47,15 +45,14 @@ SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp(),
        count(*) < (SELECT count(*) FROM summary_refresh_queue)
 FROM summary_refresh_queue
 WHERE %(all)s OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'
-   OR NOT touched && (SELECT coalesce(range_agg(touched), '{}') FROM summary_refresh_queue
+   OR NOT touched && (SELECT coalesce(range_agg(touched), tstzmultirange()) FROM summary_refresh_queue
                       WHERE queued_at > now() - interval '1 second')
 
--- name: queue_depth
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(queued_at)), 0)::float8
-FROM summary_refresh_queue
+-- name: queue_state
+SELECT queue_rows, oldest_age_s FROM refresh_queue_state
 
 -- name: delete_queued
--- Exactly the rows that were read, for a lower id may commit later, and of them what has nothing left before the cut.
+-- Exactly the rows that were read, for a lower id may commit later, and of them those with nothing before the cut.
 DELETE FROM summary_refresh_queue
 WHERE id = ANY(%(ids)s) AND NOT touched && tstzrange(NULL, %(cut)s::timestamptz)
 
@@ -63,133 +60,10 @@ WHERE id = ANY(%(ids)s) AND NOT touched && tstzrange(NULL, %(cut)s::timestamptz)
 UPDATE summary_refresh_queue SET touched = touched * tstzmultirange(tstzrange(NULL, %(cut)s::timestamptz))
 WHERE id = ANY(%(ids)s) AND upper(touched) > %(cut)s::timestamptz
 
--- name: is_queued_before
-SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE touched && tstzrange(NULL, %(edge)s::timestamptz))
-
--- name: note_chunks
--- A chunk that was seen and is gone marks history that is no longer whole, even if a late reading made a new one. One
--- that was merged into another that was seen is not gone.
-WITH present AS (
-    SELECT range_start, range_end, chunk_creation_time AS created_at FROM timescaledb_information.chunks
-    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-), kept AS (
-    SELECT present.range_start, present.range_end
-    FROM present JOIN raw_chunk USING (range_start, created_at) WHERE dropped_at IS NULL
-), missing AS (
-    SELECT range_start, EXISTS (SELECT FROM kept WHERE kept.range_start < raw_chunk.range_start
-                                AND kept.range_end >= raw_chunk.range_end) AS is_merged
-    FROM raw_chunk
-    WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (SELECT range_start, created_at FROM present)
-), merged AS (
-    DELETE FROM raw_chunk USING missing WHERE raw_chunk.range_start = missing.range_start AND is_merged
-), dropped AS (
-    UPDATE raw_chunk SET dropped_at = now() FROM missing
-    WHERE raw_chunk.range_start = missing.range_start AND NOT is_merged
-)
-INSERT INTO raw_chunk AS seen (range_start, range_end, created_at)
-SELECT range_start, range_end, created_at FROM present WHERE range_start NOT IN (SELECT range_start FROM missing)
-ON CONFLICT (range_start) DO UPDATE SET range_end = excluded.range_end
-WHERE seen.created_at = excluded.created_at AND seen.range_end <> excluded.range_end
-
--- name: is_chunk_missing
-SELECT EXISTS (
-    SELECT FROM raw_chunk WHERE dropped_at IS NULL AND (range_start, created_at) NOT IN (
-        SELECT range_start, chunk_creation_time FROM timescaledb_information.chunks
-        WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'))
-
--- name: whole_minutes
--- The queued ranges as whole minutes, without those before all that is frozen.
-SELECT coalesce(range_agg(tstzrange(date_trunc('minute', lower(piece)),
-                                    date_trunc('minute', upper(piece) - interval '1 microsecond') + interval '1 minute'))
-                * tstzmultirange(tstzrange((SELECT min(frozen_before) FROM summary_state), NULL)), '{}')
-FROM unnest(%(touched)s::tstzmultirange) AS piece
-
--- name: widen
--- Minutes as whole intervals, without those that begin before the raw history is whole (which may be in the middle of
--- an interval, when the width is one that is about to take over), or before ``rest_end``, where later steps go on.
-SELECT coalesce(range_agg(interval) * tstzmultirange(tstzrange(
-    (SELECT CASE WHEN isfinite(edge)
-                 THEN time_bucket(%(width)s, edge + %(width)s - interval '1 microsecond')
-                 ELSE edge END
-     FROM (SELECT greatest(frozen_before, %(rest_end)s::timestamptz) AS edge
-           FROM summary_state WHERE measurement = %(measurement)s) AS state), NULL)), '{}')
-FROM (
-    SELECT tstzrange(time_bucket(%(width)s, lower(piece)),
-                     time_bucket(%(width)s, upper(piece) - interval '1 microsecond') + %(width)s) AS interval
-    FROM unnest(%(minutes)s::tstzmultirange) AS piece
-) AS widened
-
--- name: freeze_dropped
--- Intervals that begin before the end of a dropped chunk are not all there. What came after it was dropped, and what is
--- younger than what is kept, stays open.
-UPDATE summary_state AS state
-SET frozen_before = greatest(frozen_before, edge), closed_before = greatest(closed_before, edge)
-FROM (
-    SELECT measurement, least(max(CASE WHEN range_end <= dropped_at
-                                  THEN time_bucket(width, range_end + width - interval '1 microsecond')
-                                  ELSE time_bucket(width, dropped_at) END),
-                         time_bucket(width, now() - %(keep)s)) AS edge
-    FROM raw_chunk, summary_state WHERE dropped_at IS NOT NULL GROUP BY measurement, width
-) AS dropped
-WHERE state.measurement = dropped.measurement AND edge > frozen_before
-
--- name: hold_readings
-SELECT hold_readings()
-
--- name: close_history
--- Never later than now minus what is kept, whatever was asked for.
-UPDATE summary_state SET closed_before = greatest(closed_before, %(edge)s::timestamptz)
-WHERE measurement = %(measurement)s AND %(edge)s::timestamptz <= now() - %(keep)s
-
--- name: freeze_closed
-UPDATE summary_state SET frozen_before = closed_before WHERE frozen_before < closed_before
-
--- name: expired_edges
--- Where the whole intervals begin after what has expired: a chunk of which every interval, at every width, ended long
--- enough ago; and whether that is still to be closed. Nothing while a summary that is refreshed is behind its readings.
-SELECT measurement, edge::text, edge > closed_before
-FROM summary_state, LATERAL (
-    SELECT time_bucket(width, max(range_end) + width - interval '1 microsecond') AS edge
-    FROM timescaledb_information.chunks
-    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND range_end <= now() - %(keep)s
-      AND (SELECT max(time_bucket(each.width, range_end + each.width - interval '1 microsecond'))
-           FROM summary_state AS each) <= now() - %(keep)s
-) AS expired
-WHERE edge IS NOT NULL AND NOT EXISTS (
-    SELECT FROM summary_state AS each JOIN timescaledb_information.continuous_aggregates ON view_name = each.aggregate
-    WHERE each.behind_before > '-infinity')
-ORDER BY measurement
-
--- name: is_closing
--- Whether something is closed and not frozen, and whether any of it waits for its summaries.
-SELECT coalesce(bool_or(frozen_before < closed_before), false),
-       EXISTS (SELECT FROM summary_refresh_queue
-               WHERE touched && tstzrange(NULL, (SELECT max(closed_before) FROM summary_state)))
-FROM summary_state
-
--- name: expired_chunks
--- As far as it is frozen: a reading that came just now may have made a chunk. As text: Python has no time BC.
-SELECT range_start::text, range_end::text FROM timescaledb_information.chunks
-WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-  AND range_end <= least((SELECT min(frozen_before) FROM summary_state), now() - %(keep)s)
-ORDER BY range_start
-
--- name: drop_chunk
-SELECT drop_chunks('sensor_data', newer_than => %(start)s::timestamptz, older_than => %(end)s::timestamptz)
-
--- name: drop_frozen_minutes
--- If there are any: they would only be in the way, since nothing reads the minutes of frozen intervals again.
-SELECT drop_chunks(view_name::regclass, older_than => (SELECT min(frozen_before) FROM summary_state))
-FROM timescaledb_information.continuous_aggregates WHERE view_schema = 'public' AND starts_with(view_name, %(base)s)
-
 -- name: uncompressed_chunks
 -- Bit 1 says that a chunk is compressed, 2 and 8 that readings came later, 4 that somebody has frozen it.
-SELECT format('%%I.%%I', chunk_schema, chunk_name) FROM (
-    SELECT *, _timescaledb_functions.chunk_status(format('%%I.%%I', chunk_schema, chunk_name)::regclass) AS status
-    FROM timescaledb_information.chunks
-    WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' AND range_end <= now() - %(age)s
-) AS old
-WHERE status & 4 = 0 AND (status & 1 = 0 OR status & 10 <> 0) ORDER BY range_start
+SELECT chunk FROM reading_chunks(), _timescaledb_functions.chunk_status(chunk::regclass) AS status
+WHERE range_end <= now() - %(age)s AND status & 4 = 0 AND (status & 1 = 0 OR status & 10 <> 0) ORDER BY range_start
 
 -- name: compress_chunk
 SELECT compress_chunk(%(chunk)s::regclass)
@@ -209,8 +83,7 @@ SELECT pid FROM mistaken WHERE pg_terminate_backend(pid)
 
 -- name: refresh_has_options
 -- Since TimescaleDB 2.28.
-SELECT coalesce(bool_or('options' = ANY(proargnames)), false) FROM pg_proc
-WHERE proname = 'refresh_continuous_aggregate'
+SELECT EXISTS (SELECT FROM pg_proc WHERE proname = 'refresh_continuous_aggregate' AND 'options' = ANY(proargnames))
 
 -- name: as_owner
 -- Until the transaction ends: an aggregate is sensor_etl's, whoever runs etl. Its members may do the rest as themselves.
@@ -220,15 +93,12 @@ SET LOCAL ROLE sensor_etl
 -- Without an index that begins with the sensor: whatever reads it asks for a time.
 CREATE MATERIALIZED VIEW {base}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false, timescaledb.create_group_indexes = false) AS
-SELECT sensor_id,
-       time_bucket(interval '1 minute', time) AS minute,
-       {columns}
+SELECT sensor_id, time_bucket(interval '1 minute', time) AS minute, {columns}
 FROM sensor_data
 GROUP BY sensor_id, time_bucket(interval '1 minute', time)
 WITH NO DATA
 
 -- name: base_columns
--- Of each measurement.
 sum({measurement}) AS {base_sum}, min({measurement}) AS {base_min}, max({measurement}) AS {base_max}, count({measurement}) AS {base_count}
 
 -- name: list_bases
@@ -242,12 +112,8 @@ GROUP BY view_name
 -- name: create_of_readings
 CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
-SELECT sensor_id,
-       time_bucket({width}, time) AS interval_start,
-       avg({measurement}) AS average,
-       min({measurement}) AS least,
-       max({measurement}) AS greatest,
-       count({measurement}) AS reading_count
+SELECT sensor_id, time_bucket({width}, time) AS interval_start, avg({measurement}) AS average,
+       min({measurement}) AS least, max({measurement}) AS greatest, count({measurement}) AS reading_count
 FROM sensor_data
 WHERE {measurement} IS NOT NULL
 GROUP BY sensor_id, time_bucket({width}, time)
@@ -257,13 +123,10 @@ WITH NO DATA
 -- The CASE is for the server, to which a quotient below the smallest number is an error.
 CREATE MATERIALIZED VIEW {aggregate}
 WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS
-SELECT sensor_id,
-       time_bucket({width}, minute) AS interval_start,
+SELECT sensor_id, time_bucket({width}, minute) AS interval_start,
        CASE WHEN abs(sum({base_sum})) >= sum({base_count}) * '5e-324'::float8
             THEN sum({base_sum}) / sum({base_count}) ELSE 0 END AS average,
-       min({base_min}) AS least,
-       max({base_max}) AS greatest,
-       sum({base_count})::bigint AS reading_count
+       min({base_min}) AS least, max({base_max}) AS greatest, sum({base_count})::bigint AS reading_count
 FROM {base}
 WHERE {base_count} > 0
 GROUP BY sensor_id, time_bucket({width}, minute)
@@ -292,13 +155,8 @@ ALTER VIEW {live} OWNER TO sensor_etl
 -- name: replace_live_view
 -- Intervals whose raw rows are not all there any more come from the summary table, the others from the aggregate.
 CREATE OR REPLACE VIEW {live} AS
-SELECT sensor_id,
-       interval_start,
-       interval_start + {width} AS interval_end,
-       average AS {avg},
-       least AS {min},
-       greatest AS {max},
-       reading_count
+SELECT sensor_id, interval_start, interval_start + {width} AS interval_end,
+       average AS {avg}, least AS {min}, greatest AS {max}, reading_count
 FROM {aggregate}
 WHERE interval_start >= (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})
 UNION ALL
@@ -307,7 +165,7 @@ FROM {summary}
 WHERE interval_start < (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})
 
 -- name: show_summary_live
--- For as long as there is no aggregate.
+-- While there is no aggregate.
 CREATE OR REPLACE VIEW {live} AS SELECT * FROM {summary}
 
 -- name: read_state
@@ -316,13 +174,13 @@ SELECT measurement, extract(epoch FROM width)::bigint / 60, aggregate FROM summa
 -- name: write_state
 INSERT INTO summary_state (measurement, aggregate, width, behind_before)
 VALUES (%(measurement)s, %(aggregate)s, %(width)s, %(behind)s::timestamptz)
-ON CONFLICT (measurement) DO UPDATE SET aggregate = excluded.aggregate
+ON CONFLICT (measurement) DO UPDATE SET aggregate = excluded.aggregate, width = excluded.width
 
 -- name: read_behind
 SELECT behind_before::text FROM summary_state WHERE measurement = {measurement_name} AND behind_before > '-infinity'
 
 -- name: write_behind
-UPDATE summary_state SET behind_before = coalesce(%(edge)s::timestamptz, '-infinity')
+UPDATE summary_state SET behind_before = coalesce(%(before)s::timestamptz, '-infinity')
 WHERE measurement = {measurement_name}
 
 -- name: is_summary_empty
@@ -331,8 +189,7 @@ SELECT NOT EXISTS (SELECT FROM {summary})
 -- name: newest_chunks
 -- Where the last ten begin: a reading from the future may have one of its own.
 SELECT min(range_start)::text
-FROM (SELECT range_start FROM timescaledb_information.chunks
-      WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data' ORDER BY range_start DESC LIMIT 10) AS newest
+FROM (SELECT range_start FROM reading_chunks() ORDER BY range_start DESC LIMIT 10) AS newest
 
 -- name: rate
 -- How many readings per minute a sensor sends, by the newest of all, without those before and after most; no row where
@@ -348,38 +205,19 @@ HAVING count(*) >= greatest(1000, 2 * max(sensors))
 -- name: queue_all
 -- All the history there is, for an aggregate that has just been created, unless it catches up by itself; by chunks,
 -- since a look into thousands of them needs thousands of locks.
-INSERT INTO summary_refresh_queue (touched)
-SELECT range_agg(tstzrange(range_start, range_end)) FROM timescaledb_information.chunks
-WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-  AND (SELECT behind_before = '-infinity' FROM summary_state WHERE measurement = {measurement_name})
+INSERT INTO summary_refresh_queue (touched) SELECT range_agg(tstzrange(range_start, range_end)) FROM reading_chunks()
+WHERE (SELECT behind_before = '-infinity' FROM summary_state WHERE measurement = {measurement_name})
 HAVING count(*) > 0
 
--- name: history
--- The whole intervals that hold all there is from the edge on, which is where an interval begins, and is not frozen:
--- chunks of readings, and intervals whose readings were deleted by hand. Without any nothing: greatest() takes no notice
--- of NULL.
-SELECT CASE WHEN min(first) IS NOT NULL
-            THEN greatest(time_bucket({width}, min(first)), %(edge)s::timestamptz,
-                          (SELECT frozen_before FROM summary_state WHERE measurement = {measurement_name})) END,
-       time_bucket({width}, max(last)) + {width}
-FROM (SELECT min(range_start) AS first, max(range_end) - interval '1 microsecond' AS last
-      FROM timescaledb_information.chunks
-      WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-      UNION ALL
-      SELECT min(interval_start), max(interval_start) FROM {summary}) AS stored
-
 -- name: piece_before
--- The last interval before the edge that can hold a reading (by its chunk) or has a summary row, and what is before it
+-- The last interval before the time that can hold a reading (by its chunk) or has a summary row, and what is before it
 -- as far as it is not frozen.
-SELECT greatest(last + {width} - %(piece)s, frozen_before), last + {width}
+SELECT greatest(last + {width} - %(length)s, frozen_before), last + {width}
 FROM summary_state, LATERAL (
     SELECT time_bucket({width}, greatest(
-        (SELECT max(least(range_end, %(edge)s::timestamptz)) - interval '1 microsecond'
-         FROM timescaledb_information.chunks
-         WHERE hypertable_schema = 'public' AND hypertable_name = 'sensor_data'
-           AND (%(edge)s::timestamptz IS NULL OR range_start < %(edge)s::timestamptz)),
-        (SELECT max(interval_start) FROM {summary}
-         WHERE %(edge)s::timestamptz IS NULL OR interval_start < %(edge)s::timestamptz))) AS last
+        (SELECT max(least(range_end, before)) - interval '1 microsecond' FROM reading_chunks() WHERE range_start < before),
+        (SELECT max(interval_start) FROM {summary} WHERE interval_start < before))) AS last
+    FROM (SELECT coalesce(%(before)s::timestamptz, 'infinity') AS before) AS at
 ) AS stored
 WHERE measurement = {measurement_name} AND last >= frozen_before
 
@@ -416,14 +254,14 @@ WITH fresh AS (
     FROM fresh FULL JOIN stored USING (sensor_id, interval_start)
     WHERE (fresh.readings, fresh.least, fresh.greatest, interval_start + {width})
           IS DISTINCT FROM (stored.readings, stored.least, stored.greatest, stored.interval_end)
-   OR abs(fresh.average - stored.average) > 1e-9 * greatest(1, abs(fresh.least), abs(fresh.greatest))
+          OR abs(fresh.average - stored.average) > 1e-9 * greatest(1, abs(fresh.least), abs(fresh.greatest))
 )
-SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {width})), '{{}}')
+SELECT count(*), coalesce(range_agg(tstzrange(interval_start, interval_start + {width})), tstzmultirange())
 FROM different
 WHERE NOT tstzrange(interval_start, interval_start + {width})
-          && (SELECT coalesce(range_agg(touched), '{{}}') FROM summary_refresh_queue WHERE id <> ALL(%(ours)s::bigint[]))
+          && (SELECT coalesce(range_agg(touched), tstzmultirange()) FROM summary_refresh_queue WHERE id <> ALL(%(ours)s::bigint[]))
   AND NOT tstzrange(interval_start, interval_start + {width})
-          && (SELECT coalesce(range_agg(tstzrange(range_start, range_end)), '{{}}') FROM raw_chunk
+          && (SELECT coalesce(range_agg(tstzrange(range_start, range_end)), tstzmultirange()) FROM raw_chunk
               WHERE dropped_at IS NOT NULL)
 
 -- name: queue_again
@@ -435,31 +273,14 @@ SELECT id FROM summary_refresh_queue
 -- name: still_queued
 SELECT EXISTS (SELECT FROM summary_refresh_queue WHERE id = ANY(%(ids)s))
 
--- name: common_edge
--- The first time that is not closed and where an interval of both widths begins, and whether that is long enough ago.
--- (A change that was given up may have closed more than is frozen.)
--- As text: Python has no -infinity.
-SELECT edge::text, edge <= now() - %(keep)s
-FROM (SELECT CASE WHEN isfinite(closed_before)
-                  THEN time_bucket(%(common)s, closed_before + %(common)s - interval '1 microsecond')
-                  ELSE closed_before END AS edge
-      FROM summary_state WHERE measurement = %(measurement)s) AS state
-
--- name: replace_state
--- Without an edge nothing more is frozen.
-UPDATE summary_state
-SET aggregate = %(aggregate)s, width = %(width)s, frozen_before = coalesce(%(edge)s::timestamptz, frozen_before),
-    closed_before = greatest(closed_before, %(edge)s::timestamptz)
-WHERE measurement = %(measurement)s
-
 -- name: delete_from
-DELETE FROM {summary} WHERE interval_start >= %(edge)s::timestamptz
+DELETE FROM {summary} WHERE interval_start >= %(boundary)s::timestamptz
 
 -- name: fill_from
 INSERT INTO {summary} (sensor_id, interval_start, interval_end, {avg}, {min}, {max}, reading_count)
 SELECT sensor_id, interval_start, interval_start + {width}, average, least, greatest, reading_count
 FROM {materialized}
-WHERE interval_start >= %(edge)s::timestamptz
+WHERE interval_start >= %(boundary)s::timestamptz
 
 -- name: merge_summary
 -- From what is materialized, as the refresh left it: through the view, the server would also read and throw away every

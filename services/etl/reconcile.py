@@ -4,8 +4,8 @@ In any one snapshot a summary row differs from its raw readings only if the queu
 and queue rows are committed together, and so are summary rows and the end of their queue rows. Whatever differs
 beyond that (rows that were changed by hand, a bug) is queued to be recomputed.
 
-The leader looks on its own: at the last day each time, and at one more piece of what is older, from the newest to the
-oldest and again. ``etl --reconcile`` looks at all of it at once.
+The leader compares on its own: the last day each time, and one more piece of what is older, from the newest to the
+oldest and again. ``etl --reconcile`` compares all of it at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Iterator
 
 from psycopg import Connection
 
-from services.core.database import queries
+from services.core.database import one, queries
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates, statement, stored_rollups
+from services.etl.history import History
 from services.etl.lease import Lease
 from services.etl.metrics import SUMMARY_DIFFERENCES
 from services.etl.rollup import Rollup
@@ -30,61 +31,50 @@ POLL_INTERVAL_S = 0.5
 log = logging.getLogger("etl")
 
 
-class SelfCheck:
-    """The leader's own comparison; the table summary_check says how far it has come and what it found."""
+def self_check(connection: Connection, lease: Lease, aggregates: Aggregates, history: History) -> Iterator[None]:
+    """Compare the last day of every measurement, and one more piece of what is older.
 
-    def __init__(self, connection: Connection, lease: Lease, aggregates: Aggregates, summaries: SummaryMirror) -> None:
-        self._connection = connection
-        self._lease = lease
-        self._aggregates = aggregates
-        self._summaries = summaries
+    The table summary_check says how far this has come and what it found.
+    """
 
-    def steps(self) -> Iterator[None]:
-        """One look at every measurement: at the last day, and at one more piece of what is older."""
-        for rollup in tuple(self._aggregates.current.values()):
-            row = self._connection.execute(statement("last_check", rollup)).fetchone()
-            assert row is not None
-            recent, next_before = row
-            newest = piece_before(self._connection, rollup, None)
-            # The open interval of a wide rollup may be a year of readings: it gets its turn with the others.
-            has_recent = newest is not None and newest[1] > recent and rollup.width <= PIECE
-            differing = self._compare(rollup, (recent, newest[1])) if newest is not None and has_recent else 0
-            yield
-            edge = recent if has_recent else None
-            older = piece_before(self._connection, rollup, next_before or edge) or piece_before(
-                self._connection, rollup, edge
-            )
-            if older is not None:
-                differing += self._compare(rollup, older)
-            with self._lease.transaction():
-                self._connection.execute(
-                    SQL["note_check"],
-                    {"measurement": rollup.name, "next_before": older and older[0], "differing": differing},
-                )
-            SUMMARY_DIFFERENCES.labels(rollup.name).inc(differing)
-            yield
-
-    def _compare(self, rollup: Rollup, window: Window) -> int:
+    def compare(rollup: Rollup, window: Window) -> int:
         """Queue what differs; the number of rows."""
-        if not find_differences(self._connection, rollup, window, [])[0]:
+        if not find_differences(connection, rollup, window, [])[0]:
             return 0
-        self._summaries.note_dropped_chunks()  # somebody may just have dropped one
-        return queue_differences(self._connection, rollup, window, [])
+        history.note_dropped()  # somebody may just have dropped a chunk
+        return queue_differences(connection, rollup, window, [])
+
+    for rollup in tuple(aggregates.current.values()):
+        recent, next_before = one(connection, statement("last_check", rollup))
+        newest = piece_before(connection, rollup, None)
+        # The open interval of a wide rollup may be a year of readings: it gets its turn with the others.
+        has_recent = newest is not None and newest[1] > recent and rollup.width <= PIECE
+        differing = compare(rollup, (recent, newest[1])) if newest is not None and has_recent else 0
+        yield
+        before = recent if has_recent else None
+        older = next_before and piece_before(connection, rollup, next_before)
+        older = older or piece_before(connection, rollup, before)
+        if older is not None:
+            differing += compare(rollup, older)
+        arguments = {"measurement": rollup.name, "next_before": older and older[0], "differing": differing}
+        with lease.transaction():
+            connection.execute(SQL["note_check"], arguments)
+        SUMMARY_DIFFERENCES.labels(rollup.name).inc(differing)
+        yield
 
 
 def find_differences(connection: Connection, rollup: Rollup, window: Window, ours: list[int]) -> tuple[int, object]:
     """How many rows differ, and their intervals; ``ours`` are queue rows that do not count."""
     arguments = {"start": window[0], "end": window[1], "ours": ours}
-    row = connection.execute(statement("find_differences", rollup), arguments).fetchone()
-    assert row is not None
-    return row[0], row[1]
+    rows, touched = one(connection, statement("find_differences", rollup), arguments)
+    return rows, touched
 
 
 def queue_differences(connection: Connection, rollup: Rollup, window: Window, ours: list[int]) -> int:
     """Queue the intervals that differ, and add the queue row to ``ours``; the number of rows that differ."""
     rows, touched = find_differences(connection, rollup, window, ours)
     if rows:
-        ours += connection.execute(SQL["queue_again"], {"touched": touched}).fetchone() or ()
+        ours += one(connection, SQL["queue_again"], {"touched": touched})
         log.warning("summary_differs", extra=fields(measurement=rollup.name, rows=rows, start=window[0], end=window[1]))
     return rows
 
@@ -107,16 +97,10 @@ def reconcile(
         while window is not None and not shutdown.requested:
             differing[rollup.name] += queue_differences(connection, rollup, window, ids)
             window = piece_before(connection, rollup, window[0])
-    while is_queued(connection, before + ids):
+    while one(connection, SQL["still_queued"], {"ids": before + ids})[0]:
         summaries = take_over()
         if summaries is not None and summaries.refresh_queued():
             continue
         if shutdown.wait(POLL_INTERVAL_S):
             break
     return differing
-
-
-def is_queued(connection: Connection, ids: list[int]) -> bool:
-    """Whether the leader has still to do one of these queue rows."""
-    row = connection.execute(SQL["still_queued"], {"ids": ids}).fetchone()
-    return row is not None and bool(row[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from psycopg import sql
 
@@ -20,6 +20,9 @@ BASE_PARTS = ("sum", "min", "max", "count")  # its columns of each measurement
 OF_MINUTES = "_of_minutes"  # how the aggregates end that are made of it and not of the readings
 # Readings per minute of each sensor: from the first number on minutes pay, below the second they no longer do.
 DENSE, SPARSE = 8.0, 2.0
+
+START = datetime.min.replace(tzinfo=UTC)  # of all time: what is -infinity in the database, which Python does not have
+ORIGIN = datetime(2000, 1, 3, tzinfo=UTC)  # where TimescaleDB's time_bucket begins to count
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,13 @@ def configured_rollups(settings: Settings) -> tuple[Rollup, ...]:
 def minutes_pay(rate: float | None, *, have_paid: bool) -> bool:
     """Whether to make the intervals of minutes; ``rate``: readings per minute of each sensor, None if unknown."""
     return have_paid if rate is None else rate >= (SPARSE if have_paid else DENSE)
+
+
+def bucket_floor(width: timedelta, at: datetime) -> datetime:
+    """Where the interval begins that holds this time: TimescaleDB's time_bucket."""
+    return at if at == START else at - (at - ORIGIN) % width
+
+
+def bucket_ceil(width: timedelta, at: datetime) -> datetime:
+    """Where the first interval begins that begins at this time or later."""
+    return at if at == START else at + (ORIGIN - at) % width

@@ -12,34 +12,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from psycopg import Connection, sql
 from psycopg.errors import InsufficientPrivilege, LockNotAvailable, UndefinedColumn, UndefinedTable
-from psycopg.types.multirange import Multirange
-from psycopg.types.range import Range
 
-from services.core.database import queries
+from services.core.database import one, queries
 from services.core.errors import ChunkDroppedError
 from services.core.logs import fields
 from services.core.monitoring import DATABASE
+from services.etl import metrics
 from services.etl.aggregates import Aggregates, statement
+from services.etl.history import History
 from services.etl.lease import Lease
-from services.etl.metrics import (
-    INTERVALS_REFRESHED,
-    MIRROR_SECONDS,
-    QUEUE_ROWS_DONE,
-    REFRESH_SECONDS,
-    SUMMARY_ROWS_CHANGED,
-)
-from services.etl.rollup import BASE_WIDTH, Rollup
+from services.etl.rollup import BASE_WIDTH, START, Rollup, bucket_ceil, bucket_floor
 
 SQL = queries("services.etl")
 
-# A step: this much time, in this many windows. It is less where a step takes long, and more where one is quick.
+# A step: this much time, in this many windows; less where a step takes long, and more where one is quick.
 STEP = timedelta(days=1)
 MAX_TIME = timedelta(days=7)
 MAX_WINDOWS = 32
@@ -60,10 +53,10 @@ Window = tuple[datetime, datetime]
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """What one look at the queue found: the rows, their merged ranges, and how long the oldest has waited."""
+    """What one poll of the queue found: the rows, their merged ranges, and how long the oldest has waited."""
 
     ids: list[int]
-    touched: Multirange[datetime]
+    touched: list[Window]
     age: timedelta
 
 
@@ -73,23 +66,26 @@ class Step:
 
     windows: list[Window]  # of minutes
     cut: datetime | None = None
-    rest_end: datetime | None = None  # where the last of what is left before the cut ends
+    rest_end: datetime | None = None  # the end of what remains before the cut
 
 
 class SummaryMirror:
     """Keeps the summary tables equal to the readings."""
 
-    def __init__(self, connection: Connection, aggregates: Aggregates, lease: Lease, keep: timedelta) -> None:
+    def __init__(self, connection: Connection, lease: Lease, aggregates: Aggregates, history: History) -> None:
         self._connection = connection
-        self._aggregates = aggregates
         self._lease = lease
-        self._keep = keep
+        self._aggregates = aggregates
+        self._history = history
+        self._options = ""
         self.step = STEP
-        self.are_unsettled = False  # whether the last look at the queue left something to settle
-        connection.execute(SQL["prefer_hashing"])
-        row = connection.execute(SQL["refresh_has_options"]).fetchone()
-        assert row is not None
-        self._options = BATCHES if row[0] else ""
+        self.are_unsettled = False  # whether the last poll of the queue let something settle
+
+    def prepare(self) -> None:
+        """Set the session up for refresh and mirror."""
+        self._connection.execute(SQL["prefer_hashing"])
+        (has_options,) = one(self._connection, SQL["refresh_has_options"])
+        self._options = BATCHES if has_options else ""
 
     def refresh_queued(self, *, settled: bool = False) -> bool:
         """Bring the summaries up to the newest part of what is queued now; False when nothing is.
@@ -99,39 +95,31 @@ class SummaryMirror:
         """
         started = time.monotonic()
         queued = self._read_queue(settled=settled)
-        self.note_dropped_chunks()  # when nothing is queued too: what comes next relies on it
+        self._history.note_dropped()  # when nothing is queued too: what comes next relies on it
         DATABASE.note_success()
         if queued is None:
             return False
-        step = take_newest(self._whole_minutes(queued.touched), self.step)
-        intervals = {rollup: self._widen(rollup, step) for rollup in self._aggregates.all_refreshed()}
-        for base in self._aggregates.bases_refreshed():
-            for start, end in step.windows:
-                self.refresh(base, start, end, force=True)
-        for rollup, windows in intervals.items():
-            for start, end in windows:
-                self.refresh(rollup.aggregate, start, end, force=True)
+        frozen = min((each.frozen for each in self._history.boundaries.values()), default=START)
+        step = take_newest(whole_intervals(queued.touched, BASE_WIDTH, frozen), self.step)
+        intervals = self._refresh_step(step)
         refreshed = time.monotonic()
         try:
-            changed, done = self._mirror_all(intervals, queued.ids, step.cut)
+            changed, done = self._mirror_step(intervals, queued.ids, step.cut)
         except ChunkDroppedError:
             return True  # the next round sees that it is gone
-        mirror_s = time.monotonic() - refreshed
-        self.pace(time.monotonic() - started)
-        counts = {
-            rollup: sum((end - start) // rollup.width for start, end in pieces) for rollup, pieces in intervals.items()
-        }
-        count(counts, changed, done, mirror_s)
+        mirrored = time.monotonic()
+        self.pace(mirrored - started)
+        count(intervals, changed, done, mirrored - refreshed)
         log.info(
             "summaries_refreshed",
             extra=fields(
                 queue_rows=done,
                 windows=len(step.windows),
-                intervals=sum(counts.values()),
+                intervals=sum(number_of(windows, rollup) for rollup, windows in intervals.items()),
                 summary_rows_changed=sum(changed.values()),
                 oldest_s=round(queued.age.total_seconds(), 2),
                 refresh_s=round(refreshed - started, 3),
-                mirror_s=round(mirror_s, 3),
+                mirror_s=round(mirrored - refreshed, 3),
                 **({} if step.cut is None else {"left_before": step.cut}),
             ),
         )
@@ -140,11 +128,6 @@ class SummaryMirror:
     def have_settled(self) -> bool:
         """Whether a refresh of what has settled would find any of it."""
         return self._read_queue(settled=True) is not None
-
-    def is_queued_before(self, edge: datetime | str) -> bool:
-        """Whether something of before ``edge`` waits."""
-        row = self._connection.execute(SQL["is_queued_before"], {"edge": edge}).fetchone()
-        return row is not None and bool(row[0])
 
     def refresh(self, aggregate: str, start: datetime, end: datetime, *, force: bool = False) -> None:
         """Refresh the whole intervals from ``start`` up to ``end``; outside a transaction, as it must be.
@@ -164,7 +147,7 @@ class SummaryMirror:
         except LockNotAvailable:
             self._end_mistaken_sessions()
             raise
-        REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
+        metrics.REFRESH_SECONDS.labels(aggregate).observe(time.monotonic() - started)
 
     def refresh_all(self, rollup: Rollup, start: datetime, end: datetime, *, force: bool = False) -> None:
         """Refresh an aggregate, and before it of what it is made of what TimescaleDB knows to be out of date."""
@@ -186,9 +169,9 @@ class SummaryMirror:
                 with suppress(ChunkDroppedError), self._mirroring() as materialized:
                     if piece is not None:
                         self._mirror(rollup, materialized[rollup.aggregate], [piece])
-                    self._connection.execute(statement("write_behind", rollup), {"edge": piece and piece[0]})
+                    self._connection.execute(statement("write_behind", rollup), {"before": piece and piece[0]})
                 yield
-                self.note_dropped_chunks()
+                self._history.note_dropped()
         yield from self._aggregates.show_live()
 
     def _end_mistaken_sessions(self) -> None:
@@ -197,43 +180,37 @@ class SummaryMirror:
             for (pid,) in self._connection.execute(SQL["end_mistaken_sessions"]):
                 log.warning("session_ended", extra=fields(pid=pid, reason="it has the pid of a refresh before a crash"))
 
-    def note_dropped_chunks(self) -> None:
-        """Every time, and not only when a chunk is newly gone: we may have died between the two steps."""
-        with self._lease.transaction():
-            self._connection.execute(SQL["note_chunks"])
-            self._connection.execute(SQL["freeze_dropped"], {"keep": self._keep})
-
     def pace(self, took_s: float) -> None:
-        """A step of history took this long: take less at once where it is slow, so that others get their turn."""
+        """A step of history took this long: take less at once where it is slow, so that other work gets its turn."""
         if took_s > SLOW_S:
             self.step = max(self.step / 2, BASE_WIDTH)
         elif took_s < QUICK_S:
             self.step = min(self.step * 2, MAX_TIME)
 
     def _read_queue(self, *, settled: bool) -> Queued | None:
-        row = self._connection.execute(SQL["read_queue"], {"all": not settled}).fetchone()
-        assert row is not None
+        row = one(self._connection, SQL["read_queue"], {"all": not settled})
         ids, touched, oldest, now, self.are_unsettled = row
-        return None if ids is None else Queued(ids, touched, now - oldest)
+        return None if ids is None else Queued(ids, [(each.lower, each.upper) for each in touched], now - oldest)
 
-    def _whole_minutes(self, touched: Multirange[datetime]) -> list[Window]:
-        return self._windows("whole_minutes", touched=touched)
+    def _refresh_step(self, step: Step) -> dict[Rollup, list[Window]]:
+        """Refresh the minutes first, then the intervals that hold them; returns these."""
+        for base in self._aggregates.bases_refreshed():
+            for start, end in step.windows:
+                self.refresh(base, start, end, force=True)
+        intervals = {}
+        for rollup in self._aggregates.all_refreshed():
+            # The raw history may begin to be whole in the middle of an interval whose width is about to take over.
+            frozen = self._history.boundaries[rollup.name].frozen
+            since = bucket_ceil(rollup.width, max(frozen, step.rest_end or START))
+            intervals[rollup] = whole_intervals(step.windows, rollup.width, since)
+            for start, end in intervals[rollup]:
+                self.refresh(rollup.aggregate, start, end, force=True)
+        return intervals
 
-    def _widen(self, rollup: Rollup, step: Step) -> list[Window]:
-        minutes = Multirange([Range(start, end, bounds="[)") for start, end in step.windows])
-        return self._windows(
-            "widen", measurement=rollup.name, width=rollup.width, minutes=minutes, rest_end=step.rest_end
-        )
-
-    def _windows(self, name: str, **arguments: object) -> list[Window]:
-        row = self._connection.execute(SQL[name], arguments).fetchone()
-        assert row is not None
-        return [(piece.lower, piece.upper) for piece in row[0]]
-
-    def _mirror_all(
+    def _mirror_step(
         self, intervals: dict[Rollup, list[Window]], ids: list[int], cut: datetime | None
     ) -> tuple[dict[str, int], int]:
-        """The one transaction that ends a step: the summaries' rows, and what is left of the queue.
+        """The one transaction that ends a step: the summaries' rows, and what remains of the queue.
 
         Returns how many rows of each summary changed, and how many queue rows are done.
         """
@@ -242,24 +219,20 @@ class SummaryMirror:
                 rollup.name: self._mirror(rollup, materialized[rollup.aggregate], intervals[rollup])
                 for rollup in self._aggregates.current.values()
             }
-            left = {"ids": ids, "cut": "-infinity" if cut is None else cut}
-            done = self._connection.execute(SQL["delete_queued"], left).rowcount
+            arguments = {"ids": ids, "cut": "-infinity" if cut is None else cut}
+            done = self._connection.execute(SQL["delete_queued"], arguments).rowcount
             if cut is not None:
-                self._connection.execute(SQL["keep_rest"], left)
+                self._connection.execute(SQL["keep_rest"], arguments)
         return changed, done
 
     @contextmanager
     def _mirroring(self) -> Iterator[dict[str, sql.Identifier]]:
         """A transaction that changes summaries; the tables of the aggregates."""
         with self._lease.transaction():
-            if self._is_chunk_missing():
+            if one(self._connection, SQL["is_chunk_missing"])[0]:
                 raise ChunkDroppedError("a chunk was dropped while it was refreshed")
             self._connection.execute(SQL["never_compare_all_pairs"])
             yield self._aggregates.materialized()
-
-    def _is_chunk_missing(self) -> bool:
-        row = self._connection.execute(SQL["is_chunk_missing"]).fetchone()
-        return row is not None and bool(row[0])
 
     def _mirror(self, rollup: Rollup, materialized: sql.Identifier, windows: Sequence[Window]) -> int:
         """Make the summary's rows in the windows equal to those of the table; returns how many changed."""
@@ -272,18 +245,29 @@ class SummaryMirror:
         return changed
 
 
-def count(intervals: dict[Rollup, int], changed: dict[str, int], queue_rows: int, mirror_s: float) -> None:
-    """Tell the metrics what was committed."""
-    for rollup, number in intervals.items():
-        INTERVALS_REFRESHED.labels(rollup.aggregate).inc(number)
+def count(intervals: dict[Rollup, list[Window]], changed: dict[str, int], queue_rows: int, mirror_s: float) -> None:
+    """Count in the metrics what was committed."""
+    for rollup, windows in intervals.items():
+        metrics.INTERVALS_REFRESHED.labels(rollup.aggregate).inc(number_of(windows, rollup))
     for name, rows in changed.items():
-        SUMMARY_ROWS_CHANGED.labels(name).inc(rows)
-    QUEUE_ROWS_DONE.inc(queue_rows)
-    MIRROR_SECONDS.observe(mirror_s)
+        metrics.SUMMARY_ROWS_CHANGED.labels(name).inc(rows)
+    metrics.QUEUE_ROWS_DONE.inc(queue_rows)
+    metrics.MIRROR_SECONDS.observe(mirror_s)
+
+
+def number_of(windows: list[Window], rollup: Rollup) -> int:
+    """How many of the rollup's intervals these are."""
+    return sum((end - start) // rollup.width for start, end in windows)
+
+
+def whole_intervals(windows: Iterable[Window], width: timedelta, since: datetime) -> list[Window]:
+    """The intervals that hold any part of the windows (by time); of what is before ``since`` nothing."""
+    widened = [(bucket_floor(width, start), bucket_ceil(width, end)) for start, end in windows]
+    return join_near([(max(start, since), end) for start, end in widened if end > since], timedelta(0))
 
 
 def join_near(windows: list[Window], near: timedelta = NEAR) -> list[Window]:
-    """Windows (by time, disjoint) that cover the given ones; those with no more than ``near`` between them are one."""
+    """Windows that cover the given ones (by time); those with no more than ``near`` between them are one."""
     joined: list[Window] = []
     for start, end in windows:
         if joined and start - joined[-1][1] <= near:
@@ -294,7 +278,7 @@ def join_near(windows: list[Window], near: timedelta = NEAR) -> list[Window]:
 
 
 def take_newest(minutes: list[Window], max_time: timedelta) -> Step:
-    """From the newest on as much as makes one step; what is left ends before the step's cut."""
+    """As much as makes one step, the newest first; the rest ends before the step's cut."""
     taken: list[Window] = []
     left = max_time
     windows = join_near(minutes)
@@ -313,8 +297,10 @@ def take_newest(minutes: list[Window], max_time: timedelta) -> Step:
     return Step(taken, cut, max(min(end, cut) for start, end in minutes if start < cut))
 
 
-def piece_before(connection: Connection, rollup: Rollup, edge: datetime | str | None) -> Window | None:
-    """The newest piece that holds readings or summary rows of before ``edge``, as whole intervals; None at the end."""
-    piece = max(PIECE // rollup.width, 1) * rollup.width
-    row = connection.execute(statement("piece_before", rollup), {"edge": edge, "piece": piece}).fetchone()
+def piece_before(
+    connection: Connection, rollup: Rollup, before: datetime | str | None, length: timedelta = PIECE
+) -> Window | None:
+    """The newest piece that holds readings or summary rows of before this time, as whole intervals; None: none does."""
+    arguments = {"before": before, "length": max(length // rollup.width, 1) * rollup.width}
+    row = connection.execute(statement("piece_before", rollup), arguments).fetchone()
     return None if row is None else (row[0], row[1])

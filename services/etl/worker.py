@@ -1,10 +1,11 @@
-"""The etl service: one instance leads, looks at the queue, refreshes and mirrors; the others stand by."""
+"""The etl service: one instance leads, polls the queue, refreshes and mirrors; the others stand by."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -20,16 +21,17 @@ from services.core.logs import fields
 from services.core.monitoring import DATABASE, database_probe, monitored
 from services.core.shutdown import Shutdown
 from services.etl.aggregates import Aggregates
+from services.etl.compression import compress, compression
 from services.etl.duties import Duty, next_due
+from services.etl.history import History
 from services.etl.interval_change import IntervalChange
 from services.etl.lease import Lease, renewal
 from services.etl.metrics import LEADING, QUEUE
-from services.etl.reconcile import SelfCheck, reconcile
-from services.etl.retention import Retention, compress, compression
+from services.etl.reconcile import reconcile, self_check
 from services.etl.rollup import configured_rollups
 from services.etl.summaries import SummaryMirror
 
-SETTLING_POLL_S = 0.2  # while history is loaded: its end should be seen soon
+SETTLING_POLL_S = 0.2  # during a backfill: notice its end quickly
 SHORT_STEP_S = 0.02
 TAKE_INTERVAL_S = 0.2
 DUTIES_INTERVAL_S = 600.0
@@ -46,7 +48,7 @@ def run(settings: Settings, shutdown: Shutdown, *, once: bool = False) -> int:
     if once:
         run_once(settings, shutdown)
         return 0
-    probe = partial(database_probe, settings, QUEUE.look)
+    probe = partial(database_probe, settings, QUEUE.sample)
     with monitored(settings, shutdown, "etl", probe, hung_after_s=HUNG_AFTER_S):
         connect_at_start(settings, shutdown, tables=True).close()
         lead_or_stand_by(settings, shutdown)
@@ -64,10 +66,10 @@ def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
         try:
             with translated(), connect_for_work(settings) as connection:
                 open_now[:] = [connection]
-                if wait_to_lead(connection, settings, shutdown):
+                leader = Leader(connection, settings)
+                if wait_to_lead(leader.lease, settings, shutdown):
                     with renewal(settings, connection), compression(settings):
                         LEADING.set(1)
-                        leader = Leader(connection, settings)
                         leader.run(shutdown)
         except LeaseLostError as error:
             log.warning("lead_lost", extra=fields(detail=error))
@@ -83,9 +85,9 @@ def lead_or_stand_by(settings: Settings, shutdown: Shutdown) -> None:
 
 
 def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
-    """After a signal give the statement in hand a moment, then cancel it, then cut the connection.
+    """After a signal give the running statement a moment, then cancel it, then cut the connection.
 
-    The work is repeated one day. Without this a long refresh, or a server that does not answer, would hold us up.
+    The next start repeats the work. Without this a long refresh, or a server that does not answer, would hold us up.
     """
     shutdown.wait_until_requested()
     threading.Event().wait(CANCEL_AFTER_S)
@@ -97,45 +99,8 @@ def cut_when_late(shutdown: Shutdown, connections: list[Connection]) -> None:
         cut(connection)
 
 
-def run_once(settings: Settings, shutdown: Shutdown) -> None:
-    """All that is queued, then all that the settings ask for. Raises PermanentError if another instance works."""
-    connect_at_start(settings, shutdown, tables=True).close()
-    with translated(), connect_for_work(settings) as connection:
-        lease = Lease(connection)
-        seen = ""
-        while not lease.try_take():
-            seen = seen or lease.expires_at
-            if lease.expires_at != seen:  # it was renewed
-                raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
-            if shutdown.wait(TAKE_INTERVAL_S):
-                raise PermanentError("stopped while another etl instance held the lead")
-        with renewal(settings, connection):
-            Leader(connection, settings).run_once()
-
-
-def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
-    """Compare the summaries with the raw readings and repair them; the number of rows that differed.
-
-    If another instance leads, it does the repair, for as long as it lives.
-    """
-    connect_at_start(settings, shutdown, tables=True).close()
-    with translated(), connect_for_work(settings) as connection, renewal(settings, connection):
-        lease = Lease(connection)
-        leaders: list[Leader] = []
-
-        def take_over() -> SummaryMirror | None:
-            if not leaders and lease.try_take():
-                leaders.append(Leader(connection, settings))
-            return leaders[0].take_over() if leaders else None
-
-        if take_over() is not None:
-            leaders[0].run_once()
-        return reconcile(connection, settings.measurements, take_over, shutdown)
-
-
-def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown) -> bool:
+def wait_to_lead(lease: Lease, settings: Settings, shutdown: Shutdown) -> bool:
     """Stand by as long as another instance leads; False if a signal came first."""
-    lease = Lease(connection)
     announced = False
     while not shutdown.requested:
         if lease.try_take():
@@ -149,35 +114,72 @@ def wait_to_lead(connection: Connection, settings: Settings, shutdown: Shutdown)
     return False
 
 
+def run_once(settings: Settings, shutdown: Shutdown) -> None:
+    """All that is queued, then all that the settings ask for. Raises PermanentError if another instance works."""
+    connect_at_start(settings, shutdown, tables=True).close()
+    with translated(), connect_for_work(settings) as connection:
+        leader = Leader(connection, settings)
+        seen = ""
+        while not leader.lease.try_take():
+            seen = seen or leader.lease.expires_at
+            if leader.lease.expires_at != seen:  # it was renewed
+                raise PermanentError("another etl instance leads and refreshes the summaries; stop it first")
+            if shutdown.wait(TAKE_INTERVAL_S):
+                raise PermanentError("stopped while another etl instance held the lead")
+        with renewal(settings, connection):
+            leader.run_once()
+
+
+def run_reconcile(settings: Settings, shutdown: Shutdown) -> dict[str, int]:
+    """Compare the summaries with the raw readings and repair them; the number of rows that differed.
+
+    If another instance leads, it does the repair, for as long as it lives.
+    """
+    connect_at_start(settings, shutdown, tables=True).close()
+    with translated(), connect_for_work(settings) as connection, renewal(settings, connection):
+        leader = Leader(connection, settings)
+        if leader.take_over() is not None:
+            leader.run_once()
+        return reconcile(connection, settings.measurements, leader.take_over, shutdown)
+
+
 class Leader:
     """The one instance that works, over one connection, as long as that one's lease lasts."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self.has_worked = False
+        self._is_prepared = False
         self._connection = connection
         self._settings = settings
-        keep = timedelta(days=settings.raw_retention_days)
-        lease = Lease(connection)
-        if not lease.try_take():
-            raise LeaseLostError("another etl instance leads")
-        self._aggregates = Aggregates(connection, lease, configured_rollups(settings))
-        self._aggregates.prepare()
-        self.summaries = SummaryMirror(connection, self._aggregates, lease, keep)
-        self._lease = lease
-        self.change = IntervalChange(connection, lease, self._aggregates, self.summaries, keep)
+        self.lease = Lease(connection)
+        self.history = History(connection, self.lease, timedelta(days=settings.raw_retention_days))
+        self.aggregates = Aggregates(connection, self.lease, self.history, configured_rollups(settings))
+        self.summaries = SummaryMirror(connection, self.lease, self.aggregates, self.history)
+        self.change = IntervalChange(connection, self.aggregates, self.history, self.summaries)
         self._duties = [
-            Duty("live_views", self._aggregates.show_live, DUTIES_INTERVAL_S),
+            Duty("live_views", self.aggregates.show_live, DUTIES_INTERVAL_S),
             Duty("catch_up", self.summaries.catch_up, DUTIES_INTERVAL_S),
             Duty("interval_change", self.change.steps, CHANGE_INTERVAL_S),
-            Duty("retention", Retention(connection, lease, keep).steps, DUTIES_INTERVAL_S),
+            Duty("retention", self.history.drop_expired, DUTIES_INTERVAL_S),
         ]
 
+    def take_over(self) -> SummaryMirror | None:
+        """What does the work, with all that it needs; None if another instance leads."""
+        if not self.lease.try_take():
+            return None
+        if not self._is_prepared:
+            self.aggregates.prepare()
+            self.summaries.prepare()
+            self._is_prepared = True
+        return self.summaries
+
     def run(self, shutdown: Shutdown) -> None:
-        """Look at the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
+        """Poll the queue again and again. On a busy stream it is never empty, so nothing waits for that."""
+        self._lead()
         duties = list(self._duties)
         if self._settings.etl_check_seconds:
-            check = SelfCheck(self._connection, self._lease, self._aggregates, self.summaries)
-            duties.append(Duty("self_check", check.steps, self._settings.etl_check_seconds))
+            check = partial(self_check, self._connection, self.lease, self.aggregates, self.history)
+            duties.append(Duty("self_check", check, self._settings.etl_check_seconds))
         while not shutdown.requested:
             has_refreshed = self._work(settled=True)
             self.has_worked = True
@@ -189,8 +191,35 @@ class Leader:
             if not has_refreshed:
                 self._pause(shutdown, pause)
 
+    def run_once(self) -> None:
+        """Do all that is queued, then what the settings ask for: other widths, retention, compression."""
+        self._lead()
+        self._work_off()
+        failure = None
+        for steps in (*(duty.finish for duty in self._duties), self._compress):
+            try:
+                with translated():
+                    for _ in steps():
+                        self._work_off()
+            except PipelineError as error:
+                if self._connection.closed:
+                    raise
+                failure = failure or error
+        self.lease.release()
+        if failure is not None:
+            raise failure
+
+    def _lead(self) -> None:
+        if self.take_over() is None:
+            raise LeaseLostError("another etl instance leads")
+
+    def _compress(self) -> Iterator[None]:
+        if self._settings.compress_after_days:
+            with connect_for_work(self._settings) as own:
+                yield from compress(own, timedelta(days=self._settings.compress_after_days))
+
     def _pause(self, shutdown: Shutdown, seconds: float) -> None:
-        """Until the next look is due, or some of the history that is being loaded has settled."""
+        """Until the next poll is due, or some of the history that is being loaded has settled."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if not self.summaries.are_unsettled:
@@ -199,41 +228,11 @@ class Leader:
             if shutdown.wait(min(left, SETTLING_POLL_S)) or self.summaries.have_settled():
                 return
 
-    def take_over(self) -> SummaryMirror | None:
-        """What does the work, if nobody else leads."""
-        return self.summaries if self._lease.try_take() else None
-
-    def run_once(self) -> None:
-        """Do all that is queued, then what the settings ask for: other widths, retention, compression."""
-        if not self._lease.try_take():
-            raise LeaseLostError("another etl instance leads")
-        self._work_off()
-        failure = None
-        for duty in self._duties:
-            try:
-                with translated():
-                    for _ in duty.finish():
-                        self._work_off()
-            except PipelineError as error:
-                if self._connection.closed:
-                    raise
-                failure = failure or error
-        try:
-            if self._settings.compress_after_days:
-                with translated(), connect_for_work(self._settings) as own:
-                    for _ in compress(own, timedelta(days=self._settings.compress_after_days)):
-                        pass
-        except PipelineError as error:
-            failure = failure or error
-        self._lease.release()
-        if failure is not None:
-            raise failure
-
     def _work_off(self) -> None:
-        """Until a look at the queue finds nothing."""
+        """Until the queue is empty."""
         while self._work(settled=False):
             pass
 
     def _work(self, *, settled: bool) -> bool:
-        self._aggregates.suit_first_readings()
+        self.aggregates.suit_first_readings()
         return self.summaries.refresh_queued(settled=settled)

@@ -16,7 +16,7 @@ from services.core.schema import newest_revision
 
 SQL = queries("services.status")
 
-EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting so much takes a second or two
+EXACT_BELOW_BYTES = 256 * 1024 * 1024  # counting this much takes a second or two
 STATEMENT_TIMEOUT = "5s"
 ANSWER_TIMEOUT_S = 15.0
 
@@ -72,7 +72,7 @@ class Tables:
     freshness_seconds: float  # age of the oldest reading that is stored and not yet summarised; 0: none waits
     etl_leads: bool
     missing: list[str]  # measurements that are configured and not in the database
-    positions: dict[str, dict[int, int]]  # by topic id and partition: where the consumers go on
+    positions: dict[str, dict[int, int]]  # by topic id and partition: from where the consumers continue
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,58 +93,46 @@ def read_database(settings: Settings, where: str) -> Database:
         timer = threading.Timer(ANSWER_TIMEOUT_S, cut, [connection])
         timer.start()
         try:
-            return _read(connection, settings, where)
+            connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
+            postgresql, timescaledb, is_migrated = one(connection, SQL["versions"])
+            revision = one(connection, SQL["revision"])[0] if is_migrated else None
+            newest = newest_revision()
+            tables = _read_tables(connection, settings) if revision == newest else None
+            return Database(where, postgresql, timescaledb, revision, newest, tables)
         finally:
             timer.cancel()
 
 
-def _read(connection: Connection, settings: Settings, where: str) -> Database:
-    connection.execute(sql.SQL("SET statement_timeout = {}").format(STATEMENT_TIMEOUT))
-    postgresql, timescaledb, migrated = one(connection, SQL["versions"])
-    revision = one(connection, SQL["revision"])[0] if migrated else None
-    newest = newest_revision()
-    tables = _read_tables(connection, settings) if revision == newest else None
-    return Database(where, postgresql, timescaledb, revision, newest, tables)
-
-
 def _read_tables(connection: Connection, settings: Settings) -> Tables:
-    chunks, compressed, size = one(connection, SQL["chunks"])
-    oldest, newest = one(connection, SQL["time_range"])
-    readings = Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size)
-    widths = {name: (aggregate, minutes) for name, aggregate, minutes in connection.execute(SQL["widths"])}
-    checks = {row[0]: Check(round(row[1], 1), *row[2:]) for row in connection.execute(SQL["checks"])}
-    summaries = []
+    oldest, newest, chunks, compressed, size = one(connection, SQL["readings"])
     missing = missing_measurements(connection, settings)
-    for name in settings.measurements:
-        if name in missing:
-            continue
-        table = measurement(name).summary
-        (size,) = one(connection, SQL["table_size"].format(table=sql.Literal(table)))
-        rows = _count(connection, table, size)
-        summaries.append(Summary(name, rows, *widths.get(name, (None, None)), checks.get(name)))
-    queue_rows, age_s = one(connection, SQL["queue"])
-    return Tables(
-        readings,
-        summaries,
-        [name for (name,) in connection.execute(SQL["aggregates"])],
-        queue_rows,
-        round(age_s, 3),
-        one(connection, SQL["is_led"])[0],
-        missing,
-        _read_positions(connection),
-    )
-
-
-def _read_positions(connection: Connection) -> dict[str, dict[int, int]]:
+    queue_rows, age_s, is_led = one(connection, SQL["etl"])
     positions: dict[str, dict[int, int]] = {}
     for topic, partition, offset in connection.execute(SQL["positions"]):
         positions.setdefault(topic, {})[partition] = offset
-    return positions
+    return Tables(
+        readings=Readings(_count(connection, "sensor_data", size), oldest, newest, chunks, compressed, size),
+        summaries=[_read_summary(connection, name) for name in settings.measurements if name not in missing],
+        aggregates=[name for (name,) in connection.execute(SQL["aggregates"])],
+        queue_rows=queue_rows,
+        freshness_seconds=round(age_s, 3),
+        etl_leads=is_led,
+        missing=missing,
+        positions=positions,
+    )
+
+
+def _read_summary(connection: Connection, name: str) -> Summary:
+    table = measurement(name).summary
+    arguments = {"measurement": name, "table": table}
+    size, aggregate, minutes, age_s, differences, differed_at = one(connection, SQL["summary"], arguments)
+    check = None if age_s is None else Check(round(age_s, 1), differences, differed_at)
+    return Summary(name, _count(connection, table, size), aggregate, minutes, check)
 
 
 def _count(connection: Connection, table: str, size_bytes: int) -> Rows:
     """Exact when the table is small, or when the server has no statistics of it and can count in time."""
-    (about,) = one(connection, SQL["count_about"].format(table=sql.Literal(table)))
+    (about,) = one(connection, SQL["count_about"], {"table": table})
     if size_bytes >= EXACT_BELOW_BYTES and about > 0:
         return Rows(about, exact=False)
     try:

@@ -132,6 +132,7 @@ def small_change_s(bench: Bench, history: int, changes: int = 15) -> float:
     with connect(bench.settings) as connection:
         History(history).load(connection)
         leader = Leader(connection, bench.settings)
+        leader.take_over()
         leader.run_once()
         assert leader.take_over() is not None
         for number in range(changes):

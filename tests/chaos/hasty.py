@@ -8,14 +8,14 @@ from __future__ import annotations
 import sys
 
 from services import cli
-from services.etl import retention, worker
+from services.etl import compression, worker
 
 EVERY_S = 1.0
 
 
 def main() -> int:
     """Run the command line with short periods."""
-    worker.DUTIES_INTERVAL_S = retention.RUN_INTERVAL_S = EVERY_S
+    worker.DUTIES_INTERVAL_S = compression.RUN_INTERVAL_S = EVERY_S
     return cli.main(sys.argv[1:])
 
 

@@ -80,7 +80,7 @@ def test_dense_readings_in_a_new_database_are_summed_by_the_minute_at_once(
     connection: psycopg.Connection, settings: Settings, sink: Sink
 ) -> None:
     store(sink, *DENSE, 60 * 24 * 365 * 50)  # and one from the future of each sensor
-    Leader(connection, settings)
+    Leader(connection, settings).take_over()
     assert aggregates(connection) == OF_DENSE
 
 
@@ -90,6 +90,7 @@ def test_dense_history_of_an_empty_database_is_read_once(
 ) -> None:
     """An etl that found no readings took them for sparse; nothing is made of that."""
     leader = Leader(connection, settings)
+    leader.take_over()
     leader.run_once()
     assert aggregates(connection) == OF_READINGS
     store(sink, *DENSE)
@@ -156,6 +157,7 @@ def test_late_readings_and_corrections_in_every_step_of_a_change(
     chooser = random.Random(3)  # noqa: S311
     left, steps = 5 if restarts else 0, 0
     leader = Leader(connection, settings)
+    leader.take_over()
     changing = leader.change.steps()
     while next(changing, changing) is None:
         late = [chooser.choice([0, 1, 2, 3]) * WEEK + chooser.choice([0, 3, 7.25, 60]) for _ in range(5)]
@@ -168,6 +170,7 @@ def test_late_readings_and_corrections_in_every_step_of_a_change(
         if left and chooser.random() < 0.5:
             left -= 1
             leader = Leader(connection, settings)
+            leader.take_over()
             changing = leader.change.steps()
     assert steps > 1
     work_off(leader)
@@ -197,6 +200,7 @@ def test_what_was_begun_and_given_up_feeds_nothing(
     """By a restart, or since the readings are sparse again: it has missed what came meanwhile."""
     store(sink, 0, 3, 10)
     leader = Leader(connection, settings)
+    leader.take_over()
     work_off(leader)
     for minute in (4, 5):
         dense.append(True)
@@ -210,6 +214,7 @@ def test_what_was_begun_and_given_up_feeds_nothing(
         next(leader.change.steps())
         begun = materialized(connection)
         leader = Leader(connection, settings)  # a restart
+        leader.take_over()
         store(sink, minute)
         work_off(leader)
         connection.execute("TRUNCATE summary_refresh_queue")

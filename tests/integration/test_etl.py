@@ -22,8 +22,9 @@ from services.core.database import connect
 from services.core.measurements import DEFAULT, measurement
 from services.core.reading import Reading
 from services.etl.aggregates import Aggregates
+from services.etl.history import History
 from services.etl.lease import Lease
-from services.etl.rollup import BASE, OF_MINUTES, Rollup, configured_rollups
+from services.etl.rollup import BASE, OF_MINUTES, Rollup, bucket_floor, configured_rollups
 from services.etl.summaries import SummaryMirror
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
@@ -48,7 +49,9 @@ def leader(request: pytest.FixtureRequest, settings: Settings, connection: psyco
     """An etl in this process, which works when a test says so; what its aggregates are made of."""
     if request.param == "of minutes":
         request.getfixturevalue("in_minutes")
-    return Leader(connection, settings)
+    leader = Leader(connection, settings)
+    leader.take_over()
+    return leader
 
 
 def store(sink: Sink, *readings: Reading) -> None:
@@ -321,7 +324,7 @@ def test_a_year_of_history_is_worked_off_step_by_step(
 ) -> None:
     """The newest first; whoever comes after a crash goes on where the last step ended."""
     wide = settings.model_copy(update={"temperature_interval": width})
-    Leader(connection, wide)
+    Leader(connection, wide).take_over()
     days = 60 * 24 * 60.0
     store(sink, at(-days, 2.0), at(-days / 2, 3.0), at(0, 4.0))
     connection.execute("DELETE FROM summary_refresh_queue")
@@ -333,6 +336,7 @@ def test_a_year_of_history_is_worked_off_step_by_step(
     steps = 0
     while True:
         leader = Leader(connection, wide)  # as if the one before had died
+        leader.take_over()
         assert leader.summaries.refresh_queued()
         steps += 1
         if steps == 1 and width == 10:
@@ -353,6 +357,7 @@ def test_a_step_that_ends_inside_an_interval_loses_nothing_of_it(
     """Intervals of 3 days and of 7 minutes; scattered minutes, so that steps end in all places."""
     uneven = settings.model_copy(update={"temperature_interval": 3 * 1440, "humidity_interval": 7})
     leader = Leader(connection, uneven)
+    leader.take_over()
     source = random.Random(7)  # noqa: S311
     for _ in range(4):
         store(sink, *(at(source.randrange(14 * 1440), source.random(), 1.0) for _ in range(150)))
@@ -534,7 +539,7 @@ def test_an_interval_change_that_was_taken_back_leaves_nothing(
     Leader(connection, settings).run_once()
     lease = Lease(connection)
     assert lease.try_take()
-    begun = Aggregates(connection, lease, configured_rollups(settings))
+    begun = Aggregates(connection, lease, History(connection, lease, timedelta(0)), configured_rollups(settings))
     begun.prepare()
     begun.build(Rollup(measurement("temperature"), 15))  # begun, and no more
     assert "temperature_15min" in aggregates(connection)
@@ -547,7 +552,9 @@ def old_aggregates(connection: psycopg.Connection, settings: Settings) -> Aggreg
     """Those of an etl that knew temperature alone."""
     lease = Lease(connection)
     assert lease.try_take()
-    aggregates = Aggregates(connection, lease, configured_rollups(settings)[:1])
+    aggregates = Aggregates(
+        connection, lease, History(connection, lease, timedelta(0)), configured_rollups(settings)[:1]
+    )
     aggregates.prepare()
     for _ in aggregates.show_live():
         pass
@@ -563,11 +570,14 @@ def test_a_new_measurement_is_summarised_from_all_the_readings_there_are(
         request.getfixturevalue("in_minutes")
     older = old_aggregates(connection, settings)
     store(sink, *(at(minute, float(minute), 50.0) for minute in range(100)), at(60 * 24 * 30, 1.0))
-    summaries = SummaryMirror(connection, older, Lease(connection), timedelta(0))
+    lease = Lease(connection)
+    summaries = SummaryMirror(connection, lease, older, History(connection, lease, timedelta(0)))
+    summaries.prepare()
     while summaries.refresh_queued():
         pass
     before = summary(connection)
     leader = Leader(connection, settings)
+    leader.take_over()
     assert summary(connection, suffix="_live") == before
     assert summary(connection, "humidity") == []
     leader.run_once()
@@ -575,6 +585,20 @@ def test_a_new_measurement_is_summarised_from_all_the_readings_there_are(
     base = {BASE, f"{BASE}_humidity"} if of else set()
     assert aggregates(connection) == {f"temperature_10min{of}", f"humidity_20min{of}"} | base
     assert differences(connection, settings) == []
+
+
+def test_a_leader_asks_nothing_before_it_takes_over(connection: psycopg.Connection, settings: Settings) -> None:
+    connection.close()
+    Leader(connection, settings)
+
+
+@pytest.mark.parametrize("width", [1, 7, 10, 60, 1440, 7 * 1440, 366 * 1440])
+def test_intervals_begin_where_timescaledb_begins_them(connection: psycopg.Connection, width: int) -> None:
+    length = timedelta(minutes=width)
+    for text in ("1900-01-01", "1999-12-31 23:59:59.999999", "2000-01-03", "2024-02-29 12:34:56", "2199-12-31 23:59"):
+        time = datetime.fromisoformat(text).replace(tzinfo=UTC)
+        bucket = connection.execute("SELECT time_bucket(%s, %s::timestamptz)", [length, time]).fetchone()
+        assert bucket == (bucket_floor(length, time),), text
 
 
 def test_aggregates_of_somebody_else_are_left_alone(
@@ -585,7 +609,7 @@ def test_aggregates_of_somebody_else_are_left_alone(
         "CREATE MATERIALIZED VIEW theirs WITH (timescaledb.continuous) AS"
         " SELECT time_bucket('1 hour', time) AS hour, count(*) FROM sensor_data GROUP BY 1 WITH NO DATA"
     )
-    Leader(connection, settings)
+    Leader(connection, settings).take_over()
     assert aggregates(connection) == {"temperature_10min", "humidity_20min", "theirs"}
 
 

@@ -23,8 +23,8 @@ from services.core.database import connect
 from services.core.errors import LeaseLostError
 from services.core.reading import Reading
 from services.core.shutdown import Shutdown
+from services.etl.history import History
 from services.etl.lease import KEY, Lease
-from services.etl.retention import close
 from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
 from tests.measured import MEASUREMENTS, reading_of
@@ -145,6 +145,7 @@ def test_timescaledbs_notes_of_what_is_out_of_date_stay_few(settings: Settings, 
     sizes = []
     with connect(settings) as own:
         leader = Leader(own, settings)
+        leader.take_over()
         for number in range(150):
             late = [(number * 7919 + step * 104_729) % (60 * 24 * 60) for step in range(3)]
             with connect(settings) as consumer, consumer.transaction():
@@ -228,10 +229,11 @@ def test_history_is_closed_within_seconds_however_many_consumers_are_busy(
     run_once(settings)
     lease = Lease(connection)
     assert lease.try_take()
+    history = History(connection, lease, timedelta(0))
     with overlapping_writers(settings):
         started = time.monotonic()
         for number in range(5):
-            close(connection, lease, {"temperature": str(minutes(number * 10))}, timedelta(0))
+            history.close({"temperature": minutes(number * 10)})
         assert time.monotonic() - started < 5
     assert value(connection, "SELECT closed_before FROM summary_state WHERE measurement = 'temperature'") == minutes(40)
 
@@ -244,12 +246,13 @@ def test_closing_gives_up_soon_if_somebody_does_not_end_a_transaction(
     run_once(settings)
     lease = Lease(connection)
     assert lease.try_take()
+    history = History(connection, lease, timedelta(0))
     with open_transaction(settings, "LOCK TABLE ONLY sensor_data IN ROW EXCLUSIVE MODE"):
         started = time.monotonic()
         with pytest.raises(errors.LockNotAvailable):
-            close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
+            history.close({"temperature": minutes(10)})
         assert time.monotonic() - started < 4
-    close(connection, lease, {"temperature": str(minutes(10))}, timedelta(0))
+    history.close({"temperature": minutes(10)})
 
 
 def summarised(connection: Connection, minute: float) -> Callable[[], bool]:
@@ -417,13 +420,14 @@ def test_whoever_has_lost_the_lead_changes_nothing(settings: Settings, connectio
     store(settings, at(0))
     with connect(settings) as other:
         leader = Leader(connection, settings)
+        leader.take_over()
         connection.execute("UPDATE etl_lease SET expires_at = '-infinity'")
         connection.execute("SELECT pg_advisory_unlock_all()")  # as if its session were gone
         assert Lease(other).try_take()
         with pytest.raises(LeaseLostError):
             leader.summaries.refresh_queued()
         with pytest.raises(LeaseLostError):
-            close(connection, Lease(connection), {"temperature": str(minutes(10))}, timedelta(0))
+            leader.history.close({"temperature": minutes(10)})
     assert count(connection, "temperature_summary") == 0
     assert value(connection, "SELECT closed_before = '-infinity' FROM summary_state WHERE measurement = 'temperature'")
 
@@ -517,6 +521,7 @@ def test_a_chunk_that_is_dropped_in_the_middle_of_a_round_keeps_its_summary(
     store(settings, reading_of("s1", ago(60) + timedelta(seconds=1), 100.0, None))
     with connect(settings) as own:
         leader = Leader(own, settings)
+        leader.take_over()
         refresh = leader.summaries.refresh
         drops = [ago(40)]
 

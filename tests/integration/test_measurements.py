@@ -29,8 +29,8 @@ from services.core.errors import TransientError
 from services.core.measurements import KEYWORDS
 from services.core.reading import Reading, reading_type
 from services.core.shutdown import Shutdown
+from services.etl.history import History
 from services.etl.reconcile import reconcile
-from services.etl.retention import Retention
 from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from services.local.check import Key, Values, differences_in_readings, differences_in_summary
@@ -173,6 +173,7 @@ def test_what_is_added_gets_its_summaries_and_nothing_of_the_others_is_made_agai
     assert connection.execute("SELECT count(*) FROM noise_summary").fetchone() == (0,)
     refreshed = changes(connection)
     leader = Leader(connection, added)
+    leader.take_over()
     leader.run_once()
     assert differences(connection, added) == []
     assert connection.execute("SELECT sum(reading_count) FROM noise_summary").fetchone() == (3,)
@@ -196,6 +197,7 @@ def test_what_is_taken_off_the_list_stays_and_catches_up_when_it_is_put_back(
     before = summary(connection, "noise")
     for _ in range(2):  # a restart makes no difference
         leader = Leader(connection, settings)
+        leader.take_over()
         store(added, a_reading(0, 99.0, 30.0), a_reading(60 * 12, 98.0), a_reading(5, 97.0))
         leader.run_once()
         assert summary(connection, "noise") == before == summary(connection, "noise", suffix="_live")
@@ -205,8 +207,9 @@ def test_what_is_taken_off_the_list_stays_and_catches_up_when_it_is_put_back(
     assert reconcile(connection, settings.measurements, leader.take_over, Shutdown())["temperature"] == 1
     refreshed = changes(connection)
     leader = Leader(connection, added)
+    leader.take_over()
     next(leader.summaries.catch_up())
-    for _ in leader._aggregates.show_live():
+    for _ in leader.aggregates.show_live():
         pass
     assert summary(connection, "noise") == summary(connection, "noise", suffix="_live")
     leader.run_once()
@@ -226,6 +229,7 @@ def test_readers_of_what_is_taken_off_the_list_hold_nothing_else_up(
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM noise_summary_live")
         leader = Leader(connection, settings)
+        leader.take_over()
         store(added, a_reading(31, 99.0, 30.0))
         with pytest.raises(TransientError, match="lock timeout"):
             leader.run_once()
@@ -244,7 +248,8 @@ def test_nothing_is_dropped_before_its_summary_has_caught_up(
     store(added, a_reading(0, 1.0))
     Leader(connection, settings).run_once()
     leader = Leader(connection, keep)
-    for _ in Retention(connection, leader._lease, timedelta(days=30)).steps():
+    leader.take_over()
+    for _ in History(connection, leader.lease, timedelta(days=30)).drop_expired():
         pass
     assert stored(connection, ("noise",)) == {("s1", minutes(0)): (1.0,)}
     leader.run_once()
@@ -261,6 +266,7 @@ def test_an_etl_that_dies_while_it_catches_up_goes_on_where_it_was(
     Leader(connection, settings).run_once()
     for _ in range(3):
         leader = Leader(connection, added)
+        leader.take_over()
         next(leader.summaries.catch_up())
         assert summary(connection, "noise") == summary(connection, "noise", suffix="_live")
     behind = connection.execute("SELECT behind_before FROM summary_state WHERE measurement = 'noise'").fetchone()

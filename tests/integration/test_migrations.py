@@ -155,7 +155,7 @@ def test_sensor_reader_may_read_summaries_and_views_and_nothing_else(
         for name in SUMMARIES:
             rows = reader.execute(sql.SQL("SELECT sensor_id FROM {}").format(sql.Identifier(name))).fetchall()
             assert rows == [("s1",)], name
-        assert reader.execute("SELECT * FROM refresh_queue_state").fetchall() == [(0, None)]
+        assert reader.execute("SELECT * FROM refresh_queue_state").fetchall() == [(0, 0.0)]
         for name in [*(OURS - READABLE), "alembic_version", "temperature_10min"]:
             with pytest.raises(errors.InsufficientPrivilege):
                 reader.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(name)))

@@ -819,6 +819,7 @@ def rows_of(connection: psycopg.Connection, metric: str = "temperature") -> list
 
 def run_once(connection: psycopg.Connection, settings: Settings, **update: int) -> Leader:
     leader = Leader(connection, settings.model_copy(update=update))
+    leader.take_over()
     leader.run_once()
     return leader
 

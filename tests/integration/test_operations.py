@@ -72,6 +72,7 @@ def test_the_data_of_a_measurement_is_removed_and_nothing_else(
     known = connection.execute("SELECT measurement FROM summary_state UNION SELECT measurement FROM summary_check")
     assert sorted(name for (name,) in known) == sorted(settings.measurements)
     leader = Leader(connection, settings)
+    leader.take_over()
     leader.run_once()
     differing = reconcile(connection, settings.measurements, lambda: leader.summaries, Shutdown())
     assert differing == dict.fromkeys(settings.measurements, 0)

@@ -13,7 +13,7 @@ from tests import ROOT
 
 SERVICES = ROOT / "services"
 PIPELINE = ("producer", "consumer", "etl")
-WITH_QUERIES = sorted(path.parent.name for path in SERVICES.glob("*/queries.sql"))
+WITH_QUERIES = sorted({path.parent.name for path in SERVICES.glob("*/*.sql")})
 
 # The table that lives for one transaction of the consumer is no schema.
 TEMPORARY = re.compile("CREATE TEMPORARY TABLE incoming|DROP TABLE incoming")
@@ -56,6 +56,11 @@ def subscripts(path: Path) -> list[ast.expr]:
     ]
 
 
+def statements(package: str) -> str:
+    """The SQL files of a package."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((SERVICES / package).glob("*.sql")))
+
+
 def pattern(text: ast.JoinedStr) -> str:
     """An f-string as a pattern; what is filled in matches any letters."""
     return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else "[a-z]+" for part in text.values)
@@ -82,7 +87,7 @@ def test_only_the_settings_read_the_environment() -> None:
 
 def test_tables_are_created_by_migrations_only() -> None:
     """logins.py gives the roles that they create their passwords, which are no part of a schema."""
-    for path in [*modules("core", "producer", "consumer", "status", "dashboard"), *SERVICES.glob("*/queries.sql")]:
+    for path in [*modules("core", "producer", "consumer", "status", "dashboard"), *SERVICES.glob("*/*.sql")]:
         if path.parent.name == "etl" or path.name == "logins.py":
             continue
         found = path.read_text(encoding="utf-8") if path.suffix == ".sql" else "\n".join(texts(path))
@@ -90,10 +95,9 @@ def test_tables_are_created_by_migrations_only() -> None:
 
 
 def test_etl_creates_and_drops_nothing_but_aggregates_and_their_views() -> None:
-    text = (SERVICES / "etl" / "queries.sql").read_text(encoding="utf-8")
-    statements = {match.group(0).rsplit(maxsplit=1)[0] for match in DDL.finditer(text)}
+    found = {match.group(0).rsplit(maxsplit=1)[0] for match in DDL.finditer(statements("etl"))}
     allowed = {"CREATE MATERIALIZED", "DROP MATERIALIZED", "CREATE OR", "ALTER VIEW", "ALTER TABLE"}
-    assert statements <= allowed
+    assert found <= allowed
 
 
 def test_services_wait_for_an_event_and_never_sleep() -> None:
@@ -106,8 +110,7 @@ def test_services_wait_for_an_event_and_never_sleep() -> None:
 
 @pytest.mark.parametrize("package", WITH_QUERIES)
 def test_every_query_is_used_and_every_used_query_exists(package: str) -> None:
-    text = (SERVICES / package / "queries.sql").read_text(encoding="utf-8")
-    names = re.findall(r"^-- name: (\S+)$", text, re.MULTILINE)
+    names = re.findall(r"^-- name: (\S+)$", statements(package), re.MULTILINE)
     assert len(names) == len(set(names))
     words = {word for path in modules(package) for word in texts(path)}
     looked_up = [item for path in modules(package) for item in subscripts(path)]
