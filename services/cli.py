@@ -145,7 +145,7 @@ def _add_setup(commands: Commands) -> None:
 
 
 def _add_views(commands: Commands) -> None:
-    status = _command(commands, _run_status, "status", "how everything is; exit code 1 if something needs a person")
+    status = _command(commands, _run_status, "status", "how everything is; exit code 1 if action is required")
     status.flag("--json", "as one JSON object")
 
     what = "a page with live rates, and the intervals of each sensor"

@@ -1,4 +1,4 @@
-"""``sensor-pipeline status``: everything on one screen, and exit code 1 if something needs a person."""
+"""``sensor-pipeline status``: everything on one screen, and exit code 1 if action is required."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ State = TypeVar("State", KafkaStatus, Database)
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
-    """Print the state. Returns 1 if something needs a person; the two servers are asked at the same time."""
+    """Print the state. Returns 1 if action is required; the two servers are asked at the same time."""
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(_ask, lambda: read_kafka(settings))
         database = _ask(lambda: read_database(settings, address(settings)))
@@ -66,6 +66,5 @@ def _versions(database: Database | str) -> dict[str, str]:
     """Kafka tells its clients no version of its own."""
     found = {"sensor-pipeline": version(), "librdkafka": confluent_kafka.libversion()[0]}
     if not isinstance(database, str):
-        found["PostgreSQL"] = database.postgresql
-        found["TimescaleDB"] = database.timescaledb or "none"
+        found |= {"PostgreSQL": database.postgresql, "TimescaleDB": database.timescaledb or "none"}
     return found

@@ -1,4 +1,4 @@
-"""What needs a person: each problem in plain words, and what to do."""
+"""What requires action: each problem in plain words, and what to do."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from services.core.measurements import measurement
 from services.status.database import Database, Tables
 from services.status.topics import KafkaStatus
 
-# A restart of etl is no problem; nor is a refresh that takes minutes, while it goes on.
+# A restart of etl is not a problem; nor is a refresh that takes minutes.
 UNATTENDED_AFTER_S = 10.0
 BEHIND_AFTER_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that does not mend itself."""
+    """Something that does not recover without action."""
 
     what: str
     action: str

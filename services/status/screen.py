@@ -25,9 +25,9 @@ def lines(
     yield _line("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
     yield ""
     if not problems:
-        yield "nothing needs a person"
+        yield "no action needed"
     for problem in problems:
-        yield f"NEEDS A PERSON: {problem.what}"
+        yield f"ACTION REQUIRED: {problem.what}"
         yield f"  what to do: {problem.action}"
 
 

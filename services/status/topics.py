@@ -30,13 +30,7 @@ class Partition:
     committed_offset: int | None
     lag: int  # messages that are not stored; without an answer of the database, that the group has not committed
     consumer: str | None  # client id and host
-    stored_offset: int | None = None  # where the database goes on
-
-    @staticmethod
-    def of(offsets: PartitionOffsets, owners: dict[int, str]) -> Partition:
-        """The offsets, and whose the partition is."""
-        consumer = owners.get(offsets.partition)
-        return Partition(offsets.partition, offsets.first, offsets.end, offsets.committed, offsets.lag, consumer)
+    stored_offset: int | None = None  # from where the database continues
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +62,11 @@ class KafkaStatus:
         if self.partitions is None or self.topic_id is None:
             return self
         stored = positions.get(self.topic_id, {})
-        partitions = [
-            replace(each, stored_offset=at, lag=max(0, each.end_offset - max(each.first_offset, at)))
-            if (at := stored.get(each.partition, 0)) < (each.committed_offset or 0)
-            else replace(each, stored_offset=at)
-            for each in self.partitions
-        ]
+        partitions = []
+        for each in self.partitions:
+            at = stored.get(each.partition, 0)
+            done = max(each.first_offset, min(at, each.committed_offset or 0))
+            partitions.append(replace(each, stored_offset=at, lag=max(0, each.end_offset - done)))
         return replace(self, partitions=partitions, lag=sum(each.lag for each in partitions))
 
 
@@ -96,17 +89,22 @@ def _read(admin: AdminClient, settings: Settings) -> KafkaStatus:
     with Offsets(settings) as offsets:
         topics = offsets.partitions()
         brokers, owners, is_rebalancing = _ask_admin(admin, settings)
-        readings = topics.get(settings.kafka_topic)
-        partitions = None if readings is None else offsets.of(settings.kafka_topic, readings)
-        identity = None if readings is None else topic_id(admin, settings)
-        dead = topics.get(settings.dead_letter_topic)
-        letters = None if dead is None else _read_letters(settings, offsets.of(settings.dead_letter_topic, dead))
+        partitions, identity, letters = None, None, None
+        if settings.kafka_topic in topics:
+            partitions = [
+                Partition(each.partition, each.first, each.end, each.committed, each.lag, owners.get(each.partition))
+                for each in offsets.of(settings.kafka_topic, topics[settings.kafka_topic])
+            ]
+            identity = topic_id(admin, settings)
+        if settings.dead_letter_topic in topics:
+            dead = offsets.of(settings.dead_letter_topic, topics[settings.dead_letter_topic])
+            letters = _read_letters(settings, dead)
     return KafkaStatus(
         address=settings.bootstrap_servers,
         brokers=brokers,
         topic=settings.kafka_topic,
         topic_id=identity,
-        partitions=None if partitions is None else [Partition.of(each, owners) for each in partitions],
+        partitions=partitions,
         lag=sum(each.lag for each in partitions or ()),
         group=settings.kafka_group,
         is_rebalancing=is_rebalancing,
@@ -116,17 +114,17 @@ def _read(admin: AdminClient, settings: Settings) -> KafkaStatus:
 
 
 def _ask_admin(admin: AdminClient, settings: Settings) -> tuple[int, dict[int, str], bool]:
-    """The number of brokers, who consumes which partition, and whether the group is sharing them out just now."""
+    """The number of brokers, who consumes which partition, and whether the group is rebalancing."""
     cluster = admin.describe_cluster(request_timeout=ANSWER_TIMEOUT_S)
     (group,) = admin.describe_consumer_groups([settings.kafka_group], request_timeout=COORDINATOR_TIMEOUT_S).values()
     with translated_kafka(f"Kafka at {settings.bootstrap_servers} does not answer"):
         described = group.result()
         brokers = len(cluster.result().nodes)
     owners = {
-        place.partition: f"{member.client_id} at {member.host.removeprefix('/')}"
+        each.partition: f"{member.client_id} at {member.host.removeprefix('/')}"
         for member in described.members
-        for place in member.assignment.topic_partitions
-        if place.topic == settings.kafka_topic
+        for each in member.assignment.topic_partitions
+        if each.topic == settings.kafka_topic
     }
     return brokers, owners, described.state in REBALANCING
 

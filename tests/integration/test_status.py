@@ -1,4 +1,4 @@
-"""``sensor-pipeline status``: every number is the servers' own, and what needs a person is said."""
+"""``sensor-pipeline status``: every number is the servers' own, and what requires action is reported."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_nothing_sent_yet(settings: Settings, capsys: Capture) -> None:
     assert [summary["minutes"] for summary in tables["summaries"]] == [None] * len(MEASUREMENTS)
     assert (tables["queue_rows"], tables["freshness_seconds"], tables["etl_leads"]) == (0, 0, False)
     command.run(settings, as_json=False)
-    assert "nothing needs a person" in capsys.readouterr().out
+    assert "no action needed" in capsys.readouterr().out
 
 
 def test_every_number_agrees_with_psql(filled: Settings, connection: psycopg.Connection, capsys: Capture) -> None:
@@ -234,7 +234,7 @@ def test_a_server_that_is_away_and_the_other_half(settings: Settings, capsys: Ca
     done = run_cli(settings, "status", POSTGRE_PORT=str(port))
     assert done.returncode == 1
     assert done.stderr == ""
-    assert f"NEEDS A PERSON: PostgreSQL at {settings.postgre_host}:{port}/" in done.stdout
+    assert f"ACTION REQUIRED: PostgreSQL at {settings.postgre_host}:{port}/" in done.stdout
     assert f"  {settings.kafka_topic} 3 partitions" in done.stdout
 
     without_kafka = settings.model_copy(update={"kafka_port": port})

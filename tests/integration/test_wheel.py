@@ -116,7 +116,7 @@ def test_the_pipeline_from_the_wheel(
         assert (done.returncode, done.stderr) == (0, ""), f"{arguments}\n{done.stdout}"
         assert shown in (None, done.stdout)
     assert f"sensor-pipeline {VERSION}" in done.stdout
-    assert "nothing needs a person" in done.stdout
+    assert "no action needed" in done.stdout
     assert connection.execute("SELECT sum(reading_count) FROM temperature_summary").fetchone() == (2 * 1440,)
 
 
