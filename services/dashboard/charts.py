@@ -18,7 +18,7 @@ GRID = "#dde3e9"
 BLUE = "#0b5cad"
 ORANGE = "#b34700"
 BAND = "rgba(11, 92, 173, 0.18)"
-GAP = 3.0  # the line breaks where points are so many times further apart than usual
+GAP = 3.0  # the line breaks where points are this many times further apart than usual
 LEAST_SHOWN = timedelta(minutes=1)
 CONFIG: Any = {"displayModeBar": False, "responsive": True}
 
@@ -52,22 +52,21 @@ def line(times: Sequence[datetime], values: Sequence[float | None], name: str, c
 
 def live(times: Sequence[datetime], *lines: tuple[str, str, Sequence[float]]) -> Figure:
     """A small chart of the last minutes: a name, a dash and values for each line. Values begin at 0."""
-    colors = (BLUE, ORANGE)
     data = [
         line(times, values, name, color, line={"color": color, "width": 2, "dash": dash})
-        for color, (name, dash, values) in zip(colors, lines, strict=False)
+        for color, (name, dash, values) in zip((BLUE, ORANGE), lines, strict=False)
     ]
     figure = layout(uirevision="live", showlegend=len(lines) > 1, legend={"orientation": "h", "y": 1.4, "x": 0})
-    figure["margin"] = figure["margin"] | {"t": 28}
-    figure["yaxis"] = figure["yaxis"] | {"rangemode": "tozero", "nticks": 4, "minallowed": 0}
-    figure["xaxis"] = figure["xaxis"] | {"tickformat": "%H:%M:%S", "nticks": 5}
+    figure["margin"]["t"] = 28
+    figure["yaxis"] |= {"rangemode": "tozero", "nticks": 4, "minallowed": 0}
+    figure["xaxis"] |= {"tickformat": "%H:%M:%S", "nticks": 5}
     if times:
         figure["xaxis"]["range"] = [moment(min(times[0], times[-1] - LEAST_SHOWN)), moment(times[-1])]
     return {"data": data, "layout": figure}
 
 
 def rate_chart(topics: list[TopicSample]) -> Figure:
-    """Messages a second, published and stored; where both are equal, both are seen."""
+    """Messages per second, published and stored; where both are equal, both are seen."""
     found = rates(topics)
     published = ("published", "solid", [published for _, published, _ in found])
     stored = ("stored", "dot", [stored for _, _, stored in found])
@@ -76,12 +75,12 @@ def rate_chart(topics: list[TopicSample]) -> Figure:
 
 def lag_chart(topics: list[TopicSample]) -> Figure:
     """Messages that wait to be stored."""
-    return live([look.at for look in topics], ("lag", "solid", [look.lag for look in topics]))
+    return live([each.at for each in topics], ("lag", "solid", [each.lag for each in topics]))
 
 
 def freshness_chart(queues: list[QueueSample]) -> Figure:
     """Age of the oldest reading that waits to be summarised."""
-    return live([look.at for look in queues], ("seconds", "solid", [look.freshness_s for look in queues]))
+    return live([each.at for each in queues], ("seconds", "solid", [each.freshness_s for each in queues]))
 
 
 def series_chart(series: Series, name: str) -> Figure:

@@ -24,7 +24,7 @@ log = logging.getLogger("dashboard")
 
 
 def run(settings: Settings, shutdown: Shutdown, *, host: str, port: int) -> int:
-    """Serve on ``host`` and ``port``. A server that is away is no mistake: the page says so and waits for it."""
+    """Serve on ``host`` and ``port``. A server that is unavailable is not an error: the page reports it and waits."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with suppress(TransientError):
         connect(settings).close()

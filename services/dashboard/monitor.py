@@ -1,4 +1,4 @@
-"""What the page shows live: asked in the background, kept while a server is away.
+"""What the page shows live: asked in the background, kept while a server is unavailable.
 
 The page's callbacks read what is here and wait for no server.
 """
@@ -20,16 +20,16 @@ from services.core.shutdown import Shutdown
 from services.dashboard.series import SummaryReader
 
 SAMPLE_INTERVAL_S = 2.0
-RATE_OVER_S = 10.0  # a look may fall between two batches
+RATE_OVER_S = 10.0  # a sample may fall between two batches
 KEPT_SAMPLES = 300  # ten minutes
-SENSORS_EVERY = 5  # looks
+SENSORS_EVERY = 5  # samples
 
 log = logging.getLogger("dashboard")
 
 
 @dataclass(frozen=True, slots=True)
 class TopicSample:
-    """One look at Kafka; offsets are sums over the partitions."""
+    """One sample of Kafka; offsets are sums over the partitions."""
 
     at: datetime
     end: int
@@ -40,7 +40,7 @@ class TopicSample:
 
 @dataclass(frozen=True, slots=True)
 class QueueSample:
-    """One look at the refresh queue; ``freshness_s`` is the age of its oldest row."""
+    """One sample of the refresh queue; ``freshness_s`` is the age of its oldest row."""
 
     at: datetime
     rows: int
@@ -48,7 +48,7 @@ class QueueSample:
 
 
 class Monitor:
-    """Looks at both servers, each in a thread of its own, until the end of the process."""
+    """Samples both servers, each in a thread of its own, until the end of the process."""
 
     def __init__(self, settings: Settings, summaries: SummaryReader) -> None:
         self.topics: deque[TopicSample] = deque(maxlen=KEPT_SAMPLES)
@@ -58,17 +58,17 @@ class Monitor:
         self.database_problem = ""
         self._settings = settings
         self._summaries = summaries
-        self._looks = 0
+        self._samples = 0
 
     def start(self, shutdown: Shutdown) -> None:
-        """Begin to look."""
+        """Begin to sample."""
         for target in (self._watch_kafka, self._watch_database):
             threading.Thread(target=target, args=(shutdown,), daemon=True).start()
 
     def _watch_kafka(self, shutdown: Shutdown) -> None:
         with Offsets(self._settings) as offsets:
             while not shutdown.requested:
-                self.kafka_problem = attempt(lambda: self.look_at_kafka(offsets), "kafka", self.kafka_problem)
+                self.kafka_problem = attempt(lambda: self.sample_kafka(offsets), "kafka", self.kafka_problem)
                 shutdown.wait(SAMPLE_INTERVAL_S)
 
     def _watch_database(self, shutdown: Shutdown) -> None:
@@ -77,39 +77,32 @@ class Monitor:
             shutdown.wait(SAMPLE_INTERVAL_S)
 
     def watch_database_once(self) -> None:
-        """Look, and know what is wrong if that fails."""
-        self.database_problem = attempt(self.look_at_database, "database", self.database_problem)
+        """Sample, and know what is wrong if that fails."""
+        self.database_problem = attempt(self.sample_database, "database", self.database_problem)
 
-    def look_at_kafka(self, offsets: Offsets) -> None:
-        """Add one look to ``topics``; none while the topic does not exist."""
+    def sample_kafka(self, offsets: Offsets) -> None:
+        """Add one sample to ``topics``; none while the topic does not exist."""
         topics = offsets.partitions()
         if self._settings.kafka_topic not in topics:
             return
         readings = offsets.of(self._settings.kafka_topic, topics[self._settings.kafka_topic])
         letters = offsets.of(self._settings.dead_letter_topic, topics.get(self._settings.dead_letter_topic, []))
-        self.topics.append(
-            TopicSample(
-                at=datetime.now(UTC),
-                end=sum(each.end for each in readings),
-                committed=sum(each.end - each.lag for each in readings),
-                lag=sum(each.lag for each in readings),
-                dead_letters=sum(each.end - each.first for each in letters),
-            )
-        )
+        end, lag = sum(each.end for each in readings), sum(each.lag for each in readings)
+        dead_letters = sum(each.end - each.first for each in letters)
+        self.topics.append(TopicSample(datetime.now(UTC), end, end - lag, lag, dead_letters))
 
-    def look_at_database(self) -> None:
-        """Add one look to ``queues``, and now and then find the sensors anew."""
-        rows, freshness_s = self._summaries.queue()
-        self.queues.append(QueueSample(datetime.now(UTC), rows, freshness_s))
-        if not self.sensors or self._looks % SENSORS_EVERY == 0:
+    def sample_database(self) -> None:
+        """Add one sample to ``queues``, and now and then list the sensors again."""
+        self.queues.append(QueueSample(datetime.now(UTC), *self._summaries.queue()))
+        if not self.sensors or self._samples % SENSORS_EVERY == 0:
             self.sensors = self._summaries.sensors()
-        self._looks += 1
+        self._samples += 1
 
 
-def attempt(look: Callable[[], None], server: str, problem: str) -> str:
-    """Look once; returns what is wrong, or nothing. A server that goes or comes is one line in the log."""
+def attempt(sample: Callable[[], None], server: str, problem: str) -> str:
+    """Sample once; returns what is wrong, or nothing. A server that goes or comes is one line in the log."""
     try:
-        look()
+        sample()
     except PipelineError as error:
         if not problem:
             log.warning("server_unavailable", extra=fields(server=server, detail=error))
@@ -120,7 +113,7 @@ def attempt(look: Callable[[], None], server: str, problem: str) -> str:
 
 
 def rates(topics: list[TopicSample]) -> list[tuple[datetime, float, float]]:
-    """For each look but the first, the messages a second that were published and stored, over RATE_OVER_S."""
+    """For each sample but the first, the messages per second that were published and stored, over RATE_OVER_S."""
     found = []
     first = 0
     for at, topic in enumerate(topics[1:], start=1):

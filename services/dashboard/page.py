@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
+from dash.exceptions import PreventUpdate
 from flask import Response, abort, request
 
 from services.core.errors import PipelineError
 from services.core.health import is_loopback, is_ours
 from services.dashboard import charts
-from services.dashboard.monitor import SAMPLE_INTERVAL_S, Monitor, rates
+from services.dashboard.monitor import SAMPLE_INTERVAL_S, Monitor, QueueSample, TopicSample, rates
 from services.dashboard.series import MAX_SENSORS, Series, SummaryReader
 
 RANGES = {
@@ -31,21 +31,20 @@ TILES = ("published", "stored", "lag", "freshness", "queue", "dead letters", "se
 CHART_INTERVAL_S = 5.0
 UNKNOWN = "–"  # noqa: RUF001 - a dash where a number will be
 NO_READINGS = "no readings yet: send some with sensor-pipeline produce, and run sensor-pipeline consume and etl"
-NEVER_SEEN = "Nothing has been seen yet. It begins by itself when this is over:"
-LAST_SEEN = "What is shown is the last that was seen. It goes on by itself when this is over:"
+NEVER_SEEN = "Nothing to show yet. The page recovers when this is fixed:"
+LAST_SEEN = "These are the last values seen. The page recovers when this is fixed:"
 NO_DATABASE = "waiting for the database"
 
-UNCHANGED = (no_update,) * 5
-
-Part = TypeVar("Part")
+# The parts of the page that each callback fills.
+LIVE = "banner.children banner.hidden tiles.children rates.figure lag.figure freshness.figure"
+SENSORS = "sensor.options sensor.value known.data"
+CHART = "chart.figure chart-box.hidden chart-text.children joined.children shown.data"
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}</head>
 <body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
 </html>"""
-
-log = logging.getLogger("dashboard")
 
 
 def make_page(monitor: Monitor, summaries: SummaryReader, host: str = "127.0.0.1") -> Dash:
@@ -62,24 +61,20 @@ def make_page(monitor: Monitor, summaries: SummaryReader, host: str = "127.0.0.1
     )
     app.layout = layout(summaries.measurements)
     filler = Filler(monitor, summaries)
-    shown = "banner.children banner.hidden tiles.children rates.figure lag.figure freshness.figure"
-    app.callback(parts(Output, shown), parts(Input, "tick.n_intervals"))(filler.live)
-    shown = "sensor.options sensor.value known.data"
-    app.callback(parts(Output, shown), parts(Input, "tick.n_intervals"), parts(State, "known.data sensor.value"))(
-        filler.sensors
-    )
-    shown = "chart.figure chart-box.hidden chart-text.children joined.children shown.data"
-    chosen = "sensor.value measurement.value range.value chart-tick.n_intervals"
-    app.callback(parts(Output, shown), parts(Input, chosen), parts(State, "shown.data"))(filler.chart)
+    tick = Input("tick", "n_intervals")
+    app.callback(outputs(LIVE), tick)(filler.live)
+    app.callback(outputs(SENSORS), tick, State("known", "data"), State("sensor", "value"))(filler.sensors)
+    chosen = [Input(control, "value") for control in ("sensor", "measurement", "range")]
+    app.callback(outputs(CHART), *chosen, Input("chart-tick", "n_intervals"), State("shown", "data"))(filler.chart)
     allow_own_content_only(app)
     if is_loopback(host):
         refuse_other_hosts(app)
     return app
 
 
-def parts(kind: Callable[[str, str], Part], names: str) -> list[Part]:
-    """Properties of the page's parts, as callbacks take them."""
-    return [kind(*name.split(".")) for name in names.split()]
+def outputs(names: str) -> dict[str, Output]:
+    """Properties of the page's parts, by the names under which a callback returns them."""
+    return {f"{part}.{value}": Output(part, value) for part, value in (name.split(".") for name in names.split())}
 
 
 def refuse_other_hosts(app: Dash) -> None:
@@ -118,7 +113,7 @@ def layout(measurements: Sequence[str]) -> html.Main:
             html.Section([html.H2("Now"), html.Dl(tiles({}), id="tiles")]),
             html.Section(
                 [
-                    small_chart("rates", "Messages a second"),
+                    small_chart("rates", "Messages per second"),
                     small_chart("lag", "Lag, messages"),
                     small_chart("freshness", "Freshness, seconds"),
                 ],
@@ -176,79 +171,82 @@ def tiles(values: dict[str, str]) -> list[html.Div]:
 
 
 class Filler:
-    """What the callbacks return. None of them waits for a server that is known to be away."""
+    """What the callbacks return. None of them waits for a server that is known to be unavailable."""
 
     def __init__(self, monitor: Monitor, summaries: SummaryReader) -> None:
         self._monitor = monitor
         self._summaries = summaries
 
-    def live(self, _tick: int | None) -> tuple[Any, ...]:
-        """Banner, tiles and small charts from the last looks."""
+    def live(self, _tick: int | None) -> dict[str, Any]:
+        """Banner, tiles and small charts from the last samples."""
         topics, queues = list(self._monitor.topics), list(self._monitor.queues)
         problems = [each for each in (self._monitor.database_problem, self._monitor.kafka_problem) if each]
         seen = LAST_SEEN if topics or queues else NEVER_SEEN
-        banner = [html.P(seen), *(html.P(problem) for problem in problems)] if problems else []
-        return (
-            banner,
-            not banner,
-            tiles(self._numbers()),
-            charts.rate_chart(topics),
-            charts.lag_chart(topics),
-            charts.freshness_chart(queues),
-        )
+        return {
+            "banner.children": [html.P(text) for text in (seen, *problems)] if problems else [],
+            "banner.hidden": not problems,
+            "tiles.children": tiles(numbers(topics, queues, self._monitor.sensors)),
+            "rates.figure": charts.rate_chart(topics),
+            "lag.figure": charts.lag_chart(topics),
+            "freshness.figure": charts.freshness_chart(queues),
+        }
 
-    def _numbers(self) -> dict[str, str]:
-        topics, queues = list(self._monitor.topics), list(self._monitor.queues)
-        found: dict[str, str] = {}
-        if topics:
-            found |= {"lag": f"{topics[-1].lag:,}", "dead letters": f"{topics[-1].dead_letters:,}"}
-        if len(topics) > 1:
-            _, published, stored = rates(topics)[-1]
-            found |= {"published": f"{published:,.0f} /s", "stored": f"{stored:,.0f} /s"}
-        if queues:
-            found |= {"freshness": f"{queues[-1].freshness_s:,.1f} s", "queue": f"{queues[-1].rows:,}"}
-        if self._monitor.sensors is not None:
-            found["sensors"] = f"{len(self._monitor.sensors):,}"
-            if len(self._monitor.sensors) == MAX_SENSORS:
-                found["sensors"] += " or more"
-        return found
-
-    def sensors(self, _tick: int | None, known: int | None, chosen: str | None) -> tuple[Any, ...]:
-        """The choice of sensors, if it is not the one that is ``known``."""
+    def sensors(self, _tick: int | None, known: int | None, chosen: str | None) -> dict[str, Any]:
+        """The choice of sensors. Raises PreventUpdate if it is the one that is ``known``."""
         sensors = self._monitor.sensors or []
         version = hash(tuple(sensors)) % 2**32
         if version == known:
-            return no_update, no_update, no_update
-        return sensors, chosen if chosen in sensors or not sensors else sensors[0], version
+            raise PreventUpdate
+        chosen = chosen if chosen in sensors or not sensors else sensors[0]
+        return {"sensor.options": sensors, "sensor.value": chosen, "known.data": version}
 
     def chart(
         self, sensor: str | None, measurement: str, span: object, _tick: int | None, shown: int | None
-    ) -> tuple[Any, ...]:
-        """The chart of one sensor and its text, if they are not the ones that are ``shown``."""
+    ) -> dict[str, Any]:
+        """The chart of one sensor and its text. Raises PreventUpdate if they are the ones that are ``shown``."""
         if measurement not in self._summaries.measurements or not isinstance(span, str) or span not in RANGES:
-            return UNCHANGED
+            raise PreventUpdate
+        nothing = {"chart.figure": no_update, "chart-box.hidden": True, "joined.children": ""}
         if self._monitor.sensors is None or sensor is None:
             text = NO_DATABASE if self._monitor.sensors is None else NO_READINGS
-            return no_update, True, text, "", None
+            return nothing | {"chart-text.children": text, "shown.data": None}
         if self._monitor.database_problem:
-            return UNCHANGED
+            raise PreventUpdate
         try:
             series = self._summaries.series(measurement, sensor, RANGES[span])
-        except PipelineError:  # the monitor says so, in the banner and in the log
-            return UNCHANGED
+        except PipelineError as error:  # the monitor reports it, in the banner and in the log
+            raise PreventUpdate from error
         name = f"{sensor} {measurement} {span}"
         version = hash((name, tuple(series.points) if series is not None else ())) % 2**32
         if version == shown:
-            return UNCHANGED
+            raise PreventUpdate
         if series is None:
-            return no_update, True, f"{sensor} has no {measurement} intervals", "", version
-        return (
-            charts.series_chart(series, name),
-            False,
-            describe(series, f"{sensor}, {measurement}"),
-            note(series),
-            version,
-        )
+            return nothing | {
+                "chart-text.children": f"{sensor} has no {measurement} intervals",
+                "shown.data": version,
+            }
+        return {
+            "chart.figure": charts.series_chart(series, name),
+            "chart-box.hidden": False,
+            "chart-text.children": describe(series, f"{sensor}, {measurement}"),
+            "joined.children": note(series),
+            "shown.data": version,
+        }
+
+
+def numbers(topics: list[TopicSample], queues: list[QueueSample], sensors: list[str] | None) -> dict[str, str]:
+    """The tiles' texts, as far as they are known."""
+    found: dict[str, str] = {}
+    if topics:
+        found |= {"lag": f"{topics[-1].lag:,}", "dead letters": f"{topics[-1].dead_letters:,}"}
+    if len(topics) > 1:
+        _, published, stored = rates(topics)[-1]
+        found |= {"published": f"{published:,.0f} /s", "stored": f"{stored:,.0f} /s"}
+    if queues:
+        found |= {"freshness": f"{queues[-1].freshness_s:,.1f} s", "queue": f"{queues[-1].rows:,}"}
+    if sensors is not None:
+        found["sensors"] = f"{len(sensors):,}" + (" or more" if len(sensors) == MAX_SENSORS else "")
+    return found
 
 
 def describe(series: Series, name: str) -> str:

@@ -62,7 +62,7 @@ class SummaryReader:
         """Rows of the refresh queue, and the age of the oldest in seconds."""
         with self._connected() as connection:
             rows, age_s = one(connection, SQL["queue"])
-            return rows, age_s
+        return rows, age_s
 
     def sensors(self) -> list[str]:
         """The sensors that have a summary, at most MAX_SENSORS."""
@@ -99,7 +99,7 @@ class SummaryReader:
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        """Raises TransientError while the server is away, PermanentError if it does not let us read."""
+        """Raises TransientError while the server is unavailable, PermanentError if it does not let us read."""
         with self._lock, self._database.connected() as connection:
             yield connection
 

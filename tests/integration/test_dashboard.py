@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from dash.exceptions import PreventUpdate
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -29,7 +30,7 @@ from services.core.offsets import Offsets
 from services.core.reading import Reading
 from services.dashboard import series
 from services.dashboard.monitor import Monitor
-from services.dashboard.page import NO_READINGS, UNCHANGED, UNKNOWN, Filler, make_page
+from services.dashboard.page import NO_READINGS, UNKNOWN, Filler, make_page
 from services.dashboard.series import SummaryReader
 from services.etl.worker import Leader
 from tests.expected import Expected, samples
@@ -91,11 +92,20 @@ class Looks:
         self.monitor = Monitor(settings, self.summaries)
         self.filler = Filler(self.monitor, self.summaries)
 
-    def chart(self, sensor: str, measurement: str, span: str = "all") -> tuple[Any, ...]:
+    def chart(self, sensor: str, measurement: str, span: str = "all") -> dict[str, Any]:
         return self.filler.chart(sensor, measurement, span, None, None)
 
+    def is_unchanged(self, sensor: str, measurement: str, span: str = "all") -> bool:
+        try:
+            self.chart(sensor, measurement, span)
+        except PreventUpdate:
+            return True
+        return False
+
     def tiles(self) -> dict[str, str]:
-        return {tile.children[0].children: tile.children[1].children for tile in self.filler.live(None)[2]}
+        return {
+            tile.children[0].children: tile.children[1].children for tile in self.filler.live(None)["tiles.children"]
+        }
 
 
 @pytest.fixture
@@ -136,10 +146,12 @@ def test_too_many_intervals_are_joined_and_the_page_says_so(
     monkeypatch.setattr(series, "MAX_POINTS", 10)
     fill(settings, *steps("s1", 25))
     page = look(settings)
-    page.monitor.look_at_database()
-    _, _, text, note, _ = page.chart("s1", "temperature")
-    assert note.startswith("Each point joins 3 intervals of 10 minutes: there are too many to draw.")
-    assert "9 points of 30 minutes" in text
+    page.monitor.sample_database()
+    shown = page.chart("s1", "temperature")
+    assert shown["joined.children"].startswith(
+        "Each point joins 3 intervals of 10 minutes: there are too many to draw."
+    )
+    assert "9 points of 30 minutes" in shown["chart-text.children"]
     found = page.summaries.series("temperature", "s1", None)
     assert found is not None
     assert len(found.points) == 9
@@ -150,9 +162,9 @@ def test_too_many_intervals_are_joined_and_the_page_says_so(
 def test_a_measurement_that_a_sensor_does_not_have(settings: Settings, look: Look) -> None:
     fill(settings, *steps("s1", 3, humidity=None))
     page = look(settings)
-    page.monitor.look_at_database()
-    _, hidden, text, _, _ = page.chart("s1", "humidity")
-    assert (hidden, text) == (True, "s1 has no humidity intervals")
+    page.monitor.sample_database()
+    shown = page.chart("s1", "humidity")
+    assert (shown["chart-box.hidden"], shown["chart-text.children"]) == (True, "s1 has no humidity intervals")
 
 
 def test_a_measurement_that_the_database_lacks_hides_no_other(settings: Settings, look: Look) -> None:
@@ -160,8 +172,8 @@ def test_a_measurement_that_the_database_lacks_hides_no_other(settings: Settings
     page = look(settings.model_copy(update={"measurements": ("radon", *settings.measurements)}))
     page.monitor.watch_database_once()
     assert (page.monitor.database_problem, page.monitor.sensors) == ("", ["s1"])
-    assert page.chart("s1", "radon")[1:3] == (True, "s1 has no radon intervals")
-    assert page.chart("s1", "temperature")[0]["data"]
+    assert page.chart("s1", "radon")["chart-text.children"] == "s1 has no radon intervals"
+    assert page.chart("s1", "temperature")["chart.figure"]["data"]
 
 
 def test_a_measurement_that_is_added_is_shown(settings: Settings, connection: psycopg.Connection, look: Look) -> None:
@@ -174,9 +186,9 @@ def test_a_measurement_that_is_added_is_shown(settings: Settings, connection: ps
         page = look(settings.model_copy(update={"measurements": (*settings.measurements, "radon")}))
         page.monitor.watch_database_once()
         assert page.monitor.sensors == ["cellar"]
-        _, hidden, text, _, _ = page.chart("cellar", "radon")
-        assert not hidden
-        assert text.startswith("cellar, radon: 1 intervals of 1 hour from 2024-03-01 00:00")
+        shown = page.chart("cellar", "radon")
+        assert not shown["chart-box.hidden"]
+        assert shown["chart-text.children"].startswith("cellar, radon: 1 intervals of 1 hour from 2024-03-01 00:00")
         client = make_page(page.monitor, page.summaries).server.test_client()
         assert (
             f'"options":{json.dumps([*settings.measurements, "radon"], separators=(",", ":"))}'
@@ -197,8 +209,8 @@ def test_a_measurement_that_is_added_is_shown(settings: Settings, connection: ps
 )
 def test_what_no_control_can_ask_changes_nothing(settings: Settings, measurement: Any, span: Any, look: Look) -> None:
     page = look(settings)
-    page.monitor.look_at_database()
-    assert page.chart("s1", measurement, span) == UNCHANGED
+    page.monitor.sample_database()
+    assert page.is_unchanged("s1", measurement, span)
 
 
 @pytest.mark.parametrize(
@@ -226,17 +238,17 @@ def test_numbers_come_from_the_servers_alone(settings: Settings, look: Look) -> 
     page = look(settings)
     expected = Expected(settings)
     with Offsets(settings) as offsets:
-        page.monitor.look_at_kafka(offsets)
+        page.monitor.sample_kafka(offsets)
         expected.send(samples(40), partition=1)
         publish(settings.model_copy(update={"kafka_topic": settings.dead_letter_topic}), [b"a letter"])
-        page.monitor.look_at_kafka(offsets)
+        page.monitor.sample_kafka(offsets)
         before, now = page.monitor.topics
         assert (now.end - before.end, now.lag, now.dead_letters) == (40, 40, 1)
         assert run_cli(settings, "consume", "--until-caught-up").returncode == 0
-        page.monitor.look_at_kafka(offsets)
+        page.monitor.sample_kafka(offsets)
     last = page.monitor.topics[-1]
     assert (last.committed - now.committed, last.lag) == (40, 0)
-    page.monitor.look_at_database()
+    page.monitor.sample_database()
     assert page.monitor.queues[-1].rows == 1
     assert 0 < page.monitor.queues[-1].freshness_s < 60
     shown = page.tiles()
@@ -249,9 +261,9 @@ def test_a_reader_may_see_all_of_it(settings: Settings, connection: psycopg.Conn
     connection.execute("CREATE ROLE looks LOGIN PASSWORD 'at it' IN ROLE sensor_reader")
     try:
         page = look(settings.model_copy(update={"postgre_user": "looks", "postgre_password": SecretStr("at it")}))
-        page.monitor.look_at_database()
+        page.monitor.sample_database()
         assert page.monitor.sensors == ["s1"]
-        assert page.chart("s1", "humidity")[0]["data"]
+        assert page.chart("s1", "humidity")["chart.figure"]["data"]
     finally:
         connection.execute("DROP ROLE looks")
 
@@ -262,21 +274,21 @@ def test_while_the_database_is_away_the_last_data_stays(
     fill(settings, *steps("s1", 3))
     page = look(proxied)
     page.monitor.watch_database_once()
-    assert page.chart("s1", "temperature")[0]["data"]
+    assert page.chart("s1", "temperature")["chart.figure"]["data"]
     proxy.refuse()
     caplog.clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             page.monitor.watch_database_once()
-        banner, hidden, *_ = page.filler.live(None)
-        assert not hidden
-        assert PROBLEM.search(banner[1].children)
+        shown = page.filler.live(None)
+        assert not shown["banner.hidden"]
+        assert PROBLEM.search(shown["banner.children"][1].children)
         assert page.tiles()["sensors"] == "1"
-        assert page.chart("s1", "humidity") == UNCHANGED
+        assert page.is_unchanged("s1", "humidity")
         proxy.listen()
         page.monitor.watch_database_once()
-    assert page.filler.live(None)[1]
-    assert page.chart("s1", "humidity")[0]["data"]
+    assert page.filler.live(None)["banner.hidden"]
+    assert page.chart("s1", "humidity")["chart.figure"]["data"]
     assert [record.getMessage() for record in caplog.records] == ["server_unavailable", "server_available"]
 
 
@@ -285,11 +297,11 @@ def test_a_query_that_fails_before_the_monitor_knows(
 ) -> None:
     fill(settings, *steps("s1", 3))
     page = look(proxied)
-    page.monitor.look_at_database()
+    page.monitor.sample_database()
     proxy.refuse()
-    assert page.chart("s1", "temperature") == UNCHANGED
+    assert page.is_unchanged("s1", "temperature")
     proxy.listen()
-    assert page.chart("s1", "temperature")[0]["data"]
+    assert page.chart("s1", "temperature")["chart.figure"]["data"]
 
 
 # The command ----------------------------------------------------------------------------------------------
