@@ -254,7 +254,7 @@ def create_readings() -> None:
 
 
 def create_reading_chunks() -> None:
-    """A function and not a view: an update of TimescaleDB replaces the view below, and nothing may depend on that."""
+    """A function and not a view, which would stop updates of TimescaleDB: they drop and create the view below."""
     op.execute("""
         CREATE FUNCTION reading_chunks() RETURNS TABLE (
             range_start timestamptz, range_end timestamptz, created_at timestamptz, chunk text, is_compressed boolean
