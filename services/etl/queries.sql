@@ -41,7 +41,7 @@ SET enable_sort = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET
 -- name: read_queue
 -- Of the past (older than an hour) only what nobody has touched for a second, or what has waited for five: history
 -- that is loaded comes in many pieces, and its intervals should be computed when they are complete.
-SELECT array_agg(id), range_agg(touched), min(queued_at), clock_timestamp(),
+SELECT array_agg(id), range_agg(touched), extract(epoch FROM clock_timestamp() - min(queued_at))::float8,
        count(*) < (SELECT count(*) FROM summary_refresh_queue)
 FROM summary_refresh_queue
 WHERE %(all)s OR upper(touched) > now() - interval '1 hour' OR queued_at < now() - interval '5 seconds'

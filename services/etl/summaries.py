@@ -52,15 +52,6 @@ Window = tuple[datetime, datetime]
 
 
 @dataclass(frozen=True, slots=True)
-class Queued:
-    """What one poll of the queue found: the rows, their merged ranges, and how long the oldest has waited."""
-
-    ids: list[int]
-    touched: list[Window]
-    age: timedelta
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """The part of the queue that is worked off at once: all from ``cut`` on, None for all."""
 
@@ -99,12 +90,13 @@ class SummaryMirror:
         DATABASE.note_success()
         if queued is None:
             return False
+        ids, touched, oldest_s = queued
         frozen = min((each.frozen for each in self._history.boundaries.values()), default=START)
-        step = take_newest(whole_intervals(queued.touched, BASE_WIDTH, frozen), self.step)
+        step = take_newest(whole_intervals(touched, BASE_WIDTH, frozen), self.step)
         intervals = self._refresh_step(step)
         refreshed = time.monotonic()
         try:
-            changed, done = self._mirror_step(intervals, queued.ids, step.cut)
+            changed, done = self._mirror_step(intervals, ids, step.cut)
         except ChunkDroppedError:
             return True  # the next round sees that it is gone
         mirrored = time.monotonic()
@@ -117,7 +109,7 @@ class SummaryMirror:
                 windows=len(step.windows),
                 intervals=sum(number_of(windows, rollup) for rollup, windows in intervals.items()),
                 summary_rows_changed=sum(changed.values()),
-                oldest_s=round(queued.age.total_seconds(), 2),
+                oldest_s=round(oldest_s, 2),
                 refresh_s=round(refreshed - started, 3),
                 mirror_s=round(mirrored - refreshed, 3),
                 **({} if step.cut is None else {"left_before": step.cut}),
@@ -187,10 +179,11 @@ class SummaryMirror:
         elif took_s < QUICK_S:
             self.step = min(self.step * 2, MAX_TIME)
 
-    def _read_queue(self, *, settled: bool) -> Queued | None:
+    def _read_queue(self, *, settled: bool) -> tuple[list[int], list[Window], float] | None:
+        """The rows, their merged ranges, and how many seconds the oldest has waited; None without any."""
         row = one(self._connection, SQL["read_queue"], {"all": not settled})
-        ids, touched, oldest, now, self.are_unsettled = row
-        return None if ids is None else Queued(ids, [(each.lower, each.upper) for each in touched], now - oldest)
+        ids, touched, oldest_s, self.are_unsettled = row
+        return None if ids is None else (ids, [(each.lower, each.upper) for each in touched], oldest_s)
 
     def _refresh_step(self, step: Step) -> dict[Rollup, list[Window]]:
         """Refresh the minutes first, then the intervals that hold them; returns these."""
