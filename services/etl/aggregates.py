@@ -150,7 +150,7 @@ class Aggregates:
                 self._connection.execute(statement("delete_from", rollup), {"boundary": boundary})
                 fill = statement("fill_from", rollup, materialized=self.materialized()[rollup.aggregate])
                 filled = self._connection.execute(fill, {"boundary": boundary}).rowcount
-                self._history.take_over(rollup.name, boundary)
+                self._history.switch(rollup.name, boundary)
             self._write_state(rollup)
             self._connection.execute(statement("replace_live_view", rollup))
         self.current[rollup.name] = rollup

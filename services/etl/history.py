@@ -19,7 +19,7 @@ closed >= frozen, always (the table checks it), and neither ever moves back. So 
 | open   | closed  | close        | IntervalChange | up to where a new width takes over, if nothing of that is kept:  |
 |        |         |              |                | from what is frozen to there nothing feeds the summary           |
 | closed | frozen  | freeze       | drop_expired   | the queue is drained: nothing before closed_before waits         |
-| closed | frozen  | take_over    | Aggregates     | in the transaction that replaces the rows from there on          |
+| closed | frozen  | switch       | Aggregates     | in the transaction that replaces the rows from there on          |
 | any    | frozen  | note_dropped | SummaryMirror, | each round: somebody else has dropped a chunk. As far as nothing |
 |        |         |              | self_check     | of that is kept; the rest stays open                             |
 | frozen | dropped | drop_expired | a duty of etl  | the chunk is frozen for every measurement                        |
@@ -72,14 +72,14 @@ class Boundaries:
         """All that is closed is frozen."""
         return replace(self, frozen=self.closed)
 
-    def take_over(self, boundary: datetime) -> Boundaries:
+    def switch(self, boundary: datetime) -> Boundaries:
         """Another width begins at the boundary."""
         return replace(self, closed=max(self.closed, boundary), frozen=max(self.frozen, boundary))
 
     def lose(self, lost: Lost, kept_since: datetime) -> Boundaries:
         """Intervals that are not all there are frozen, except for what is kept."""
         incomplete = max(bucket_ceil(self.width, lost.ended), bucket_floor(self.width, lost.unfinished))
-        return self.take_over(max(self.frozen, min(incomplete, bucket_floor(self.width, kept_since))))
+        return self.switch(max(self.frozen, min(incomplete, bucket_floor(self.width, kept_since))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class History:
             self._lost = Lost(ended, unfinished)
 
     def note_dropped(self) -> None:
-        """Every time, and not only when a chunk is newly gone: we may have died between the two statements."""
+        """Note chunks that are gone, and freeze their intervals: every time, for an etl may have died in between."""
         with self._lease.transaction():
             self._connection.execute(SQL["note_chunks"])
             self.read()
@@ -145,10 +145,10 @@ class History:
             self._move(frozen)
         return True
 
-    def take_over(self, measurement: str, boundary: datetime) -> None:
+    def switch(self, measurement: str, boundary: datetime) -> None:
         """In the caller's transaction, which lets another width feed the summary from the boundary on."""
         self.read()
-        self._move({measurement: self.boundaries[measurement].take_over(boundary)})
+        self._move({measurement: self.boundaries[measurement].switch(boundary)})
 
     def is_queued_before(self, boundary: datetime) -> bool:
         """Whether something of before the boundary waits for its summaries."""

@@ -68,8 +68,8 @@ def test_what_is_closed_is_frozen_and_nothing_else() -> None:
 
 
 def test_where_another_width_takes_over_all_before_is_closed_and_frozen() -> None:
-    assert Boundaries(HOUR, closed=NOON).take_over(NOON + HOUR) == Boundaries(HOUR, NOON + HOUR, NOON + HOUR)
-    assert Boundaries(HOUR).take_over(START) == Boundaries(HOUR)
+    assert Boundaries(HOUR, closed=NOON).switch(NOON + HOUR) == Boundaries(HOUR, NOON + HOUR, NOON + HOUR)
+    assert Boundaries(HOUR).switch(START) == Boundaries(HOUR)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_no_transition_reopens_anything_and_each_leaves_boundaries_of_intervals(
     for after in (
         before.close(boundary, kept_since),
         before.freeze(),
-        before.take_over(boundary),
+        before.switch(boundary),
         before.lose(Lost(ended, unfinished), kept_since),
     ):
         assert after.closed >= before.closed
