@@ -113,7 +113,6 @@ def is_ours(host: str | None) -> bool:
 class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     server_version, sys_version = "sensor-pipeline", ""
-    timeout = REQUEST_TIMEOUT_S
 
     def do_GET(self) -> None:
         if self.server.is_for_this_machine and not is_ours(self.headers.get("Host")):
