@@ -284,7 +284,6 @@ def load_settings(needed: tuple[str, ...] = ("*",)) -> Settings:
         return settings_type(DEFAULT)()
     given = {name: value for name, value in given_values().items() if any(fnmatchcase(name, each) for each in needed)}
     model = _type_for(given)
-    names_in(DOTENV, model.model_fields)
     try:
         return model(**given)
     except ValidationError as error:
@@ -294,7 +293,8 @@ def load_settings(needed: tuple[str, ...] = ("*",)) -> Settings:
 def given_values() -> dict[str, Any]:
     """What the environment and ``.env`` say, by lower-case name; the environment wins, by whatever synonym."""
     try:
-        dotenv = dotenv_values(DOTENV, encoding="utf-8-sig") if DOTENV.is_file() else {}
+        names_in(DOTENV, settings_type(DEFAULT).model_fields)  # raises where dotenv_values would only warn
+        dotenv = dotenv_values(DOTENV, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{DOTENV} cannot be read: {error}") from error
     return with_synonyms(dotenv) | with_synonyms(os.environ)

@@ -169,11 +169,14 @@ def test_a_dotenv_that_is_not_text_is_one_line(tmp_path: Path) -> None:
         ("KAFKA_HOST=a\n\nPOSTGRE_PASSWORD='hunter2\nKAFKA_PORT=1\n", 3),
     ],
 )
-def test_what_is_no_setting_in_dotenv_is_one_line_with_its_number(tmp_path: Path, content: str, line: int) -> None:
+def test_what_is_no_setting_in_dotenv_is_one_line_with_its_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, line: int
+) -> None:
     (tmp_path / ".env").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigurationError, match=rf"^\.env, line {line}: [^\n]*$") as caught:
         load_settings()
     assert "hunter2" not in str(caught.value)
+    assert caplog.messages == []
 
 
 def test_a_dotenv_that_is_a_directory_is_one_line(tmp_path: Path) -> None:
