@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import reduce
 from typing import Any
@@ -68,7 +69,7 @@ def split_refused(
 
 def unusual(rows: pa.RecordBatch, decoder: Decoder) -> pa.Array:
     """Which rows may not be readings."""
-    earliest, latest = map(microseconds, decoder.bounds)
+    earliest, latest = microseconds(decoder.earliest), microseconds(decoder.latest)
     in_time = pc.and_(pc.greater_equal(rows["time"], earliest), pc.less_equal(rows["time"], latest))
     numbers = [rows[name] for name in measured(rows)]
     checks = [are_ids(rows["sensor_id"]), pc.fill_null(in_time, False)]
@@ -113,16 +114,9 @@ def alone(message: Message, row: pa.RecordBatch) -> Message:
 
 def as_json(row: pa.RecordBatch) -> bytes:
     """The message value of one row; NaN and infinity as Python writes them, which no decoder takes."""
-    fields: dict[str, Any] = {"sensor_id": row["sensor_id"][0].as_py(), "time": time_text(row["time"][0].as_py())}
+    fields: dict[str, Any] = {name: row[name][0].as_py() for name in ("sensor_id", "time")}
+    if fields["time"] is not None:
+        with suppress(OverflowError):  # a time that has no text is a number
+            fields["time"] = (EPOCH + timedelta(microseconds=fields["time"])).isoformat()
     fields |= {name: row[name][0].as_py() for name in measured(row) if row[name][0].is_valid}
     return json.dumps(fields, ensure_ascii=False).encode()
-
-
-def time_text(time: int | None) -> str | int | None:
-    """As in any message; a time that has no text is a number."""
-    if time is None:
-        return None
-    try:
-        return (EPOCH + timedelta(microseconds=time)).isoformat()
-    except OverflowError:
-        return time

@@ -32,17 +32,12 @@ def decode(messages: Sequence[Message], decoder: Decoder, *, fills_gaps: bool) -
     letters: list[DeadLetter] = []
     for form, run in groupby(messages, format_of):
         those = list(run)
+        repeated = [dict(headers_of(message)).get(REPEAT_HEADER) in marks for message in those]  # of several the last
         decode_run = decode_readings if form == JSON else decode_blocks
-        more_chunks, more_letters = decode_run(those, [mark_of(message) in marks for message in those], decoder)
+        more_chunks, more_letters = decode_run(those, repeated, decoder)
         chunks += more_chunks
         letters += more_letters
     return chunks, letters
-
-
-def mark_of(message: Message) -> bytes | None:
-    """What the message says of having been stored before; of several marks the last."""
-    marks = [value for name, value in headers_of(message) if name == REPEAT_HEADER]
-    return marks[-1] if marks else None
 
 
 def decode_readings(messages: Sequence[Message], repeated: Sequence[bool], decoder: Decoder) -> Decoded:
@@ -74,9 +69,8 @@ def usual_columns(
         columns = columns_of(readings, decoder.measurements)
     except OverflowError:  # a time that is before the year 1 or after 9999 in UTC
         return None
-    earliest, latest = map(microseconds, decoder.bounds)
     ends = pc.min_max(columns["time"])
-    if ends["min"].as_py() < earliest or ends["max"].as_py() > latest:
+    if ends["min"].as_py() < microseconds(decoder.earliest) or ends["max"].as_py() > microseconds(decoder.latest):
         return None
     numbers = [columns[name] for name in decoder.measurements]
     lacking = all(number.null_count for number in numbers) and pc.coalesce(*numbers).null_count

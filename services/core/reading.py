@@ -78,20 +78,15 @@ class Decoder:
         self.set_clock(datetime.now(UTC))
 
     def set_clock(self, now: datetime) -> None:
-        """Set the time (aware) that "future" and "too late" are measured from."""
-        self._latest = min(now, LATEST - self._max_future) + self._max_future
+        """Set the time (aware) that a reading's ``earliest`` and ``latest`` time are measured from."""
+        self.latest = min(now, LATEST - self._max_future) + self._max_future
         self._past = _ago(now, self._max_past)
-        self._earliest = max(self._past, _ago(now, self._max_age))
-
-    @property
-    def bounds(self) -> tuple[datetime, datetime]:
-        """The earliest and the latest time that a reading may have."""
-        return self._earliest, self._latest
+        self.earliest = max(self._past, _ago(now, self._max_age))
 
     def decode_all(self, values: Sequence[bytes | None]) -> Decoded:
         """As ``decode_each``, but much faster, because it leaves checks of the readings to the caller.
 
-        These are ``max_bytes``, ``bounds``, whether an id is printable, and whether there is any measurement.
+        These are ``max_bytes``, the bounds of the time, whether an id is printable, and whether there is a measurement.
         """
         readings: list[Reading] = []
         refused: dict[int, tuple[Reason, str]] = {}
@@ -136,9 +131,9 @@ class Decoder:
             raise MalformedMessageError(Reason.INVALID_READING, "sensor_id has characters that cannot be printed")
         if all(getattr(reading, name) is None for name in self.measurements):
             raise MalformedMessageError(Reason.NO_MEASUREMENT, f"{' and '.join(self.measurements)} missing or null")
-        if reading.time > self._latest:
+        if reading.time > self.latest:
             raise MalformedMessageError(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
-        if reading.time < self._earliest:
+        if reading.time < self.earliest:
             if reading.time < self._past:
                 raise MalformedMessageError(
                     Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows"
