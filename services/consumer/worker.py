@@ -147,8 +147,6 @@ class Worker:
 
     def _by_lane(self, messages: list[Message]) -> list[tuple[Lane, list[Message]]]:
         """The messages of each lane, in the order they came."""
-        if len(self._lanes) == 1:
-            return [(self._lanes[0], messages)]
         found: dict[Lane, list[Message]] = {}
         for partition, run in groupby(messages, Message.partition):
             found.setdefault(self._partitions.lane_of.get(partition or 0, self._lanes[0]), []).extend(run)
