@@ -71,17 +71,17 @@ class Commits:
         self._consumer = consumer
         self._topic = topic
         self.committed: dict[int, int] = {}
-        self._told: dict[int, int] = {}
+        self._sent: dict[int, int] = {}
         self._unanswered = 0
         self._refused = False  # there may never be a next commit that would repeat it
         self._next_sample = 0.0
 
-    def tell(self, offsets: Mapping[int, int]) -> None:
-        """Commit what was not told yet; the answer comes while polling."""
-        new = dict(offsets.items() - self._told.items())
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Commit what was not sent yet; the answer comes while polling."""
+        new = dict(offsets.items() - self._sent.items())
         if not new:
             return
-        self._told |= new
+        self._sent |= new
         try:
             self._consumer.commit(
                 offsets=[TopicPartition(self._topic, *each) for each in new.items()], asynchronous=True
@@ -95,7 +95,7 @@ class Commits:
         self._unanswered -= 1
         problem = error or next((each.error for each in offsets if each.error is not None), None)
         if problem is None:
-            self.committed |= {each.partition: each.offset for each in offsets if each.partition in self._told}
+            self.committed |= {each.partition: each.offset for each in offsets if each.partition in self._sent}
         else:
             self._note_refused(problem)
 
@@ -105,15 +105,15 @@ class Commits:
         log.warning("offsets_not_committed", extra=fields(detail=error.str()))
         self._refused = True
 
-    def tell_again(self) -> None:
-        """Let what Kafka has refused be told again."""
+    def retry_refused(self) -> None:
+        """Let what Kafka has refused be sent again."""
         if self._refused:
             self._refused = False
-            self._told.clear()
+            self._sent.clear()
 
     def are_answered(self, offsets: Mapping[int, int]) -> bool:
-        """Whether these were told, and nothing waits for an answer."""
-        return offsets.items() <= self._told.items() and not self._unanswered
+        """Whether these were sent, and nothing waits for an answer."""
+        return offsets.items() <= self._sent.items() and not self._unanswered
 
     def sample(self, *, paused: bool) -> None:
         """Set the metric, once in each interval.
@@ -142,7 +142,7 @@ class Commits:
     def forget(self, partitions: Iterable[int]) -> None:
         """The partitions are not ours any more; their next owner reports their lag."""
         for partition in partitions:
-            for each in (self._told, self.committed, EXPIRY.waiting):
+            for each in (self._sent, self.committed, EXPIRY.waiting):
                 each.pop(partition, None)
             with suppress(KeyError):
                 LAG.remove(str(partition))

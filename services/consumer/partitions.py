@@ -131,7 +131,7 @@ class Partitions:
                 if end > self.next[partition]:
                     lane.filling.move(partition, end, self.next)
             if lane.filling.is_empty:
-                self._commits.tell(ends)
+                self._commits.commit(ends)
 
     def leave_missing(self, partition: int | None) -> None:
         """Kafka has nothing at our position: what was there has expired, or a broker has lost the end of its log."""

@@ -224,7 +224,7 @@ class Worker:
                 reasons = Counter(letter.reason for letter in letters)
                 self.totals.update(**result.counts(), dead_letters=len(letters))
                 self.totals.update({f"dead_{reason}": count for reason, count in reasons.items()})
-                self._commits.tell({each: end for each, end in batch.end.items() if each in self._partitions.next})
+                self._commits.commit({each: end for each, end in batch.end.items() if each in self._partitions.next})
             case AbandonedError() if was_storing:
                 self._partitions.go_back([lane])
 
@@ -232,7 +232,7 @@ class Worker:
         """While nothing comes, check whether the database was emptied or restored, or its positions changed."""
         if not lane.partitions or not lane.filling.is_empty or not lane.is_check_due():
             return
-        self._commits.tell_again()
+        self._commits.retry_refused()
         check = self._partitions.new_batch()
         check.start = check.end = {partition: self._partitions.next[partition] for partition in lane.partitions}
         lane.writer.submit(check)

@@ -165,23 +165,23 @@ def test_a_marker_at_the_end_is_stepped_over_and_then_kafka_is_told_once(
 
 
 def test_what_kafka_has_refused_is_told_again_when_it_is_time(commits: Commits, kafka: Silent) -> None:
-    commits.tell({0: 8})
+    commits.commit({0: 8})
     commits.note_answer(KafkaError(KafkaError.REQUEST_TIMED_OUT), [])
-    commits.tell({0: 8})
+    commits.commit({0: 8})
     assert kafka.told == [(0, 8)]
-    commits.tell_again()
-    commits.tell({0: 8})
+    commits.retry_refused()
+    commits.commit({0: 8})
     assert kafka.told == [(0, 8), (0, 8)]
 
 
 def test_a_partition_that_comes_back_is_told_of_again(commits: Commits, kafka: Silent) -> None:
-    commits.tell({0: 8, 1: 3})
+    commits.commit({0: 8, 1: 3})
     commits.forget([0])
-    commits.tell({0: 8, 1: 3})
+    commits.commit({0: 8, 1: 3})
     assert kafka.told == [(0, 8), (1, 3), (0, 8)]
 
 
 def test_kafka_that_does_not_allow_commits_ends_the_consumer(commits: Commits) -> None:
-    commits.tell({0: 8})
+    commits.commit({0: 8})
     with pytest.raises(PermanentError, match="Kafka refuses to commit offsets"):
         commits.note_answer(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED), [])
