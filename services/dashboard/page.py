@@ -221,10 +221,7 @@ class Filler:
         if version == shown:
             raise PreventUpdate
         if series is None:
-            return nothing | {
-                "chart-text.children": f"{sensor} has no {measurement} intervals",
-                "shown.data": version,
-            }
+            return nothing | {"chart-text.children": f"{sensor} has no {measurement} intervals", "shown.data": version}
         return {
             "chart.figure": charts.series_chart(series, name),
             "chart-box.hidden": False,
