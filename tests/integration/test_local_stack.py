@@ -232,6 +232,7 @@ def test_how_a_server_ended_by_itself_is_known(tmp_path: Path) -> None:
     failing.start()
     wait_until(lambda: failing.exit_code == 3, "its own exit code")
     assert failing.state == "crashed"
+    failing.stop()
     lasting = Command(tmp_path, "sleep", "60")
     lasting.start()
     assert lasting.exit_code is None
@@ -249,6 +250,7 @@ def test_no_signal_is_blocked_in_a_server(tmp_path: Path) -> None:
     shown.start()
     wait_until(lambda: shown.exit_code == 0, "it ends")
     assert shown.log_lines() == ["SigBlk:\t0000000000000000"]
+    shown.stop()
 
 
 STARTER = """
