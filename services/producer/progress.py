@@ -32,7 +32,7 @@ log = logging.getLogger("producer")
 REQUEST_TIMEOUT_S = 5.0
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far one file was sent. The record of a topic has only ``url`` (its name) and ``began``."""
 
     url: str

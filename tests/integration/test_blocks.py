@@ -275,7 +275,7 @@ def test_a_flood_of_blocks_takes_little_memory(
 
     def has_ended() -> bool:
         nonlocal most
-        with suppress(FileNotFoundError):  # it has just ended
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             found = [line for line in peak.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]
             most = max([most, *(int(line.split()[1]) for line in found)])
         return consumer.process.poll() is not None
