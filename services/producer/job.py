@@ -62,9 +62,10 @@ class Tally(NamedTuple):
 
 @dataclass(slots=True)
 class Job:
-    """``unreadable`` is called with a file that cannot be read to its end; the others are sent.
+    """One source on its way into the topic.
 
-    ``resend``: the mark with which all of it is sent again (None: only what was not sent before).
+    ``unreadable`` is called with a file that cannot be read to its end; the others are sent. ``resend``: the mark with
+    which all of it is sent again (None: only what was not sent before).
     """
 
     settings: Settings
