@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from services.local.check import Key, Row, floor, summarised
+from services.local.check import Key, Row, differing, floor, summarised
 
 NEVER = datetime.min.replace(tzinfo=UTC)  # PostgreSQL's -infinity
+ALWAYS = datetime.max.replace(tzinfo=UTC)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # where a hypertable counts its chunks from
 CHUNK = timedelta(days=7)
 METRICS = ("temperature", "humidity")
@@ -38,10 +39,10 @@ def minute_of(time: datetime) -> datetime:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One state of a metric on the way of an etl run: its width, and how far back it is closed and frozen."""
+class State:
+    """What etl has decided of a summary: its width, and how far back it is closed and frozen."""
 
-    minutes: int | None
+    minutes: int | None = None
     closed: datetime = NEVER
     frozen: datetime = NEVER
 
@@ -51,15 +52,9 @@ class Summary:
     """One summary table. ``kept`` are the rows of frozen intervals: they never change again."""
 
     minutes: int | None = None
-    closed: datetime = NEVER
     frozen: datetime = NEVER
     kept: Rows = field(default_factory=dict)
     suspect: set[Key] = field(default_factory=set)  # changed by hand, not yet known to be repaired
-
-    @property
-    def stage(self) -> Stage:
-        """The state now."""
-        return Stage(self.minutes, self.closed, self.frozen)
 
 
 @dataclass(slots=True)
@@ -81,65 +76,53 @@ class Model:
         self.rows[sensor, time] = after
         return "inserted" if before is None else "unchanged" if before == after else "updated"
 
-    def recomputed(self, metric: str) -> Rows:
-        """The summary's rows from its first interval that is not frozen, from the stored readings."""
-        state = self.summaries[metric]
-        if state.minutes is None:
+    def at_width(self, metric: str, minutes: int | None, start: datetime, end: datetime = ALWAYS) -> Rows:
+        """The rows of the intervals that begin from ``start`` up to ``end``, from the stored readings."""
+        if minutes is None:
             return {}
-        rows = summarised(self.rows, METRICS.index(metric), state.minutes)
-        return {key: row for key, row in rows.items() if key[1] >= state.frozen}
+        rows = summarised(self.rows, METRICS.index(metric), minutes)
+        return {key: row for key, row in rows.items() if start <= key[1] < end}
+
+    def recomputed(self, metric: str) -> Rows:
+        """The summary's rows from its first interval that is not frozen."""
+        state = self.summaries[metric]
+        return self.at_width(metric, state.minutes, state.frozen)
 
     def expected(self, metric: str) -> Rows:
         """The whole summary as it must be once nothing is queued."""
         return self.summaries[metric].kept | self.recomputed(metric)
 
-    def freeze(self, metric: str, edge: datetime, rows: Rows | None = None) -> None:
-        """Intervals that begin before ``edge`` stay as ``rows`` are, or as they must be now."""
+    def freeze(self, metric: str, edge: datetime, stored: Rows) -> None:
+        """Intervals that begin before ``edge`` stay as they are stored."""
         state = self.summaries[metric]
         if edge > state.frozen:
-            rows = self.expected(metric) if rows is None else rows
-            state.kept |= {key: row for key, row in rows.items() if state.frozen <= key[1] < edge}
+            state.kept |= {key: row for key, row in stored.items() if state.frozen <= key[1] < edge}
+            state.suspect = {key for key in state.suspect if key[1] >= edge}
             state.frozen = edge
 
-    def advance(self, metric: str, found: Stage, edge: datetime) -> None:
-        """Follow etl to a stage that it was found in; ``edge`` is where a new width takes over."""
+    def follow(self, metric: str, found: State, stored: Rows) -> set[Key]:
+        """Etl has decided ``found``; those rows that it froze though they are wrong.
+
+        They must be what the readings give: at the width before and, from where an interval of both begins, at the
+        new one.
+        """
         state = self.summaries[metric]
-        if found.minutes != state.minutes and state.minutes is not None:
-            self.freeze(metric, edge)
-            state.suspect = {key for key in state.suspect if key[1] < edge}
+        frozen = {key: row for key, row in stored.items() if state.frozen <= key[1] < found.frozen}
+        change = found.frozen
+        if state.minutes is None:
+            change = state.frozen
+        elif found.minutes is not None and found.minutes != state.minutes:
+            width = timedelta(minutes=found.minutes)
+            new = [key[1] for key, row in frozen.items() if key not in state.suspect and row[0] - key[1] == width]
+            change = floor(min(new), math.lcm(state.minutes, found.minutes)) if new else change
+        wanted = self.at_width(metric, state.minutes, state.frozen, change)
+        wanted |= self.at_width(metric, found.minutes, change, found.frozen)
+        wrong = differing(frozen, wanted) - state.suspect
+        self.freeze(metric, found.frozen, stored)
         state.minutes = found.minutes
-        self.freeze(metric, found.frozen)
-        state.closed = found.closed
+        return wrong
 
     def forget(self, chunks: Iterable[datetime]) -> None:
         """The raw readings of these chunks are gone."""
         gone = set(chunks)
         self.rows = {key: values for key, values in self.rows.items() if chunk_of(key[1]) not in gone}
-
-    def width_after(self, metric: str, target: int, limit: datetime) -> int:
-        """The width after an etl run that is asked for ``target``: history is closed up to ``limit`` at most."""
-        state = self.summaries[metric]
-        return target if state.minutes is None or self.edge(metric, target) <= limit else state.minutes
-
-    def stages(self, metric: str, target: int, expired: Iterable[datetime]) -> list[Stage]:
-        """What an etl run goes through: see what was dropped, change the width, drop the ``expired`` chunks."""
-        state = self.summaries[metric]
-        minutes, closed, frozen = state.minutes or target, max(state.closed, state.frozen), state.frozen
-        found = [state.stage, Stage(minutes, state.closed, frozen), Stage(minutes, closed, frozen)]
-        if minutes != target:
-            if closed != NEVER:
-                closed = ceil(closed, math.lcm(minutes, target))
-                found.append(Stage(minutes, closed, frozen))
-            minutes, frozen = target, closed
-            found.append(Stage(minutes, closed, frozen))
-        ends = [start + CHUNK for start in expired]
-        if ends:
-            closed = max(closed, ceil(max(ends), minutes))
-            found += [Stage(minutes, closed, frozen), Stage(minutes, closed, closed)]
-        return found
-
-    def edge(self, metric: str, target: int) -> datetime:
-        """Where the width ``target`` takes over from the one of now."""
-        state = self.summaries[metric]
-        closed = max(state.closed, state.frozen)
-        return NEVER if closed == NEVER else ceil(closed, math.lcm(state.minutes or target, target))

@@ -388,6 +388,16 @@ def test_extreme_values_do_not_stop_the_summaries(
     assert differences(connection, settings) == []
 
 
+def test_the_smallest_numbers_are_mirrored_when_their_interval_is_refreshed_again(
+    connection: psycopg.Connection, settings: Settings, sink: Sink, leader: Leader
+) -> None:
+    for sensor in ("s1", "s2"):
+        store(sink, at(1, 5e-324, sensor=sensor))
+        leader.run_once()
+    assert len(summary(connection)) == 2
+    assert differences(connection, settings) == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_summary_equals_a_recomputation_for_any_readings(
     connection: psycopg.Connection, settings: Settings, sink: Sink, leader: Leader, seed: int
