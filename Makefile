@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-# KEEP=0 and KEEP=no mean what they say.
+# KEEP=0 and KEEP=no count as not set.
 yes = $(filter-out 0 no false off,$(1))
 
 .PHONY: help setup demo demo-down unit test test-all coverage chaos load bench lint types fmt docs wheel lock sbom clean secrets
@@ -33,7 +33,7 @@ $(GATEWAY_READY): $(GATEWAY)/package.json $(GATEWAY)/package-lock.json | $(READY
 	@$(NPM) ci --ignore-scripts --no-audit --no-fund
 	@touch $@
 
-demo: setup ## the whole pipeline over real readings; KEEP=1 leaves it running, TLS=1 secures it
+demo: setup ## run the whole pipeline on real readings; KEEP=1 leaves it running, TLS=1 secures it
 	@$(BIN)/sensor-pipeline demo $(if $(call yes,$(KEEP)),--keep) $(if $(call yes,$(TLS)),--tls)
 
 demo-down: setup ## stop a demo that was left running
@@ -100,7 +100,7 @@ wheel: setup ## dist/: the wheel that "pip install" takes
 # Containers read the files as users of their own, so each is readable; others here cannot enter the directory.
 SECRETS := postgre sensor_consumer sensor_etl sensor_grafana sensor_dashboard grafana_admin
 
-secrets: ## passwords for docker-compose.secrets.yml in secrets/, drawn once: one that is there stays
+secrets: ## generate passwords for docker-compose.secrets.yml in secrets/; existing ones stay
 	@mkdir -p -m 700 secrets
 	@for name in $(SECRETS); do \
 		test -s secrets/$$name && continue; \
@@ -116,7 +116,7 @@ lock: setup ## pin the requirements again
 	@$(COMPILE) --output-file requirements/runtime.txt pyproject.toml
 	@$(COMPILE) --extra local --extra dashboard --extra dev --constraint requirements/runtime.txt --output-file requirements/dev.txt pyproject.toml
 
-# In an environment of its own: it is no dependency of ours.
+# In an environment of its own: it is not one of our dependencies.
 SBOM := .local/sbom
 sbom: ## sbom.json (CycloneDX): every Python package of the image, with its version and hashes
 	@$(PYTHON) -m venv $(SBOM)
