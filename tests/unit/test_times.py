@@ -223,7 +223,7 @@ def test_local_times_at_the_ends_of_the_calendar() -> None:
     assert read(far, "Europe/Berlin")[1].skipped == {"time_out_of_range": 2, "no_time": 1}
 
 
-@given(st.lists(near_a_change("Europe/Berlin"), min_size=1), st.sampled_from(sorted(UNITS)))
+@given(st.lists(near_a_change("Europe/Berlin"), min_size=1, max_size=8), st.sampled_from(sorted(UNITS)))
 def test_the_demo_s_check_reads_times_alike(shown: list[datetime], unit: str) -> None:
     """It has code of its own."""
     local = pa.array(shown, pa.timestamp("us"))
