@@ -13,7 +13,7 @@ import pytest
 FOR_SERVERS = ("tests.fix_stack", "tests.fix_services", "tests.fix_proxy", "tests.fix_browser")
 
 # A few examples while somebody waits; --hypothesis-profile full draws more. A busy machine fails no test.
-hypothesis.settings.register_profile("few", deadline=None, max_examples=10)
+hypothesis.settings.register_profile("few", deadline=None, max_examples=5)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("few")
 
