@@ -31,7 +31,7 @@ def run(settings: Settings, *arguments: str, **environment: str) -> subprocess.C
 
 
 @pytest.mark.parametrize("command", ["produce", "consume", "etl", "status", "demo"])
-def test_a_wrong_setting(settings: Settings, command: str) -> None:
+def test_a_wrong_setting_says_what_is_allowed(settings: Settings, command: str) -> None:
     line = error_line(run(settings, command, TEMPERATURE_INTERVAL="abc"), MISTAKE)
     what = "width of a temperature interval in whole minutes: 1 to 527040"
     assert line == f"TEMPERATURE_INTERVAL=abc is not allowed ({what})"
@@ -43,7 +43,7 @@ def test_several_wrong_settings_are_one_line(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("command", ["consume", "etl"])
-def test_a_wrong_password(settings: Settings, command: str) -> None:
+def test_a_wrong_password_names_the_setting_and_is_not_shown(settings: Settings, command: str) -> None:
     line = error_line(run(settings, command, POSTGRE_PASSWORD="hunter2"), MISTAKE)
     assert line.startswith(f"PostgreSQL at {settings.postgre_host}:{settings.postgre_port}/")
     assert "POSTGRE_PASSWORD" in line
@@ -51,7 +51,7 @@ def test_a_wrong_password(settings: Settings, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["produce", "consume"])
-def test_no_kafka(settings: Settings, command: str) -> None:
+def test_a_kafka_that_does_not_answer_is_one_line(settings: Settings, command: str) -> None:
     port = free_port()
     line = error_line(run(settings, command, KAFKA_PORT=str(port)), MISTAKE)
     assert line == (
@@ -61,7 +61,7 @@ def test_no_kafka(settings: Settings, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["consume", "etl"])
-def test_no_postgresql(settings: Settings, command: str) -> None:
+def test_a_postgresql_that_does_not_answer_is_one_line(settings: Settings, command: str) -> None:
     port = free_port()
     line = error_line(run(settings, command, POSTGRE_PORT=str(port)), MISTAKE)
     assert line == (
@@ -71,7 +71,7 @@ def test_no_postgresql(settings: Settings, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["produce", "consume", "etl"])
-def test_a_metrics_port_that_is_taken(settings: Settings, command: str) -> None:
+def test_a_metrics_port_that_is_taken_is_one_line(settings: Settings, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = error_line(run(settings, command, METRICS_PORT=str(port)), MISTAKE)
@@ -81,34 +81,34 @@ def test_a_metrics_port_that_is_taken(settings: Settings, command: str) -> None:
     )
 
 
-def test_a_metrics_host_that_does_not_exist(settings: Settings) -> None:
+def test_a_metrics_host_that_does_not_exist_is_one_line(settings: Settings) -> None:
     line = error_line(run(settings, "etl", METRICS_HOST="nowhere.invalid", METRICS_PORT="8000"), MISTAKE)
     assert line.startswith("METRICS_HOST=nowhere.invalid, METRICS_PORT=8000: cannot listen there: ")
 
 
-def test_tls_that_postgresql_does_not_speak(settings: Settings) -> None:
+def test_tls_that_postgresql_does_not_speak_is_one_line(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_SSLMODE="require"), MISTAKE)
     assert "server does not support SSL, but SSL was required (check POSTGRE_SSLMODE, " in line
 
 
-def test_a_wrong_speed(settings: Settings) -> None:
+def test_a_wrong_speed_says_how_to_write_it(settings: Settings) -> None:
     line = error_line(run(settings, "produce", "--speed", "60"), MISTAKE)
     assert line.startswith("--speed=60 is not allowed (how many times faster than the readings' own times")
 
 
-def test_what_cannot_both_hold(settings: Settings) -> None:
+def test_settings_that_exclude_each_other_are_refused(settings: Settings) -> None:
     line = error_line(run(settings, "produce", "--speed", "60x", PRODUCER_RATE="100"), MISTAKE)
     assert line == "PRODUCER_RATE=100 and --speed cannot both hold: leave one out (PRODUCER_RATE=0 is none)"
     line = error_line(run(settings, "produce", "--resend", PRODUCER_WATCH_SECONDS="5"), MISTAKE)
     assert line.startswith("PRODUCER_WATCH_SECONDS=5 and --resend cannot both hold")
 
 
-def test_watching_a_directory_that_does_not_exist(settings: Settings) -> None:
+def test_a_watched_directory_must_exist(settings: Settings) -> None:
     line = error_line(run(settings, "produce", PARQUET_URL="/no/such", PRODUCER_WATCH_SECONDS="5"), MISTAKE)
     assert line.startswith("PARQUET_URL=/no/such: there is no such file or directory")
 
 
-def test_a_host_that_does_not_exist(settings: Settings) -> None:
+def test_a_host_that_does_not_exist_is_one_line(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_HOST="nowhere.invalid"), MISTAKE)
     assert line.startswith("PostgreSQL does not answer at nowhere.invalid:")
     assert line.endswith(": there is no host of this name")
@@ -117,12 +117,12 @@ def test_a_host_that_does_not_exist(settings: Settings) -> None:
     assert line.endswith(": there is no host of this name")
 
 
-def test_another_service_on_the_port(settings: Settings) -> None:
+def test_another_service_on_the_port_is_recognised(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_PORT=str(settings.kafka_port)), MISTAKE)
     assert line.startswith("PostgreSQL does not answer at ")
 
 
-def test_a_database_that_does_not_exist(settings: Settings) -> None:
+def test_a_database_that_does_not_exist_is_named(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_DBNAME="nothing_here"), MISTAKE)
     assert "nothing_here" in line
     assert "POSTGRE_DBNAME" in line
@@ -139,7 +139,7 @@ def test_missing_tables_are_permanent(settings: Settings, arguments: list[str]) 
     )
 
 
-def test_a_command_that_does_not_exist() -> None:
+def test_a_command_that_does_not_exist_is_a_mistake() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "services.cli", "consum"],
         cwd=ROOT,

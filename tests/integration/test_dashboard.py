@@ -307,7 +307,7 @@ def test_a_query_that_fails_before_the_monitor_knows(
 # The command ----------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_taken(settings: Settings) -> None:
+def test_a_port_that_is_taken_is_one_line(settings: Settings) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -319,7 +319,7 @@ def test_a_port_that_is_taken(settings: Settings) -> None:
     )
 
 
-def test_the_extra_is_not_installed(settings: Settings, tmp_path: Path) -> None:
+def test_a_missing_extra_says_what_to_install(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "dash.py").write_text("raise ModuleNotFoundError(name='dash')", encoding="utf-8")
     done = run_cli(settings, "dashboard", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
@@ -398,14 +398,14 @@ def open_page(browser: webdriver.Chrome, start: StartService) -> Iterator[OpenPa
     browser.get("about:blank")
 
 
-def test_the_page_without_data(settings: Settings, open_page: OpenPage) -> None:
+def test_the_page_says_that_there_are_no_data(settings: Settings, open_page: OpenPage) -> None:
     page = open_page(settings)
     page.wait_for("#chart-text", NO_READINGS)
     assert page.text("#tiles").split("\n")[-1] == "0"
     page.keep("no-data")
 
 
-def test_the_page_with_one_sensor(settings: Settings, open_page: OpenPage) -> None:
+def test_the_page_draws_the_summary_of_one_sensor(settings: Settings, open_page: OpenPage) -> None:
     readings = days("attic")
     fill(settings, *readings)
     page = open_page(settings)
@@ -446,7 +446,7 @@ def test_the_page_with_200_sensors_by_keyboard(settings: Settings, open_page: Op
     assert console(browser) == []
 
 
-def test_the_page_while_the_database_is_away(
+def test_the_page_keeps_its_chart_while_the_database_is_away(
     proxied: Settings, settings: Settings, proxy: Proxy, open_page: OpenPage
 ) -> None:
     fill(settings, *days("attic"))

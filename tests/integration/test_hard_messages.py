@@ -79,7 +79,9 @@ def surrounded(settings: Settings, value: bytes, headers: Headers | None = None)
     publish(settings, [message(time=minutes(1), temperature=1.0)], partition=0)
 
 
-def test_a_message_of_three_megabytes(settings: Settings, connection: psycopg.Connection, start: StartService) -> None:
+def test_a_message_of_three_megabytes_stops_nothing(
+    settings: Settings, connection: psycopg.Connection, start: StartService
+) -> None:
     own = with_topics(settings, "large", 6_000_000)
     large = b"x" * 3_000_000
     surrounded(own, large)
@@ -91,7 +93,7 @@ def test_a_message_of_three_megabytes(settings: Settings, connection: psycopg.Co
     assert committed_offsets(own)[0] == 3
 
 
-def test_headers_of_more_than_two_megabytes(
+def test_headers_of_more_than_two_megabytes_stop_nothing(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     own = with_topics(settings, "headers", 6_000_000)
@@ -103,7 +105,7 @@ def test_headers_of_more_than_two_megabytes(
     assert count(connection) == 2
 
 
-def test_a_topic_of_dead_letters_that_takes_less_than_ours(
+def test_a_topic_of_dead_letters_that_takes_less_than_ours_gets_every_letter(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     """Made by somebody else, with a limit that is one of a whole request."""
@@ -136,7 +138,7 @@ def test_a_lost_topic_of_dead_letters_is_one_line(settings: Settings, start: Sta
     assert [value for value, _ in letters] == [b"not json"]
 
 
-def test_thousands_of_weeks_in_one_batch(
+def test_a_batch_over_thousands_of_weeks_is_stored(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     """Back to the year 1835: rows as far back as the settings allow, dead letters beyond."""
@@ -168,7 +170,7 @@ def own_kafka(tmp_path: Path, servers: Settings, request: pytest.FixtureRequest)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own_kafka", ["group.coordinator.rebalance.protocols=classic\n"], indirect=True)
-def test_a_broker_without_the_new_group_protocol(
+def test_a_broker_without_the_new_group_protocol_is_used_with_the_classic_one(
     settings: Settings, own_kafka: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     own = settings.model_copy(update={"kafka_host": own_kafka.kafka_host, "kafka_port": own_kafka.kafka_port})

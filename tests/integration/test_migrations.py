@@ -112,7 +112,7 @@ def test_a_downgrade_drops_no_data_unless_told_so(
         upgrade(settings)
 
 
-def test_alembic_as_typed_and_a_second_time(settings: Settings) -> None:
+def test_an_upgrade_may_be_repeated(settings: Settings) -> None:
     for _ in range(2):
         done = alembic(settings, "upgrade", "head")
         assert done.returncode == 0, done.stderr

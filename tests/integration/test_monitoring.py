@@ -132,7 +132,7 @@ def test_counts_agree_with_the_tables(settings: Settings, connection: psycopg.Co
         assert pages.get("/secrets")[0] == 404
 
 
-def test_a_database_that_is_away(
+def test_a_database_that_is_away_ends_readiness_and_not_liveness(
     settings: Settings, proxied: Settings, proxy: Proxy, start: StartService, connection: psycopg.Connection
 ) -> None:
     consumer, etl = Pages(proxied.model_copy(update={"consumer_batch_rows": 10})), Pages(proxied)
@@ -275,7 +275,7 @@ SOURCE = pa.table(
 
 
 @pytest.mark.slow
-def test_a_broker_that_is_away_and_what_was_sent(
+def test_metrics_count_what_was_sent_and_readiness_ends_with_the_broker(
     own_stack: Stack, settings: Settings, start: StartService, tmp_path: Path
 ) -> None:
     pq.write_table(SOURCE, tmp_path / "readings.parquet")

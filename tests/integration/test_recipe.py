@@ -127,7 +127,7 @@ def summaries(connection: psycopg.Connection) -> dict[str, list[tuple[object, ..
 
 
 @pytest.mark.slow
-def test_a_setting(database: Settings, tmp_path: Path) -> None:
+def test_the_recipe_for_a_setting_works_word_by_word(database: Settings, tmp_path: Path) -> None:
     follower = Follower("Add a setting", database, tmp_path)
     follower.follow()
     shown = follower.type(
@@ -138,7 +138,7 @@ def test_a_setting(database: Settings, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_migration(database: Settings, tmp_path: Path) -> None:
+def test_the_recipe_for_a_migration_works_word_by_word(database: Settings, tmp_path: Path) -> None:
     follower = Follower("Add a migration", database, tmp_path)
     follower.follow()
     try:

@@ -128,7 +128,7 @@ def test_chunks_dropped_by_hand_freeze_their_intervals(
     assert reasons(settings) == ["too_late"]
 
 
-def test_late_and_corrected_readings_into_compressed_history(
+def test_late_and_corrected_readings_enter_compressed_history(
     settings: Settings, connection: psycopg.Connection, history: list[tuple[object, ...]]
 ) -> None:
     run(settings, "etl", "--once", COMPRESS_AFTER_DAYS="10")

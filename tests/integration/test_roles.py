@@ -214,7 +214,7 @@ def test_nobody_logs_in_before_an_operator_says_so(settings: Settings, connectio
 
 
 @pytest.mark.usefixtures("logins")
-def test_the_services_under_their_own_roles(
+def test_the_services_work_under_their_own_roles(
     settings: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     start("consume", settings=under(settings, "app_consumer"))
@@ -288,7 +288,7 @@ def owned_by(connection: psycopg.Connection, settings: Settings, owner: str) -> 
         """)
 
 
-def test_without_a_superuser(settings: Settings, connection: psycopg.Connection) -> None:
+def test_the_owner_of_the_database_needs_no_superuser(settings: Settings, connection: psycopg.Connection) -> None:
     """The owner of the database migrates, and runs the services as itself."""
     downgrade(settings)
     try:
@@ -338,7 +338,7 @@ def test_what_only_a_superuser_may_do_is_one_line_to_run(settings: Settings, con
         upgrade(settings)
 
 
-def test_where_a_dba_has_made_the_roles(settings: Settings, connection: psycopg.Connection) -> None:
+def test_roles_that_a_dba_has_made_are_enough(settings: Settings, connection: psycopg.Connection) -> None:
     """Who migrates needs no right to create roles where they exist and it is a member of them."""
     downgrade(settings)
     roles = ", ".join(ROLES)

@@ -92,7 +92,7 @@ def postgre_mistake(settings: Settings) -> str:
 
 
 @pytest.mark.parametrize("protocol", ["PLAINTEXT", "SASL_PLAINTEXT"])
-def test_plain_text_against_kafkas_tls_listener(
+def test_plain_text_to_a_tls_listener_says_what_to_set(
     client: Settings, capfd: pytest.CaptureFixture[str], protocol: str
 ) -> None:
     assert kafka_mistake(changed(client, kafka_security_protocol=protocol), capfd) == (
@@ -106,7 +106,7 @@ def test_tls_without_the_sasl_that_kafka_asks_for(client: Settings, capfd: pytes
     )
 
 
-def test_tls_against_a_listener_without(client: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tls_to_a_plain_listener_says_what_to_set(client: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """PostgreSQL's, which closes the connection as Kafka's would. It may be one that starts, so this one waits."""
     line = kafka_mistake(changed(client, kafka_port=client.postgre_port), capfd)
     assert line.startswith("it does not speak TLS, and KAFKA_SECURITY_PROTOCOL=SASL_SSL does: set PLAINTEXT or SASL_")
@@ -120,7 +120,7 @@ def test_tls_against_a_listener_without(client: Settings, capfd: pytest.CaptureF
         ({"kafka_sasl_mechanism": "SCRAM-SHA-256"}, "Unsupported SASL mechanism"),
     ],
 )
-def test_a_login_that_kafka_refuses(
+def test_a_login_that_kafka_refuses_names_the_settings(
     client: Settings, capfd: pytest.CaptureFixture[str], changes: dict[str, object], expected: str
 ) -> None:
     settings = changed(client, **changes)
@@ -165,7 +165,7 @@ def test_a_kafka_that_is_not_to_be_trusted(
     assert "certificate is not valid for '127.0.0.1'" in kafka_mistake(by_address, capfd)
 
 
-def test_a_certificate_for_kafka(
+def test_kafka_takes_our_certificate_and_refuses_a_strangers(
     client: Settings,
     capfd: pytest.CaptureFixture[str],
     tls_stack: Stack,
@@ -192,7 +192,7 @@ def test_a_certificate_for_kafka(
             assert line.endswith(check)
 
 
-def test_postgresql_mistakes(client: Settings, stranger: Authority) -> None:
+def test_a_mistake_in_postgresqls_tls_names_the_settings(client: Settings, stranger: Authority) -> None:
     check = "(check POSTGRE_SSLMODE, POSTGRE_SSLROOTCERT, POSTGRE_SSLCERT, POSTGRE_SSLKEY and POSTGRE_HOST)"
     for changes, expected in (
         ({"postgre_sslmode": "disable"}, "no encryption"),
@@ -207,7 +207,9 @@ def test_postgresql_mistakes(client: Settings, stranger: Authority) -> None:
     assert "hunter2" not in line
 
 
-def test_a_certificate_for_postgresql(client: Settings, security: Security, stranger: Authority) -> None:
+def test_postgresql_takes_our_certificate_and_refuses_a_strangers(
+    client: Settings, security: Security, stranger: Authority
+) -> None:
     for authority, name, expected in (
         (security.authority, "postgres", None),
         (security.authority, "alice", 'certificate authentication failed for user "postgres"'),

@@ -287,7 +287,7 @@ def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connectio
     assert sink.write([], NOWHERE, repeated=again).unchanged == 2
 
 
-def test_corrections_for_many_sensors_into_compressed_history(sink: Sink, connection: psycopg.Connection) -> None:
+def test_corrections_for_many_sensors_enter_compressed_history(sink: Sink, connection: psycopg.Connection) -> None:
     """Each decompresses a thousand rows; the server's default limit is a hundred thousand in a transaction."""
     sensors = [f"s{number:03d}" for number in range(150)]
     counts(sink, *(reading_of(sensor, minutes(at / 2), 1.0) for at in range(1000) for sensor in sensors))

@@ -59,14 +59,16 @@ def filled(settings: Settings) -> Settings:
 
 
 @pytest.mark.usefixtures("no_tables")
-def test_before_the_first_migration(settings: Settings, capsys: Capture) -> None:
+def test_a_database_without_migrations_is_a_problem(settings: Settings, capsys: Capture) -> None:
     (found,) = problems(settings, capsys)
     assert re.fullmatch(r"the database has no migration, this version needs \d{4}", found)
     command.run(settings, as_json=False)
     assert "migration none" in capsys.readouterr().out
 
 
-def test_an_older_and_a_newer_schema(settings: Settings, connection: psycopg.Connection, capsys: Capture) -> None:
+def test_an_older_and_a_newer_schema_are_problems(
+    settings: Settings, connection: psycopg.Connection, capsys: Capture
+) -> None:
     newest = fetch(connection, "SELECT version_num FROM alembic_version")
     for revision in ("0000", "9999"):
         connection.execute("UPDATE alembic_version SET version_num = %s", [revision])
@@ -77,7 +79,7 @@ def test_an_older_and_a_newer_schema(settings: Settings, connection: psycopg.Con
         assert found == [f"the database has migration {revision}, this version needs {newest}"]
 
 
-def test_nothing_sent_yet(settings: Settings, capsys: Capture) -> None:
+def test_before_anything_is_sent_there_is_no_problem(settings: Settings, capsys: Capture) -> None:
     code, state = ask(settings, capsys)
     assert code == 0
     assert state["kafka"]["lag"] == 0
@@ -151,13 +153,15 @@ def test_large_tables_are_not_counted(
     assert "about 50 rows" in capsys.readouterr().out
 
 
-def test_messages_that_nobody_consumes(settings: Settings, capsys: Capture) -> None:
+def test_messages_that_nobody_consumes_are_a_problem(settings: Settings, capsys: Capture) -> None:
     Expected(settings).send(samples(7), partition=1)
     (found,) = problems(settings, capsys)
     assert found == f"7 messages wait in {settings.kafka_topic} and nobody consumes their partitions (1)"
 
 
-def test_a_queue_that_nobody_works_on(settings: Settings, connection: psycopg.Connection, capsys: Capture) -> None:
+def test_a_queue_that_nobody_works_on_is_a_problem(
+    settings: Settings, connection: psycopg.Connection, capsys: Capture
+) -> None:
     connection.execute(
         "INSERT INTO summary_refresh_queue (touched, queued_at) VALUES ('{[2024-03-01, 2024-03-02)}', now())"
     )
@@ -177,7 +181,7 @@ def test_a_queue_that_nobody_works_on(settings: Settings, connection: psycopg.Co
     assert found.endswith("although etl runs")
 
 
-def test_intervals_that_are_not_those_of_the_settings(
+def test_intervals_that_differ_from_the_settings_are_a_problem(
     filled: Settings, connection: psycopg.Connection, capsys: Capture
 ) -> None:
     other = filled.model_copy(update={"humidity_interval": 30})
@@ -192,7 +196,7 @@ def test_intervals_that_are_not_those_of_the_settings(
     assert problems(other, capsys) == []
 
 
-def test_dead_letters_until_they_are_deleted(settings: Settings, capsys: Capture) -> None:
+def test_dead_letters_are_a_problem_until_they_are_deleted(settings: Settings, capsys: Capture) -> None:
     publish(settings, [b"not json", b"", b"neither"])
     assert run_cli(settings, "consume", "--until-caught-up").returncode == 0
     _, state = ask(settings, capsys)
@@ -223,12 +227,12 @@ def test_only_the_last_of_many_dead_letters_are_looked_at(
     assert "3 (of the last 2: unknown 2)" in capsys.readouterr().out
 
 
-def test_no_topic(settings: Settings, capsys: Capture) -> None:
+def test_a_missing_topic_is_a_problem(settings: Settings, capsys: Capture) -> None:
     other = settings.model_copy(update={"kafka_topic": "nothing_here"})
     assert problems(other, capsys) == ["there is no topic nothing_here"]
 
 
-def test_a_server_that_is_away_and_the_other_half(settings: Settings, capsys: Capture) -> None:
+def test_when_one_server_is_away_the_other_half_is_still_shown(settings: Settings, capsys: Capture) -> None:
     """One process, so that the exit code and the missing traceback are seen too."""
     port = free_port()
     done = run_cli(settings, "status", POSTGRE_PORT=str(port))
@@ -277,7 +281,7 @@ def test_a_wrong_password_is_a_mistake(settings: Settings) -> None:
     assert "POSTGRE_PASSWORD" in done.stderr
 
 
-def test_a_database_that_is_busy_for_long(
+def test_a_database_that_is_busy_for_long_is_given_up_in_time(
     settings: Settings, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "ANSWER_TIMEOUT_S", 1.0)
@@ -289,7 +293,7 @@ def test_a_database_that_is_busy_for_long(
     assert time.monotonic() - started < 8
 
 
-def test_a_database_that_lacks_what_the_group_had_stored(
+def test_a_database_that_lacks_what_the_group_stored_is_a_problem(
     settings: Settings, connection: psycopg.Connection, capsys: Capture
 ) -> None:
     publish(settings, [message(time=minutes(at), temperature=1.0) for at in range(50)])

@@ -97,7 +97,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_tables")
-def test_the_pipeline_from_the_wheel(
+def test_the_pipeline_runs_from_the_wheel(
     programs: Path, settings: Settings, connection: psycopg.Connection, tmp_path: Path
 ) -> None:
     command = programs / "sensor-pipeline"

@@ -115,14 +115,14 @@ def test_a_directory_is_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 @pytest.mark.parametrize("name", [*PASSWORDS, *CERTIFICATES])
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     path = tmp_path / "secret"
     path.touch(mode=0)
     assert f"{name}={path}: the file cannot be read (Permission denied)" in mistake(monkeypatch, **{name: path})
 
 
 @pytest.mark.parametrize("name", CERTIFICATES)
-def test_a_file_without_a_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_a_file_without_a_certificate_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     path = tmp_path / "some.pem"
     for content in ("", "not a certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         path.write_text(content, encoding="utf-8")
@@ -154,7 +154,7 @@ def test_a_certificate_and_a_key_belong_together(
     assert mistake(monkeypatch, **{certificate: "", key: one.key}) == f"{key}={one.key}: {certificate} is not set"
 
 
-def test_a_key_with_a_password(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
+def test_a_key_with_a_password_needs_it(monkeypatch: pytest.MonkeyPatch, authority: Authority) -> None:
     opened = locked(authority.issue("locked", "locked"), "hunter2")
     monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SSL")
     monkeypatch.setenv("KAFKA_SSL_CERTIFICATE_LOCATION", str(opened.certificate))

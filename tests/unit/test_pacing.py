@@ -60,12 +60,12 @@ def test_the_clock_of_a_replay_never_goes_back() -> None:
 
 
 @pytest.mark.parametrize(("text", "speed"), [("60x", 60), ("1x", 1), ("0.5x", 0.5), ("1000000x", 1e6)])
-def test_a_speed(text: str, speed: float) -> None:
+def test_a_speed_is_a_number_of_times_faster(text: str, speed: float) -> None:
     assert parse_speed(text) == speed
 
 
 @pytest.mark.parametrize("text", ["60", "x", "0x", "-1x", "infx", "nanx", "1e3x", "2000000x", "60x\n", "", "\uff160x"])
-def test_no_speed(text: str) -> None:
+def test_what_is_no_speed_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--speed=.* is not allowed [^\n]*$"):
         parse_speed(text)
 

@@ -180,7 +180,7 @@ def test_a_time_that_came_twice_is_the_earlier_and_one_that_never_came_is_moved_
         ("Pacific/Apia", datetime(2011, 12, 30), datetime(2011, 12, 31)),  # noqa: DTZ001 - local
     ],
 )
-def test_the_edges_of_a_change(zone: str, first: datetime, last: datetime) -> None:
+def test_the_edges_of_a_change_are_where_python_has_them(zone: str, first: datetime, last: datetime) -> None:
     """The first and the last time that comes twice, or never, and their neighbours; each alone, and together."""
     edges = [first - MICROSECOND, first, last - MICROSECOND, last]
     assert [bool(doubt(each, zone)) for each in edges] == [False, True, True, False]
@@ -282,14 +282,14 @@ def test_a_double_near_the_middle_of_two_microseconds_is_exactly_what_it_is(numb
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint32(), pa.uint64()], ids=str)
-def test_integers_of_any_width(kind: pa.DataType) -> None:
+def test_integers_of_any_width_are_read(kind: pa.DataType) -> None:
     found, _ = read(pa.array([0, 100, None], kind), unit="s")
     assert found == [EPOCH, EPOCH + timedelta(seconds=100)]
     (found, _) = read(pa.array([100], kind).dictionary_encode(), unit="s")
     assert found == [EPOCH + timedelta(seconds=100)]
 
 
-def test_nanoseconds_beyond_63_bits() -> None:
+def test_integers_beyond_63_bits_are_read_as_nanoseconds() -> None:
     found, messages = read(pa.array([2**63 + 500, 2**64 - 1], pa.uint64()), unit="ns")
     assert found == [nearest(Fraction(number), "ns") for number in (2**63 + 500, 2**64 - 1)]
     assert messages.skipped == {}
@@ -316,7 +316,7 @@ def test_numbers_that_are_no_time_of_ours_are_out_of_range(column: pa.Array, uni
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.float64(), pa.decimal128(30, 6)], ids=str)
 @pytest.mark.parametrize("unit", ["s", "ms", "us"])
-def test_the_first_and_the_last_number(kind: pa.DataType, unit: str) -> None:
+def test_the_first_and_the_last_number_are_read_and_their_neighbours_are_not(kind: pa.DataType, unit: str) -> None:
     first, last = LOW * UNITS[unit], HIGH * UNITS[unit]
     low = [] if pa.types.is_unsigned_integer(kind) else [first, first - 1]
     step = 1
@@ -424,7 +424,7 @@ def test_whatever_is_no_time_is_shown(column: pa.Array) -> None:
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "UTC", "Etc/GMT-3", "America/Argentina/Buenos_Aires"])
-def test_a_zone(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+def test_a_zone_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
     monkeypatch.setenv("DATA_FEATURE_TIMEZONE", zone)
     assert Columns.of(load_settings()).times == TimeFormat(zone)
 
@@ -433,7 +433,7 @@ def test_a_zone(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
     "zone",
     ["", "Berlin", "europe/berlin", "+02:00", "CET-1CEST", "Europe", "../UTC", "/etc/passwd", "right/UTC", "localtime"],
 )
-def test_no_zone(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+def test_what_is_no_zone_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
     monkeypatch.setenv("DATA_FEATURE_TIMEZONE", zone)
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
