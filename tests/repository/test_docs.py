@@ -158,6 +158,13 @@ def test_every_path_exists(document: str) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_every_name_is_in_the_file_that_is_said_to_have_it(document: str) -> None:
+    """```Class.method`` in ``services/…/file.py```, or a statement of a file of SQL."""
+    for name, path in re.findall(r"`([\w.]+)` in `((?:services|migrations)/[\w./-]+)`", read(document)):
+        for part in name.split("."):
+            assert re.search(rf"(?:\b(?:class|def)|-- name:|FUNCTION) {part}\b", read(path)), f"{name} in {path}"
+
+
 def named_tests(text: str) -> list[tuple[str, str]]:
     """``tests/…/test_x.py::test_name``, or ``::test_name`` for another one of the file named before it."""
     file, found = "", []
