@@ -108,10 +108,12 @@ class Batch:
     def without(self, partitions: Collection[int]) -> Batch:
         """What remains when these partitions are another consumer's."""
         gone = pa.array(list(partitions), pa.int32())
+        start = {partition: position for partition, position in self.start.items() if partition not in partitions}
         return replace(
             self,
             chunks=[chunk.filter(pc.invert(pc.is_in(chunk["partition"], gone))) for chunk in self.chunks],
             dead_letters=[letter for letter in self.dead_letters if letter.message.partition() not in partitions],
-            start={partition: position for partition, position in self.start.items() if partition not in partitions},
-            end={partition: position for partition, position in self.end.items() if partition not in partitions},
+            start=start,
+            end={partition: self.end[partition] for partition in start},
+            size_bytes=self.size_bytes if start else 0,  # an empty batch is never stored, so it must not be full
         )

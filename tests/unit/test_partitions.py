@@ -10,7 +10,7 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from services.consumer.lag import Commits
-from services.consumer.lane import Lane
+from services.consumer.lane import MAX_BATCH_BYTES, Lane
 from services.consumer.partitions import Partitions
 from services.consumer.positions import Located, Positions
 from services.core.errors import PermanentError
@@ -185,3 +185,16 @@ def test_kafka_that_does_not_allow_commits_ends_the_consumer(commits: Commits) -
     commits.commit({0: 8})
     with pytest.raises(PermanentError, match="Kafka refuses to commit offsets"):
         commits.note_answer(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED), [])
+
+
+def test_a_lane_takes_more_after_the_whole_of_a_full_batch_was_lost(partitions: Partitions, lanes: list[Lane]) -> None:
+    """An empty batch is not stored, so one that stays full would never be replaced."""
+    located(partitions, p0=7, p1=0, p2=0)
+    (lane,) = [lane for lane in lanes if 0 in lane.partitions]
+    assert lane.partitions == {0, 2}
+    lane.filling.move(0, 9, partitions.next)
+    lane.filling.size_bytes = MAX_BATCH_BYTES
+    assert lane.is_full
+    partitions.lose([0])
+    assert lane.filling.is_empty
+    assert not lane.is_full
