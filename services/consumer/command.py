@@ -51,6 +51,6 @@ def consume(settings: Settings, shutdown: Shutdown, *, until_caught_up: bool) ->
             log.info("group_protocol_not_offered", extra=fields(protocol=protocol))
             reason = error
     raise ConfigurationError(
-        f"KAFKA_GROUP_PROTOCOL={settings.kafka_group_protocol}: the brokers refuse it, older ones than Kafka 4 do; "
+        f"KAFKA_GROUP_PROTOCOL={settings.kafka_group_protocol}: the brokers refuse it, as those before Kafka 4 do; "
         f"use auto ({reason})"
     )

@@ -125,7 +125,8 @@ class DeadLetterTopic:
             if not self._send_and_wait([letter], at_most=size):
                 return
         raise PermanentError(
-            f"Kafka topic {self._settings.dead_letter_topic} takes no dead letter: max.message.bytes is too small"
+            f"Kafka topic {self._settings.dead_letter_topic} cannot take a dead letter: "
+            "its max.message.bytes is too small"
         )
 
     def _send_and_wait(self, letters: Sequence[DeadLetter], at_most: int | None = None) -> list[DeadLetter]:
@@ -137,7 +138,7 @@ class DeadLetterTopic:
         failed = [answer for answer in answers if isinstance(answer, KafkaError)]
         for error in failed:
             if error.code() in NOT_ALLOWED | NOT_FOUND:
-                raise PermanentError(f"Kafka topic {topic} takes no dead letters: {error.str()}")
+                raise PermanentError(f"Kafka topic {topic} refuses dead letters: {error.str()}")
             if error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
                 raise TransientError(error.str())
         return [letter for letter, answer in zip(letters, answers, strict=True) if isinstance(answer, KafkaError)]

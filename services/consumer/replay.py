@@ -64,7 +64,7 @@ class Replayed:
         line = f"{sent} dead letters sent to {settings.kafka_topic}"
         stored = sent - self.refused.total()
         if not self.is_known:
-            line += f"; no consumer of group {settings.kafka_group} has stored them yet"
+            line += f"; no consumer of group {settings.kafka_group} has read them yet"
         elif sent:
             line += f": {stored} stored, or there already"
             line += f"; {_by_reason(self.refused)} refused again" if self.refused else ""
@@ -72,7 +72,9 @@ class Replayed:
         if self.hopeless:
             yield f"{_by_reason(self.hopeless)} not sent: they can never be stored"
         if stored and self.is_known:
-            yield "what is stored stays in the list until it is deleted: dead-letters delete --up-to OFFSET"
+            yield (
+                "messages that were stored stay in the list until they are deleted: dead-letters delete --up-to OFFSET"
+            )
 
 
 def _by_reason(counts: Counter[str]) -> str:
@@ -208,7 +210,8 @@ def letter_offsets(settings: Settings, *, one: bool = False) -> list[PartitionOf
             raise ConfigurationError(f"there is no topic {topic} (KAFKA_TOPIC); has a consumer run yet?")
         if one and partitions != [0]:
             raise ConfigurationError(
-                f"{topic} has several partitions, so an offset names no letter: use Kafka's kafka-delete-records.sh"
+                f"{topic} has several partitions, so an offset does not identify a dead letter: "
+                "use Kafka's kafka-delete-records.sh"
             )
         return offsets.of(topic, partitions)
 

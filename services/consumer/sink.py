@@ -101,8 +101,8 @@ class WriteResult:
         is_one_cause = len(causes) == 1 and causes != {(None, None)}
         if is_one_cause and len(self.refused) >= LEAST_ALL_REFUSED and not any(self.counts().values()):
             raise PermanentError(
-                f"PostgreSQL refuses every one of {len(self.refused)} readings for the same reason, so the readings "
-                f"are not to blame: {self.refused[0].detail}"
+                f"PostgreSQL refuses all {len(self.refused)} readings for the same reason, so the cause is not the "
+                f"readings: {self.refused[0].detail}"
             )
 
 

@@ -169,7 +169,7 @@ class Worker:
         elif code == KafkaError._AUTO_OFFSET_RESET:
             self._partitions.leave_missing(message.partition())
         elif code in NOT_ALLOWED:
-            raise PermanentError(f"Kafka refuses to let us read {self._settings.kafka_topic}: {error.str()}")
+            raise PermanentError(f"Kafka does not allow reading {self._settings.kafka_topic}: {error.str()}")
         elif code == KafkaError._FATAL and self._protocol == "consumer" and not self._partitions.rebalances:
             raise ProtocolNotOfferedError(error.str())  # librdkafka does not report the code behind it
         elif code == KafkaError._FATAL:

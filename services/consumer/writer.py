@@ -150,7 +150,7 @@ class Writer:
         positions = {origin_of(each.row) for each in refused}
         messages = self._keep_trying(KAFKA, lambda: self._dead_letters.read_again(positions))
         if messages.keys() < positions:
-            raise AbandonedError("Kafka does not have all messages of the batch any more")
+            raise AbandonedError("Kafka no longer has all messages of the batch")
         return [
             DeadLetter(alone(messages[origin_of(each.row)], each.row), each.reason, each.detail) for each in refused
         ]

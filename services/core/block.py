@@ -51,7 +51,7 @@ def decode_block(value: bytes | None, measurements: tuple[str, ...], form: bytes
         batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
         raise MalformedMessageError(
-            Reason.INVALID_BLOCK, f"no block of readings: {' '.join(str(error).split())}"
+            Reason.INVALID_BLOCK, f"not a block of readings: {' '.join(str(error).split())}"
         ) from error
     if batch.schema == schema:  # as our own producer sends it
         return batch

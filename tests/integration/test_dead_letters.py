@@ -68,7 +68,7 @@ def replayed(settings: Settings, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-STAYS = "what is stored stays in the list until it is deleted: dead-letters delete --up-to OFFSET"
+STAYS = "messages that were stored stay in the list until they are deleted: dead-letters delete --up-to OFFSET"
 
 
 def test_replay_stores_what_is_allowed_now_and_keeps_the_rest(

@@ -131,7 +131,7 @@ def test_a_lost_topic_of_dead_letters_is_one_line(settings: Settings, start: Sta
     publish(settings, [b"not json"], partition=0)
     assert consumer.wait(60) == 1
     last = consumer.log_path.read_text(encoding="utf-8").splitlines()[-1]
-    assert last.startswith(f"error: Kafka topic {settings.dead_letter_topic} takes no dead letters: ")
+    assert last.startswith(f"error: Kafka topic {settings.dead_letter_topic} refuses dead letters: ")
     assert committed_offsets(settings)[0] == 1
     create_topics(admin, settings)
     letters = consume(settings, start)
@@ -213,5 +213,5 @@ def test_without_the_right_to_send_dead_letters_one_line_says_so(
     consumer = start("consume", settings=own)
     assert consumer.wait(60) == 1
     last = consumer.log_path.read_text(encoding="utf-8").splitlines()[-1]
-    assert last.startswith(f"error: Kafka topic {own.dead_letter_topic} takes no dead letters: ")
+    assert last.startswith(f"error: Kafka topic {own.dead_letter_topic} refuses dead letters: ")
     assert "uthorization" in last

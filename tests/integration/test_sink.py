@@ -258,7 +258,7 @@ def test_when_every_row_is_refused_for_one_reason_the_rows_are_not_to_blame(
     sink: Sink, connection: psycopg.Connection
 ) -> None:
     batch = [reading_of("s1", minutes(at), None, 101.0) for at in range(50)]
-    with pytest.raises(PermanentError, match=r"refuses every one of 50 readings .* \"plausible\""):
+    with pytest.raises(PermanentError, match=r"refuses all 50 readings .* \"plausible\""):
         sink.write(batch, NOWHERE)
     assert stored(connection) == []
     assert len(sink.write(batch[:5], NOWHERE).refused) == 5  # too few to tell

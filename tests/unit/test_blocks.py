@@ -184,7 +184,7 @@ def replaced(name: str, column: pa.Array) -> bytes:
     ],
 )
 def test_what_is_no_block_is_refused_as_a_whole(value: bytes, why: str) -> None:
-    with pytest.raises(MalformedMessageError, match=f"^no block of readings: {why}") as refused:
+    with pytest.raises(MalformedMessageError, match=f"^not a block of readings: {why}") as refused:
         decode_block(value, DEFAULT)
     assert refused.value.reason == "invalid_block"
 
