@@ -26,7 +26,7 @@ from services.core.config import Settings
 from services.core.kafka import ARROW, FORMAT_HEADER, PARTITIONER, client_settings, headers_of
 from services.core.reading import Reading
 from services.etl import aggregates
-from tests.measured import MEASUREMENTS
+from tests.measured import MEASUREMENTS, write_to
 from tests.processes import Forked, Fresh
 
 PATIENCE_S = 30.0
@@ -140,7 +140,7 @@ def store(settings: Settings, *readings: Reading, repeated: Sequence[Reading] = 
     """Store readings as the consumer does, of a partition that nobody else consumes."""
     sink = Sink(settings)
     try:
-        return sink.write(readings, NOWHERE, repeated=repeated)
+        return write_to(sink, readings, NOWHERE, repeated=repeated)
     finally:
         sink.close()
 

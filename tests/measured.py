@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, cast
 
 import msgspec
 from pydantic import SecretStr
 
+from services.consumer.batch import Move
+from services.consumer.columns import columns_of
+from services.consumer.sink import Sink, WriteResult
 from services.core.config import Settings, settings_type
 from services.core.measurements import DEFAULT, names_of
 from services.core.names import with_synonyms
@@ -36,6 +39,16 @@ def reading_of(sensor_id: str, time: datetime, *values: float | None, **named: f
     """A reading; ``values`` are of temperature, humidity and so on."""
     made: Reading = cast("Any", reading_type(MEASUREMENTS))(sensor_id, time, *values, **named)
     return made
+
+
+def write_to(
+    sink: Sink, readings: Sequence[Reading], move: Move, *, repeated: Sequence[Reading] = (), advance: bool = True
+) -> WriteResult:
+    """Store readings as columns."""
+    overwriting, filling = (
+        columns_of(each, each[0].__struct_fields__[2:] if each else MEASUREMENTS) for each in (readings, repeated)
+    )
+    return sink.write(overwriting, filling, move, advance=advance)
 
 
 def encode(reading: Reading) -> bytes:

@@ -74,11 +74,6 @@ class Batch:
         """Whether storing it would change nothing."""
         return not self.start
 
-    @property
-    def positions(self) -> Move:
-        """How far the batch moves its partitions."""
-        return Move(self.topic_id, self.start, self.end)
-
     def split_repeated(self) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         """The readings that overwrite, and those that may have been stored before and fill gaps."""
         readings = joined(self.chunks)

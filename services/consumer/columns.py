@@ -98,7 +98,8 @@ def encode(rows: pa.RecordBatch) -> Sequence[bytes | memoryview]:
     """Readings as COPY takes them in binary form, in pieces: sensor, time, measurements."""
     measurements = measured(rows)
     names = rows["sensor_id"].dictionary_encode()
-    starts = [start_of_row(2 + len(measurements), name.encode()) for name in names.dictionary.to_pylist()]
+    sensors, fields = map(str.encode, names.dictionary.to_pylist()), 2 + len(measurements)
+    starts = [struct.pack(">hi", fields, len(sensor)) + sensor for sensor in sensors]  # of rows
     pieces = [[pa.array(starts, pa.binary()).take(names.indices)]]  # EIGHT_BYTES go between two lists
     for numbers in (pc.subtract(rows["time"], POSTGRES_EPOCH_US), *(rows[name] for name in measurements)):
         if numbers.null_count:
@@ -107,11 +108,6 @@ def encode(rows: pa.RecordBatch) -> Sequence[bytes | memoryview]:
             pieces.append([big_endian(numbers)])
     encoded = join(*(join(*each, b"") if len(each) > 1 else each[0] for each in pieces), EIGHT_BYTES)
     return COPY_HEADER, memoryview(encoded.buffers()[2]), COPY_TRAILER
-
-
-def start_of_row(fields: int, sensor: bytes) -> bytes:
-    """How many fields follow, and the first of them."""
-    return struct.pack(">hi", fields, len(sensor)) + sensor
 
 
 def big_endian(numbers: pa.Array, before: bytes = b"") -> pa.Array:

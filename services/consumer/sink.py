@@ -29,7 +29,6 @@ from services.consumer.batch import Move
 from services.consumer.columns import (
     MICROSECOND,
     MINUTE,
-    columns_of,
     encode,
     last_values,
     measured,
@@ -42,7 +41,7 @@ from services.core.config import Settings
 from services.core.database import connect, connect_for_work, queries, translated
 from services.core.errors import HistoryClosedError, PartitionsMovedError, PermanentError, Reason, TransientError
 from services.core.logs import fields
-from services.core.reading import EPOCH, Reading
+from services.core.reading import EPOCH
 
 SQL = queries("services.consumer")
 LAST_WINS, FIRST_WINS = "coalesce(excluded.{0}, stored.{0})", "coalesce(stored.{0}, excluded.{0})"
@@ -118,14 +117,7 @@ class Sink:
         self._over_before = datetime.min.replace(tzinfo=UTC)
         self.clock_lead = timedelta(0)  # how far this machine's clock is ahead of the database's
 
-    def write(
-        self,
-        readings: pa.RecordBatch | Sequence[Reading],
-        move: Move,
-        *,
-        repeated: pa.RecordBatch | Sequence[Reading] = (),
-        advance: bool = True,
-    ) -> WriteResult:
+    def write(self, readings: pa.RecordBatch, repeated: pa.RecordBatch, move: Move, *, advance: bool) -> WriteResult:
         """Store readings; when it returns they are committed. Those that are ``repeated`` only fill gaps.
 
         With ``advance`` the partitions advance too, if one transaction is enough and PostgreSQL refuses none;
@@ -136,7 +128,7 @@ class Sink:
         """
         parts = [
             (rows, part, fill)
-            for rows, fill in ((self._as_columns(readings), False), (self._as_columns(repeated), True))
+            for rows, fill in ((readings, False), (repeated, True))
             for part in split_at_jumps(rows["time"])
         ]
         result = WriteResult()
@@ -156,9 +148,6 @@ class Sink:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-
-    def _as_columns(self, readings: pa.RecordBatch | Sequence[Reading]) -> pa.RecordBatch:
-        return readings if isinstance(readings, pa.RecordBatch) else columns_of(readings, self._settings.measurements)
 
     def _write_part(self, rows: pa.RecordBatch, move: Move, *, fill: bool) -> WriteResult:
         """Write rows, which are in order of time; halve them while PostgreSQL refuses one."""

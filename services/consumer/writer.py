@@ -15,7 +15,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 from typing import TypeVar
 
-from services.consumer.batch import Batch
+from services.consumer.batch import Batch, Move
 from services.consumer.blocks import alone, origin_of
 from services.consumer.dead_letter import DeadLetter, DeadLetterTopic
 from services.consumer.metrics import BATCH_READINGS, BATCH_WRITE_SECONDS, DEAD_LETTERS, MESSAGES_ABANDONED
@@ -132,10 +132,8 @@ class Writer:
         """Commit the readings; what was refused goes to the dead letters before the commit that steps over it."""
         started = time.monotonic()
         readings, repeated = batch.split_repeated()
-        move, advance = batch.positions, not batch.dead_letters
-        result = self._keep_trying(
-            DATABASE, lambda: self._sink.write(readings, move, repeated=repeated, advance=advance)
-        )
+        move, advance = Move(batch.topic_id, batch.start, batch.end), not batch.dead_letters
+        result = self._keep_trying(DATABASE, lambda: self._sink.write(readings, repeated, move, advance=advance))
         letters = batch.dead_letters + (self._letters_of(result.refused) if result.refused else [])
         if letters:
             self._keep_trying(KAFKA, lambda: self._dead_letters.send(letters))

@@ -39,7 +39,7 @@ from tests.fix_proxy import Proxy
 from tests.fix_services import NOWHERE, Service, StartService, minutes, publish, run_cli
 from tests.fix_services import wait_until as wait_at_most
 from tests.fix_stack import free_port
-from tests.measured import reading_of
+from tests.measured import reading_of, write_to
 
 PROBLEM = re.compile("does not answer|closed|lost")
 Look = Callable[[Settings], "Looks"]
@@ -57,7 +57,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def fill(settings: Settings, *readings: Reading) -> None:
     """Store readings as the consumer does, and summarise them as etl does."""
     sink = Sink(settings)
-    assert not sink.write(readings, NOWHERE).refused
+    assert not write_to(sink, readings, NOWHERE).refused
     sink.close()
     with connect(settings) as connection:
         Leader(connection, settings).run_once()

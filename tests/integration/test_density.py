@@ -18,7 +18,7 @@ from services.etl.summaries import SummaryMirror
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, StartService, minutes, run_cli, wait_until
 from tests.integration.test_etl import aggregates, differences, queue_length, readers, summary
-from tests.measured import of_default, reading_of
+from tests.measured import of_default, reading_of, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -44,7 +44,9 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def store(sink: Sink, *times: float) -> None:
-    sink.write([reading_of(f"s{sensor}", minutes(at), at, 50.0) for at in times for sensor in range(SENSORS)], NOWHERE)
+    write_to(
+        sink, [reading_of(f"s{sensor}", minutes(at), at, 50.0) for at in times for sensor in range(SENSORS)], NOWHERE
+    )
 
 
 def work_off(leader: Leader) -> None:
@@ -62,7 +64,7 @@ def test_there_are_minutes_as_long_as_the_readings_are_dense(
     wait_until(lambda: aggregates(connection) == OF_DENSE, "minutes")
     wait_until(lambda: not queue_length(connection), "all is summarised")
     with readers(settings, SENSORS * len(DENSE)) as seen:
-        sink.write([reading_of("s1", minutes(1), -5.0)], NOWHERE)
+        write_to(sink, [reading_of("s1", minutes(1), -5.0)], NOWHERE)
         query = "SELECT count(*) FROM temperature_summary WHERE min_temperature = -5"
         wait_until(lambda: connection.execute(query).fetchone() == (1,), "a correction")
         assert etl.stop() == 0
@@ -161,7 +163,7 @@ def test_late_readings_and_corrections_in_every_step_of_a_change(
     changing = leader.change.steps()
     while next(changing, changing) is None:
         late = [chooser.choice([0, 1, 2, 3]) * WEEK + chooser.choice([0, 3, 7.25, 60]) for _ in range(5)]
-        sink.write([reading_of("s1", minutes(at), chooser.random(), None) for at in late], NOWHERE)
+        write_to(sink, [reading_of("s1", minutes(at), chooser.random(), None) for at in late], NOWHERE)
         if chooser.random() < 0.7:
             work_off(leader)
             found = settings.model_copy(update={"temperature_interval": width_of(connection)})
@@ -240,7 +242,7 @@ def test_frozen_history_stays_while_what_it_was_made_of_changes(
     now = datetime.now(UTC)
     keep = [now - timedelta(days=days) for days in (400, 25, 20, 1)]
     dense.append(first)
-    sink.write([reading_of("s1", at, 20.0, 50.0) for at in keep], NOWHERE)
+    write_to(sink, [reading_of("s1", at, 20.0, 50.0) for at in keep], NOWHERE)
     Leader(connection, settings).run_once()
     assert connection.execute("SELECT count(*) FROM sensor_data").fetchone() == (3,)
     before = summary(connection)
@@ -250,7 +252,7 @@ def test_frozen_history_stays_while_what_it_was_made_of_changes(
         Leader(connection, settings).run_once()
         assert aggregates(connection) == (OF_DENSE if then else OF_READINGS)
         assert summary(connection) == summary(connection, suffix="_live") == before
-        sink.write([reading_of("s1", keep[2], 21.0 + at, 50.0)], NOWHERE)
+        write_to(sink, [reading_of("s1", keep[2], 21.0 + at, 50.0)], NOWHERE)
         Leader(connection, settings).run_once()
         assert [row[2] for row in summary(connection)] == [20, 20, 21 + at, 20]
         assert summary(connection, suffix="_live") == summary(connection)

@@ -29,7 +29,7 @@ from services.etl.summaries import SummaryMirror
 from services.etl.worker import Leader
 from services.local.check import Values, differences_in_readings, differences_in_summary
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, touched_ranges, wait_until
-from tests.measured import of_default, reading_of
+from tests.measured import of_default, reading_of, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -55,7 +55,7 @@ def leader(request: pytest.FixtureRequest, settings: Settings, connection: psyco
 
 
 def store(sink: Sink, *readings: Reading) -> None:
-    assert not sink.write(readings, NOWHERE).refused
+    assert not write_to(sink, readings, NOWHERE).refused
 
 
 def at(minute: float, temperature: float | None = None, humidity: float | None = None, sensor: str = "s1") -> Reading:

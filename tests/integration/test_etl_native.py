@@ -27,7 +27,7 @@ from services.etl.history import History
 from services.etl.lease import KEY, Lease
 from services.etl.worker import Leader, run_reconcile
 from tests.fix_services import NOWHERE, START, StartService, minutes, run_cli, store, wait_until
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, reading_of, write_to
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.without_topics]
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -175,7 +175,8 @@ def test_history_loaded_twice_by_many_writers_is_summarised_exactly(
     def write(writer: int) -> None:
         with closing(Sink(settings)) as sink:
             for first in range(writer // 2 * batch, rows, 2 * batch):  # two of the four write the same
-                sink.write(
+                write_to(
+                    sink,
                     [
                         reading_of(f"s{at % sensors}", minutes(at // sensors / 2), at % 97, writer)
                         for at in range(first, first + batch)

@@ -16,7 +16,7 @@ from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, minutes
 from tests.fix_stack import ROOT
 from tests.grafana import MONITORING, dashboard, fill_sql, queries
-from tests.measured import reading_of
+from tests.measured import reading_of, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -62,7 +62,7 @@ def fill(connection: psycopg.Connection, measurement: str, sensors: str, width: 
 def test_every_query_finds_what_is_there(settings: Settings, connection: psycopg.Connection) -> None:
     sink = Sink(settings)
     readings = [reading_of(sensor, minutes(at), float(at), 50.0) for sensor in SENSORS for at in range(0, 720, 5)]
-    sink.write(readings, NOWHERE)
+    write_to(sink, readings, NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()
     connection.execute("SET ROLE sensor_reader")

@@ -13,7 +13,7 @@ from services.consumer.sink import Sink
 from services.core.config import Settings
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE
-from tests.measured import reading_of
+from tests.measured import reading_of, write_to
 from tests.model import CHUNK, ceil, chunk_of
 
 pytestmark = pytest.mark.without_topics
@@ -57,7 +57,7 @@ def test_an_interval_changes_before_the_first_reading(settings: Settings, connec
 def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
+    write_to(sink, [reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
     run_once(connection, settings, temperature_interval=15)
@@ -67,10 +67,10 @@ def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped
 def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
+    write_to(sink, [reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
-    sink.write([reading_of("a", OLD + MINUTE, 99.0)], NOWHERE)
+    write_to(sink, [reading_of("a", OLD + MINUTE, 99.0)], NOWHERE)
     run_once(connection, settings)
     assert rows_of(connection) == [(OLD, 10, 1.0), (NEW, 10, 2.0)]
 
@@ -78,7 +78,7 @@ def test_a_reading_that_comes_before_a_dropped_chunk_is_noted_overwrites_nothing
 def test_a_width_that_was_given_up_leaves_no_edge_inside_an_interval(
     settings: Settings, connection: psycopg.Connection, sink: Sink
 ) -> None:
-    sink.write([reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
+    write_to(sink, [reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (OLD + CHUNK,))
     run_once(connection, settings)

@@ -38,7 +38,7 @@ from tests.fix_services import NOWHERE, StartService, minutes, publish, run_cli,
 from tests.fix_stack import ROOT, remove_measurement, upgrade
 from tests.integration.test_etl import aggregates, summary
 from tests.integration.test_recipe import NOT_COPIED
-from tests.measured import MEASUREMENTS, with_measurement
+from tests.measured import MEASUREMENTS, with_measurement, write_to
 
 NAMES = (*MEASUREMENTS, "noise")
 
@@ -70,7 +70,7 @@ def a_reading(minute: float, noise: float | None = None, temperature: float | No
 
 def store(settings: Settings, *readings: Reading) -> None:
     with closing(Sink(settings)) as sink:
-        sink.write(readings, NOWHERE)
+        write_to(sink, readings, NOWHERE)
 
 
 def stored(connection: psycopg.Connection, names: tuple[str, ...]) -> dict[tuple[str, datetime], tuple[Any, ...]]:

@@ -23,7 +23,7 @@ from services.core.database import connect
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START, wait_until
 from tests.fix_stack import ROOT, answers, downgrade, free_port, upgrade
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, reading_of, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -66,7 +66,7 @@ def alembic(settings: Settings, *arguments: str, **environment: str) -> subproce
 def store_and_summarise(settings: Settings, connection: psycopg.Connection) -> None:
     """One reading through consumer and etl."""
     sink = Sink(settings)
-    sink.write([reading_of("s1", START, *(20.0 for _ in MEASUREMENTS))], NOWHERE)
+    write_to(sink, [reading_of("s1", START, *(20.0 for _ in MEASUREMENTS))], NOWHERE)
     sink.close()
     Leader(connection, settings).run_once()
     for name in SUMMARIES:

@@ -58,7 +58,7 @@ from services.etl.worker import Leader
 from services.local.check import Key, Row, differing, floor
 from tests.fix_services import publish, read_topic, wait_until
 from tests.fix_stack import empty
-from tests.measured import MEASUREMENTS, of_default, reading_of
+from tests.measured import MEASUREMENTS, of_default, reading_of, write_to
 from tests.model import CHUNK, METRICS, NEVER, Model, Rows, State, ceil, chunk_of, minute_of
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "0"))
@@ -277,7 +277,7 @@ class Pipeline(RuleBasedStateMachine):
         move = Move(TOPIC, {1: self.position - 1}, {1: self.position})
 
         def write() -> None:
-            if not zombie.write([reading], move).advanced:
+            if not write_to(zombie, [reading], move).advanced:
                 zombie.advance(move)
 
         with pytest.raises(PartitionsMovedError):
@@ -488,7 +488,7 @@ class Pipeline(RuleBasedStateMachine):
                 dead[error.reason] += 1
         closed, queued = self.closed(), self.queue()
         move = Move(TOPIC, {1: self.position}, {1: self.position + 1})
-        result = self.sink.write(found, move)
+        result = write_to(self.sink, found, move)
         if not result.advanced:
             self.sink.advance(move)
         self.position += 1

@@ -30,7 +30,7 @@ from tests.expected import Expected, samples
 from tests.fix_proxy import Proxy
 from tests.fix_services import NOWHERE, StartService, message, minutes, publish, read_topic, wait_until
 from tests.fix_stack import free_port
-from tests.measured import of_default, reading_of
+from tests.measured import of_default, reading_of, write_to
 
 RUNNER = "tests.crash_runner"
 UP_S = 60.0
@@ -195,7 +195,7 @@ def test_an_etl_that_hangs_is_not_alive_and_what_waits_for_it_ages(
     start(json.dumps(plan), "etl", settings=etl.settings, module=RUNNER)
     wait_until(Path(f"{go_on}.awaited").exists, "etl hangs")
     sink = Sink(settings)
-    sink.write([reading_of("s1", minutes(1), 20.0, 50.0)], NOWHERE)
+    write_to(sink, [reading_of("s1", minutes(1), 20.0, 50.0)], NOWHERE)
     sink.close()
     stored = datetime.now(UTC)
     wait_until(lambda: (etl.value("sensor_freshness_seconds") or 0) > 2.5, "freshness grows")

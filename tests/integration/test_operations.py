@@ -20,7 +20,7 @@ from services.etl.rollup import OF_MINUTES
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, minutes
 from tests.fix_stack import ROOT, remove_measurement, upgrade
-from tests.measured import with_measurement
+from tests.measured import with_measurement, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -57,7 +57,7 @@ def test_the_data_of_a_measurement_is_removed_and_nothing_else(
     make: Any = reading_type(added.measurements)
     upgrade(added)
     sink = Sink(added)
-    sink.write([make("attic", minutes(at), temperature=20.0 + at, radon=5.0) for at in range(60)], NOWHERE)
+    write_to(sink, [make("attic", minutes(at), temperature=20.0 + at, radon=5.0) for at in range(60)], NOWHERE)
     sink.close()
     Leader(connection, added).run_once()
     assert connection.execute("SELECT count(*) FROM radon_summary").fetchone() == (6,)

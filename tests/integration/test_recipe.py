@@ -21,7 +21,7 @@ from services.core.database import connect
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE, START
 from tests.fix_stack import ROOT, is_native, make_stack, upgrade
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, reading_of, write_to
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,7 +46,9 @@ def database(servers: Settings, tmp_path_factory: pytest.TempPathFactory) -> Ite
         )
         upgrade(settings)
         sink = Sink(settings)
-        sink.write([reading_of("s1", START, 20.0, 50.0), reading_of("s1", START.replace(hour=5), 21.0, None)], NOWHERE)
+        write_to(
+            sink, [reading_of("s1", START, 20.0, 50.0), reading_of("s1", START.replace(hour=5), 21.0, None)], NOWHERE
+        )
         sink.close()
         with connect(settings) as connection:
             Leader(connection, settings).run_once()

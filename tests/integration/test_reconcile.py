@@ -15,7 +15,7 @@ from services.core.shutdown import Shutdown
 from services.etl.reconcile import reconcile
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE
-from tests.measured import reading_of
+from tests.measured import reading_of, write_to
 from tests.model import CHUNK, chunk_of
 
 pytestmark = pytest.mark.without_topics
@@ -41,7 +41,7 @@ def leader(settings: Settings, connection: psycopg.Connection) -> Leader:
 def test_rows_that_differ_in_both_metrics_are_counted_for_both(
     connection: psycopg.Connection, sink: Sink, leader: Leader
 ) -> None:
-    sink.write([reading_of("a", NEW, 1.0, 1.0)], NOWHERE)
+    write_to(sink, [reading_of("a", NEW, 1.0, 1.0)], NOWHERE)
     leader.run_once()
     connection.execute("UPDATE sensor_data SET temperature = 3, humidity = 3")
     assert reconcile(connection, DEFAULT, leader.take_over, Shutdown()) == {"temperature": 1, "humidity": 1}
@@ -51,7 +51,7 @@ def test_rows_that_differ_in_both_metrics_are_counted_for_both(
 def test_a_row_that_begins_inside_an_interval_is_the_only_one_that_differs(
     connection: psycopg.Connection, sink: Sink, leader: Leader
 ) -> None:
-    sink.write([reading_of("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], NOWHERE)
+    write_to(sink, [reading_of("a", NEW + at * MINUTE, 1.0) for at in range(1, 20_000, 2)], NOWHERE)
     leader.run_once()
     connection.execute(
         "INSERT INTO temperature_summary VALUES ('a', %s, %s, 1, 1, 1, 1)", (NEW - 3 * MINUTE, NEW + 7 * MINUTE)

@@ -25,7 +25,7 @@ from services.status.database import read_database
 from tests.fix_services import NOWHERE, StartService, message, publish, wait_until
 from tests.fix_stack import downgrade, upgrade
 from tests.integration.test_migrations import alembic
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, reading_of, write_to
 
 PASSWORD = "only for this test"
 NOW = datetime.now(UTC).replace(second=0, microsecond=0)
@@ -63,7 +63,7 @@ def logins(settings: Settings, connection: psycopg.Connection) -> Iterator[None]
 def store(settings: Settings, *readings: Reading) -> None:
     """Store readings as the consumer does."""
     sink = Sink(settings)
-    result = sink.write(readings, NOWHERE)
+    result = write_to(sink, readings, NOWHERE)
     sink.close()
     assert not result.refused
 

@@ -18,7 +18,7 @@ from services.core.errors import PartitionsMovedError, PermanentError, Transient
 from services.core.reading import Reading
 from tests.fix_proxy import Moment, Proxy
 from tests.fix_services import NOWHERE, minutes, wait_until
-from tests.measured import MEASUREMENTS, reading_of
+from tests.measured import MEASUREMENTS, reading_of, write_to
 
 pytestmark = pytest.mark.without_topics
 
@@ -56,7 +56,7 @@ def take_queue(connection: psycopg.Connection) -> set[datetime]:
 
 
 def counts(sink: Sink, *readings: Reading) -> tuple[int, int, int]:
-    result = sink.write(readings, NOWHERE)
+    result = write_to(sink, readings, NOWHERE)
     assert not result.refused
     return result.inserted, result.updated, result.unchanged
 
@@ -149,7 +149,7 @@ def test_one_bad_row_does_not_poison_its_batch(sink: Sink, connection: psycopg.C
     batch = [
         reading_of(bad.get(at, "s1"), minutes(at), None, 101.0 if bad.get(at) == "s1" else 50.0) for at in range(1000)
     ]
-    result = sink.write(batch, NOWHERE)
+    result = write_to(sink, batch, NOWHERE)
     assert (result.inserted, result.updated) == ((995, 0) if path == "copy" else (994, 1))
     assert {refused.reason for refused in result.refused} == {"refused_by_database"}
     times = columns_of(batch, MEASUREMENTS)["time"].to_pylist()
@@ -168,7 +168,7 @@ def test_readings_and_their_queue_row_are_stored_together_or_not_at_all(
     connection.execute("ALTER TABLE summary_refresh_queue RENAME TO away")
     try:
         with pytest.raises(PermanentError, match="summary_refresh_queue"):
-            sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
+            write_to(sink, [reading_of("s1", minutes(0), 1.0)], NOWHERE)
     finally:
         connection.execute("ALTER TABLE away RENAME TO summary_refresh_queue")
     assert stored(connection) == []
@@ -191,7 +191,7 @@ def where(connection: psycopg.Connection) -> dict[int, int]:
 
 def test_the_partitions_advance_in_the_transaction_of_the_readings(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5, p1=7)
-    result = sink.write([reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}))
+    result = write_to(sink, [reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}))
     assert result.advanced
     assert where(connection) == {0: 9, 1: 8}
     (row,) = connection.execute(
@@ -214,7 +214,7 @@ def test_a_consumer_whose_partition_is_elsewhere_stores_nothing(
         batch.append(reading_of("s1", minutes(1000), 1.0))
     first_time, repeated = ([], batch) if path == "fill" else (batch, [])
     with pytest.raises(PartitionsMovedError):
-        sink.write(first_time, Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}), repeated=repeated)
+        write_to(sink, first_time, Move("t", {0: 5, 1: 7}, {0: 9, 1: 8}), repeated=repeated)
     assert stored(connection) == before
     assert queued is not None
     assert take_queue(connection) == set()
@@ -231,7 +231,7 @@ def test_a_batch_of_several_transactions_checks_in_each_and_advances_at_the_end(
 ) -> None:
     positions(connection, p0=5)
     move = Move("t", {0: 5}, {0: 9})
-    result = sink.write([reading_of("s1", minutes(0), 1.0), reading_of("s1", minutes(1000), 1.0)], move)
+    result = write_to(sink, [reading_of("s1", minutes(0), 1.0), reading_of("s1", minutes(1000), 1.0)], move)
     assert (result.inserted, result.advanced) == (2, False)
     assert where(connection) == {0: 5}
     sink.advance(move)
@@ -240,7 +240,7 @@ def test_a_batch_of_several_transactions_checks_in_each_and_advances_at_the_end(
 
 def test_with_dead_letters_to_send_nothing_advances_before(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5)
-    assert not sink.write([reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5}, {0: 9}), advance=False).advanced
+    assert not write_to(sink, [reading_of("s1", minutes(0), 1.0)], Move("t", {0: 5}, {0: 9}), advance=False).advanced
     assert where(connection) == {0: 5}
 
 
@@ -248,7 +248,7 @@ def test_with_dead_letters_to_send_nothing_advances_before(sink: Sink, connectio
 def test_with_a_refused_row_nothing_advances(sink: Sink, connection: psycopg.Connection) -> None:
     positions(connection, p0=5)
     batch = [reading_of("s1", minutes(at), None, 101.0 if at == 3 else 1.0) for at in range(20)]
-    result = sink.write(batch, Move("t", {0: 5}, {0: 9}))
+    result = write_to(sink, batch, Move("t", {0: 5}, {0: 9}))
     assert (result.inserted, len(result.refused), result.advanced) == (19, 1, False)
     assert where(connection) == {0: 5}
 
@@ -259,10 +259,10 @@ def test_when_every_row_is_refused_for_one_reason_the_rows_are_not_to_blame(
 ) -> None:
     batch = [reading_of("s1", minutes(at), None, 101.0) for at in range(50)]
     with pytest.raises(PermanentError, match=r"refuses all 50 readings .* \"plausible\""):
-        sink.write(batch, NOWHERE)
+        write_to(sink, batch, NOWHERE)
     assert stored(connection) == []
-    assert len(sink.write(batch[:5], NOWHERE).refused) == 5  # too few to tell
-    assert sink.write([*batch, reading_of("s1", minutes(99), None, 1.0)], NOWHERE).inserted == 1
+    assert len(write_to(sink, batch[:5], NOWHERE).refused) == 5  # too few to tell
+    assert write_to(sink, [*batch, reading_of("s1", minutes(99), None, 1.0)], NOWHERE).inserted == 1
 
 
 def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, connection: psycopg.Connection) -> None:
@@ -274,17 +274,17 @@ def test_a_conflict_in_a_table_of_ours_is_no_duplicate_reading(sink: Sink, conne
         " FROM summary_refresh_queue"
     )
     with pytest.raises(PermanentError, match="summary_refresh_queue_pkey"):
-        sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
+        write_to(sink, [reading_of("s1", minutes(0), 1.0)], NOWHERE)
     assert stored(connection) == []
 
 
 def test_repeated_readings_fill_gaps_and_overwrite_nothing(sink: Sink, connection: psycopg.Connection) -> None:
     counts(sink, reading_of("s1", minutes(0), 7.0, None))
     again = [reading_of("s1", minutes(0), 5.0, 50.0), reading_of("s1", minutes(1), 5.0, None)]
-    result = sink.write([reading_of("s1", minutes(1), 8.0, None)], NOWHERE, repeated=again)
+    result = write_to(sink, [reading_of("s1", minutes(1), 8.0, None)], NOWHERE, repeated=again)
     assert (result.inserted, result.updated, result.unchanged) == (1, 1, 1)
     assert stored(connection) == [("s1", minutes(0), 7.0, 50.0), ("s1", minutes(1), 8.0, None)]
-    assert sink.write([], NOWHERE, repeated=again).unchanged == 2
+    assert write_to(sink, [], NOWHERE, repeated=again).unchanged == 2
 
 
 def test_corrections_for_many_sensors_enter_compressed_history(sink: Sink, connection: psycopg.Connection) -> None:
@@ -349,7 +349,7 @@ def test_a_writer_that_stands_still_inside_copy_is_ended_by_who_waits_for_it(
 
 def writes(sink: Sink, batch: list[Reading]) -> bool:
     try:
-        return sink.write(batch, NOWHERE).inserted == len(batch)
+        return write_to(sink, batch, NOWHERE).inserted == len(batch)
     except TransientError:
         return False
 
@@ -365,9 +365,9 @@ def test_a_connection_that_is_cut_as_it_opens_blames_no_row(proxied: Settings, p
     sink = Sink(proxied)
     cut = proxy.cut_at(pattern, Moment.ANSWERED)
     with pytest.raises(TransientError):
-        sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE)
+        write_to(sink, [reading_of("s1", minutes(0), 1.0)], NOWHERE)
     assert cut.done.is_set()
-    assert sink.write([reading_of("s1", minutes(0), 1.0)], NOWHERE).inserted == 1
+    assert write_to(sink, [reading_of("s1", minutes(0), 1.0)], NOWHERE).inserted == 1
     sink.close()
 
 
