@@ -21,6 +21,7 @@ from services.core.kafka import (
     NOT_FOUND,
     PARTITIONER,
     REASON_HEADER,
+    ClientSettings,
     Header,
     Outgoing,
     Position,
@@ -42,6 +43,15 @@ OUR_HEADERS = frozenset({REASON_HEADER, ORIGINAL_BYTES_HEADER, *CONNECT_HEADERS}
 
 # A letter that is too large for its topic is cut to this many bytes of its value, without the message's own headers.
 TRUNCATED_BYTES = (64 * 1024, 0)
+
+PRODUCER_SETTINGS: ClientSettings = {
+    "acks": "all",
+    "message.max.bytes": DEAD_LETTER_MAX_BYTES,
+    "compression.type": "zstd",
+    "topic.metadata.propagation.max.ms": 5000,  # then a topic that is gone is an error
+    "linger.ms": 5,
+    "partitioner": PARTITIONER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +86,7 @@ class DeadLetterTopic:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._producer: Producer | None = None  # made when it is needed: most consumers never have a dead letter
-
-    def _create_producer(self) -> Producer:
-        return Producer(
-            client_settings(self._settings, "dead-letters")
-            | {
-                "acks": "all",
-                "message.max.bytes": DEAD_LETTER_MAX_BYTES,
-                "compression.type": "zstd",
-                "topic.metadata.propagation.max.ms": 5000,  # then a topic that is gone is an error
-                "linger.ms": 5,
-                "partitioner": PARTITIONER,
-            }
-        )
+        self._producer: Producer | None = None  # created when needed: most consumers never have a dead letter
 
     def read_again(self, positions: Set[Position]) -> dict[Position, Message]:
         """The messages of the topic of readings there, as far as they still exist. Raises TransientError."""
@@ -131,10 +128,11 @@ class DeadLetterTopic:
 
     def _send_and_wait(self, letters: Sequence[DeadLetter], at_most: int | None = None) -> list[DeadLetter]:
         """Send letters, cut to ``at_most`` bytes of their values; returns those that were too large."""
-        producer = self._producer = self._producer or self._create_producer()
+        if self._producer is None:
+            self._producer = Producer(client_settings(self._settings, "dead-letters") | PRODUCER_SETTINGS)
         topic = self._settings.dead_letter_topic
         outgoing = (letter.outgoing(self._settings.kafka_group, at_most) for letter in letters)
-        answers = deliver(producer, topic, outgoing, FLUSH_TIMEOUT_S)
+        answers = deliver(self._producer, topic, outgoing, FLUSH_TIMEOUT_S)
         failed = [answer for answer in answers if isinstance(answer, KafkaError)]
         for error in failed:
             if error.code() in NOT_ALLOWED | NOT_FOUND:

@@ -27,14 +27,15 @@ class Expiry:
     """Counts what has waited so long that Kafka may delete it; for a thread that may block."""
 
     def __init__(self) -> None:
-        self.waiting: dict[int, tuple[int, int]] = {}  # by partition: the first offset not committed, and the end
+        # By partition: the first offset not committed, and the end.
+        self.waiting: Mapping[int, tuple[int, int]] = {}
         self._next_sample = 0.0
 
     def sample(self, topic: str, admin: AdminClient) -> None:
         """Set the metric, once in each interval. Without an answer it stays what it was."""
         if time.monotonic() < self._next_sample:
             return
-        waiting = dict(self.waiting)
+        waiting = self.waiting
         with suppress(KafkaException):
             EXPIRING.set(self._count(topic, admin, waiting) if waiting else 0)
             self._next_sample = time.monotonic() + (EXPIRY_INTERVAL_S if waiting else 0)
@@ -116,33 +117,29 @@ class Commits:
         return offsets.items() <= self._sent.items() and not self._unanswered
 
     def sample(self, *, paused: bool) -> None:
-        """Set the metric, once in each interval.
-
-        Every fetch says where a partition ends. While partitions are paused there is none, so the broker is asked,
-        less often.
-        """
+        """Set the metrics, once in each interval. Fetches say where a partition ends; while ``paused``, ask."""
         now = time.monotonic()
         if now < self._next_sample:
             return
         self._next_sample = now + (ASK_INTERVAL_S if paused else SAMPLE_INTERVAL_S)
+        waiting = {}
         for partition, committed in self.committed.items():
             at = TopicPartition(self._topic, partition)
             try:
                 ends = self._consumer.get_watermark_offsets(at, timeout=ANSWER_TIMEOUT_S, cached=not paused)
             except KafkaException:
-                return  # the metric stays what it was
+                return  # they stay what they were
             if ends is None or ends[1] < 0:
                 continue
             LAG.labels(partition).set(max(0, ends[1] - committed))
             if committed < ends[1]:
-                EXPIRY.waiting[partition] = committed, ends[1]
-            else:
-                EXPIRY.waiting.pop(partition, None)
+                waiting[partition] = committed, ends[1]
+        EXPIRY.waiting = waiting
 
     def forget(self, partitions: Iterable[int]) -> None:
         """The partitions are not ours any more; their next owner reports their lag."""
         for partition in partitions:
-            for each in (self._sent, self.committed, EXPIRY.waiting):
-                each.pop(partition, None)
+            self._sent.pop(partition, None)
+            self.committed.pop(partition, None)
             with suppress(KeyError):
                 LAG.remove(str(partition))

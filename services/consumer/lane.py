@@ -18,15 +18,11 @@ from services.core.config import Settings
 
 FIRST_BATCH_ROWS = 5000  # so the database starts soon; each batch may be twice as large as the one before
 MAX_BATCH_BYTES = 8 * 1024 * 1024  # of all lanes: three batches, and what is fetched ahead, fit a small container
-CHECK_INTERVAL_S = 5.0
 NEARLY_FULL = 0.9  # no polls for the few messages that would still fit
 
 
 class Lane:
-    """The batch that is filled, the full one that waits, and the one that is being stored: memory is bounded.
-
-    Belongs to the thread that polls.
-    """
+    """The batch that is filled, the full one that waits, and the one that is being stored. For the polling thread."""
 
     def __init__(self, settings: Settings, positions: Positions, outcomes: SimpleQueue[tuple[Lane, Outcome]]) -> None:
         self.partitions: set[int] = set()
@@ -34,8 +30,8 @@ class Lane:
         self.filling = Batch()
         self.ready: Batch | None = None
         self.paused = False
+        self.checked_at = time.monotonic()  # when its positions were last compared with the database's
         self._ready_at = 0.0
-        self._next_check = time.monotonic() + CHECK_INTERVAL_S
         self._max_rows = settings.consumer_batch_rows
         self._max_bytes = MAX_BATCH_BYTES // settings.consumer_writers
         self._max_age_s = settings.consumer_batch_seconds
@@ -84,13 +80,6 @@ class Lane:
     def blocked_s(self) -> float:
         """For how long the ready batch has waited for the writer."""
         return 0.0 if self.ready is None else time.monotonic() - self._ready_at
-
-    def is_check_due(self) -> bool:
-        """Whether to check the positions again, now that nothing comes; once in each interval."""
-        if time.monotonic() < self._next_check:
-            return False
-        self._next_check = time.monotonic() + CHECK_INTERVAL_S
-        return True
 
     def forget(self, new: Batch) -> None:
         """Abandon what is not being stored."""

@@ -12,8 +12,8 @@ The order is the guarantee:
 A crash between two steps repeats the earlier ones, and those change nothing the second time. A consumer that has lost
 its partitions, and does not know it yet, fails at step 4.
 
-This thread polls and decodes the next batches while writers, in threads of their own, store the ones before (lane.py).
-When a writer is stuck, its partitions are paused and polling continues, so the group never takes us for dead.
+This thread polls and decodes the next batches while writers (writer.py) store the ones before. When a writer is stuck,
+its partitions are paused and polling continues, so the group never takes us for dead.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ WRITER_POLL_S = 0.01  # between two checks of the writers while something waits 
 PAUSE_AFTER_S = 2.0  # pausing discards what was fetched ahead, so wait before doing it
 FINISH_TIMEOUT_S = 3.0  # twice that and leaving the group fit into the 10 s a service has to end
 HAND_OVER_TIMEOUT_S = 20.0  # well inside the group's session timeout
+CHECK_INTERVAL_S = 5.0
 
 
 class Worker:
@@ -230,8 +231,10 @@ class Worker:
 
     def _check_positions(self, lane: Lane) -> None:
         """While nothing comes, check whether the database was emptied or restored, or its positions changed."""
-        if not lane.partitions or not lane.filling.is_empty or not lane.is_check_due():
+        now = time.monotonic()
+        if not lane.partitions or not lane.filling.is_empty or now - lane.checked_at < CHECK_INTERVAL_S:
             return
+        lane.checked_at = now
         self._commits.retry_refused()
         check = self._partitions.new_batch()
         check.start = check.end = {partition: self._partitions.next[partition] for partition in lane.partitions}
@@ -280,28 +283,25 @@ class Worker:
 
 def consumer_settings(settings: Settings, protocol: str) -> ClientSettings:
     """librdkafka settings of the consumer: offsets only by us, read committed, bounded read-ahead."""
-    group: ClientSettings = {"group.protocol": protocol}
+    found = client_settings(settings, "consumer") | {
+        "group.id": settings.kafka_group,
+        "group.protocol": protocol,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",  # what is missing must not be skipped silently
+        "isolation.level": "read_committed",
+        "max.poll.interval.ms": max(300_000, settings.kafka_session_timeout_ms),
+        "enable.partition.eof": True,
+        # Read-ahead for a few batches; a small message costs several times its size in librdkafka's queue.
+        "queued.min.messages": 10_000,
+        "queued.max.messages.kbytes": 32_768,
+        "fetch.message.max.bytes": 262_144,
+        "fetch.queue.backoff.ms": 10,
+    }
     if protocol == "classic":
-        group |= {
+        found |= {
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": settings.kafka_session_timeout_ms,
             "heartbeat.interval.ms": min(3000, settings.kafka_session_timeout_ms // 3),
         }
-    return (
-        client_settings(settings, "consumer")
-        | group
-        | {
-            "group.id": settings.kafka_group,
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "auto.offset.reset": "error",  # what is missing must not be skipped silently
-            "isolation.level": "read_committed",
-            "max.poll.interval.ms": max(300_000, settings.kafka_session_timeout_ms),
-            "enable.partition.eof": True,
-            # Read-ahead for a few batches; a small message costs several times its size in librdkafka's queue.
-            "queued.min.messages": 10_000,
-            "queued.max.messages.kbytes": 32_768,
-            "fetch.message.max.bytes": 262_144,
-            "fetch.queue.backoff.ms": 10,
-        }
-    )
+    return found

@@ -46,10 +46,7 @@ Outcome = Located | Stored | BaseException  # AbandonedError: only the job has e
 
 
 class Writer:
-    """Does one job at a time in a thread of its own, which calls ``report`` with the outcome.
-
-    All else belongs to the thread that polls.
-    """
+    """Calls ``report`` with the outcome of each job, in its own thread; all else belongs to the thread that polls."""
 
     def __init__(self, settings: Settings, positions: Positions, report: Callable[[Outcome], None]) -> None:
         self._positions = positions

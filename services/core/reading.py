@@ -133,10 +133,8 @@ class Decoder:
             raise MalformedMessageError(Reason.NO_MEASUREMENT, f"{' and '.join(self.measurements)} missing or null")
         if reading.time > self.latest:
             raise MalformedMessageError(Reason.FUTURE_TIME, f"{reading.time} is later than MAX_FUTURE_SECONDS allows")
+        if reading.time < self._past:
+            raise MalformedMessageError(Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows")
         if reading.time < self.earliest:
-            if reading.time < self._past:
-                raise MalformedMessageError(
-                    Reason.TIME_OUT_OF_RANGE, f"{reading.time} is older than MAX_PAST_DAYS allows"
-                )
             raise MalformedMessageError(Reason.TOO_LATE, f"{reading.time} is older than RAW_RETENTION_DAYS keeps")
         return reading
