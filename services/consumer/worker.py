@@ -222,9 +222,8 @@ class Worker:
             case Located():
                 self._partitions.locate(lane, outcome)
             case Stored(batch, result, letters) if len(batch):
-                reasons = Counter(letter.reason for letter in letters)
-                self.totals.update(**result.counts(), dead_letters=len(letters))
-                self.totals.update({f"dead_{reason}": count for reason, count in reasons.items()})
+                reasons = Counter(f"dead_{letter.reason}" for letter in letters)
+                self.totals.update(reasons, **result.counts(), dead_letters=len(letters))
                 self._commits.commit({each: end for each, end in batch.end.items() if each in self._partitions.next})
             case AbandonedError() if was_storing:
                 self._partitions.go_back([lane])

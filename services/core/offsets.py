@@ -13,7 +13,7 @@ from datetime import datetime
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from services.core.config import Settings
-from services.core.kafka import COORDINATOR_MOVING, client_settings, translated_kafka
+from services.core.kafka import COORDINATOR_MOVING, ClientSettings, client_settings, translated_kafka
 
 ANSWER_TIMEOUT_S = 5.0
 PAUSE_S = 0.1
@@ -40,17 +40,14 @@ class Offsets:
 
     def __init__(self, settings: Settings) -> None:
         self._question = f"Kafka at {settings.bootstrap_servers} does not answer"
-        self._consumer = Consumer(
-            client_settings(settings, "offsets")
-            | {
-                "group.id": settings.kafka_group,
-                "enable.auto.commit": False,
-                "allow.auto.create.topics": False,
-                # The end is the end for everybody: readings of an open transaction wait as well.
-                "isolation.level": "read_uncommitted",
-                "log_level": 0,
-            }
-        )
+        reader: ClientSettings = {
+            "group.id": settings.kafka_group,
+            "enable.auto.commit": False,
+            "allow.auto.create.topics": False,
+            "isolation.level": "read_uncommitted",  # readings of an open transaction wait as well
+            "log_level": 0,
+        }
+        self._consumer = Consumer(client_settings(settings, "offsets") | reader)
 
     def __enter__(self) -> Offsets:
         return self
