@@ -96,9 +96,9 @@ def _command(commands: Commands, run: Run, name: str, what: str) -> Parser:
 
 def _add_services(commands: Commands) -> None:
     produce = _command(commands, _run_produce, "produce", "send the readings of PARQUET_URL to the Kafka topic")
-    produce.flag("--resend", "send files that were sent before once more; they fill gaps only")
-    produce.flag("--overwrite", "resend: let them overwrite what is stored")
-    what = "replay by the readings' times: the gaps between them, divided by 60, lie between sending"
+    produce.flag("--resend", "send files again that were sent before; they only fill gaps")
+    produce.flag("--overwrite", "with --resend: overwrite what is stored")
+    what = "replay by event time, 60 times as fast"
     produce.add_argument("--speed", metavar="60x", help=what)
     what = f"stay, and check for new files every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0"
     produce.flag("--watch", what)
@@ -108,11 +108,13 @@ def _add_services(commands: Commands) -> None:
 
     etl = _command(commands, _run_etl, "etl", "keep the summaries equal to the readings")
     etl.flag("--once", "refresh what is queued, then end")
-    etl.flag("--reconcile", "compare all summaries with the raw readings, repair them, print how many rows differed")
+    etl.flag(
+        "--reconcile", "compare all summaries with the raw readings, repair them, and print how many rows differed"
+    )
 
 
 def _add_generate(commands: Commands) -> None:
-    what = "write made-up readings to a Parquet file, to try the pipeline with"
+    what = "write made-up readings to a Parquet file, for trying out the pipeline"
     generate = _command(commands, _run_generate, "generate", what)
     generate.add_argument("out", metavar="OUT", type=Path, help="the file")
     _number(generate, "--sensors", 1, 100_000, default=200, help="default: 200")
@@ -122,30 +124,34 @@ def _add_generate(commands: Commands) -> None:
     what = "first day, UTC (default: 2024-01-01)"
     generate.add_argument("--start", type=partial(_time, "--start"), default="2024-01-01", help=what)
     _number(generate, "--seed", 0, 2**63, default=1, help="default: 1")
-    for name, what in (("gaps", "left out"), ("late", "that come after newer ones"), ("duplicates", "that come twice")):
+    for name, what in (
+        ("gaps", "left out"),
+        ("late", "that arrive after newer ones"),
+        ("duplicates", "that arrive twice"),
+    ):
         _number(generate, f"--{name}", 0, 0.5, float, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
     generate.flag("--force", "replace OUT if it exists")
 
 
 def _add_setup(commands: Commands) -> None:
-    what = "create the tables, or bring them up to this version, then let roles log in as logins does"
+    what = "create the tables or bring them up to this version, then allow roles to log in, as logins does"
     _command(commands, _run_migrate, "migrate", what)
 
-    what = "let the roles of the services log in, with the passwords in SENSOR_*_PASSWORD"
+    what = "allow the services' roles to log in, with the passwords in SENSOR_*_PASSWORD"
     _command(commands, _run_logins, "logins", what)
 
     local = _command(commands, _run_local, "local", "Kafka and TimescaleDB on this machine, without Docker")
     local.add_argument("action", choices=["up", "down", "status"])
     local.flag("--tls", "up: with TLS, and passwords for Kafka (SASL)")
 
-    demo = _command(commands, _run_demo, "demo", "the whole pipeline over real readings, checked")
+    demo = _command(commands, _run_demo, "demo", "run the whole pipeline on real readings, and check the result")
     demo.flag("--keep", "leave everything running")
     demo.flag("--down", "stop a demo that was left running")
-    demo.flag("--tls", "with TLS and SASL, and certificates that are verified")
+    demo.flag("--tls", "with TLS, SASL and verified certificates")
 
 
 def _add_views(commands: Commands) -> None:
-    status = _command(commands, _run_status, "status", "how everything is; exit code 1 if action is required")
+    status = _command(commands, _run_status, "status", "the state of the pipeline; exit code 1 if action is required")
     status.flag("--json", "as one JSON object")
 
     what = "a page with live rates, and the intervals of each sensor"
@@ -155,22 +161,24 @@ def _add_views(commands: Commands) -> None:
 
 
 def _add_repairs(commands: Commands) -> None:
-    what = "let consumers read the topic again from an earlier position"
+    what = "make consumers read the topic again from an earlier position"
     rewind = _command(commands, _run_rewind, "rewind", what)
     position = rewind.add_mutually_exclusive_group(required=True)
-    position.add_argument("--to-beginning", action="store_true", help="all that the topic still has")
-    what = "what was sent at or after this time, like 2024-01-01T00:00Z"
+    position.add_argument(
+        "--to-beginning", action="store_true", help="from the oldest message that the topic still has"
+    )
+    what = "from the first message sent at or after this time, like 2024-01-01T00:00Z"
     position.add_argument("--to-time", metavar="TIME", help=what)
-    what = "from this offset of --partition on; a later one than now skips messages"
+    what = "from this offset of --partition; one ahead of the current position skips messages"
     _number(position, "--to-offset", 0, 2**63 - 1, metavar="OFFSET", help=what)
-    _number(rewind, "--partition", 0, 2**31 - 1, help="only this one")
+    _number(rewind, "--partition", 0, 2**31 - 1, help="only this partition")
 
     what = "messages that were not stored: list them, send them again, delete them"
     letters = _command(commands, _run_dead_letters, "dead-letters", what)
     letters.add_argument("action", choices=["list", "replay", "delete"])
     letters.add_argument("--reason", help="list or replay only those with this reason, for example too_late")
     letters.flag("--json", "list as JSON, one object per line")
-    letters.flag("--overwrite", "replay: let them overwrite what is stored, instead of filling gaps")
+    letters.flag("--overwrite", "replay: overwrite what is stored, instead of only filling gaps")
     what = "delete or replay those up to this offset, the first column of the list"
     _number(letters, "--up-to", 0, 2**63 - 1, metavar="OFFSET", help=what)
 
@@ -248,12 +256,12 @@ def _run_rewind(settings: Settings, options: argparse.Namespace) -> int:
     from services.consumer.positions import rewind
 
     if options.to_offset is not None and options.partition is None:
-        raise ConfigurationError("--to-offset needs --partition: each has offsets of its own")
+        raise ConfigurationError("--to-offset needs --partition: each partition has its own offsets")
     moment = None if options.to_time is None else _time("--to-time", options.to_time)
     moved = rewind(settings, Shutdown().listen(), moment=moment, offset=options.to_offset, partition=options.partition)
     for each in moved:
         print(f"partition {each.partition}: from {each.before} to {each.after}")
-    print(f"{len(moved)} partitions moved" + ("" if moved else ": none was further on"))
+    print(f"{len(moved)} partitions moved" + ("" if moved else ": none was beyond it"))
     return 0
 
 
@@ -300,12 +308,12 @@ def _run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
 
     shutdown = Shutdown().listen()
     if options.overwrite and options.action != "replay":
-        raise ConfigurationError("--overwrite goes with dead-letters replay")
+        raise ConfigurationError("--overwrite is only for dead-letters replay")
     match options.action:
         case "delete":
             if options.up_to is None or options.reason:
                 raise ConfigurationError(
-                    "dead-letters delete needs --up-to OFFSET (the last that you looked at) and no --reason"
+                    "dead-letters delete needs --up-to OFFSET (the last one that you have checked) and no --reason"
                 )
             lines: Iterable[str] = [f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted"]
         case "replay":

@@ -1,21 +1,4 @@
-"""The error tree.
-
-    PipelineError
-    |-- ConfigurationError             a user's mistake; one line, exit code 2
-    |   `-- ProtocolNotOfferedError    the brokers do not offer the group protocol of Kafka 4
-    |-- TransientError                 a server is unavailable or busy; wait and try again
-    |   |-- TransactionAbortedError    nothing of the producer's transaction is visible; send it again
-    |   |   `-- TransactionExpiredError    Kafka ended it, and another producer may have taken over
-    |   `-- LeaseLostError             another etl instance leads
-    |-- PermanentError                 no retry can help; one line, exit code 1
-    |   `-- UnreadableFileError        a file is damaged, or has changed or gone since it was checked
-    |-- StoppedError                   a signal ended it early; one line, exit code 130
-    |-- AbandonedError                 what was under way was given up; the database knows where to continue
-    |   |-- PartitionsMovedError       a partition is not where the batch began
-    |   `-- OutOfPlaceError            a message was fetched before its partition moved
-    |-- HistoryClosedError             readings from a time whose raw history is closed; they become dead letters
-    |-- ChunkDroppedError              raw readings were dropped while a summary was computed from them
-    `-- MalformedMessageError          a message is not a reading; it becomes a dead letter
+"""Every error that this project raises on purpose.
 
 Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class, code or
 SQLSTATE. Each message is one line: what is wrong, which setting or file, what to do.
@@ -52,17 +35,17 @@ class PipelineError(Exception):
 
 
 class ConfigurationError(PipelineError):
-    """A setting, a file or a server address is wrong; nothing was changed."""
+    """A user's mistake: a setting, a file or a server address is wrong; nothing was changed."""
 
     exit_code = 2
 
 
 class ProtocolNotOfferedError(ConfigurationError):
-    """The brokers did not let us into the group by the protocol of Kafka 4."""
+    """The brokers do not offer the group protocol of Kafka 4."""
 
 
 class TransientError(PipelineError):
-    """A server is unreachable, restarting, or out of a resource.
+    """A server is unreachable, restarting, or out of a resource: wait and try again.
 
     ``retry_limited``: it may also be a failure that never goes away, so the number of retries is limited.
     """
@@ -85,7 +68,7 @@ class LeaseLostError(TransientError):
 
 
 class PermanentError(PipelineError):
-    """A missing table, a missing permission, messages that could not be delivered."""
+    """No retry can help: a missing table, a missing permission, messages that could not be delivered."""
 
 
 class UnreadableFileError(PermanentError):
@@ -99,7 +82,10 @@ class StoppedError(PipelineError):
 
 
 class AbandonedError(PipelineError):
-    """A batch or a question was given up. What was stored of it anyway is harmless to repeat."""
+    """A batch or a question was given up; the database knows where to continue.
+
+    What was stored of it anyway is harmless to repeat.
+    """
 
 
 class PartitionsMovedError(AbandonedError):
@@ -111,7 +97,10 @@ class OutOfPlaceError(AbandonedError):
 
 
 class HistoryClosedError(PipelineError):
-    """Some readings are from a time whose raw history is incomplete, or soon will be; nothing was written."""
+    """Some readings are from a time whose raw history is incomplete, or soon will be; nothing was written.
+
+    They become dead letters.
+    """
 
     def __init__(self, closed_before: datetime) -> None:
         super().__init__(f"older than {closed_before}, before which raw readings are no longer kept")
@@ -123,7 +112,7 @@ class ChunkDroppedError(PipelineError):
 
 
 class MalformedMessageError(PipelineError):
-    """A message that is not a reading, and what was found instead."""
+    """A message that is not a reading, and what was found instead; it becomes a dead letter."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)

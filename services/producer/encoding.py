@@ -1,8 +1,9 @@
-"""Record batches become readings, a whole column at a time, and these become messages in JSON (blocks: blocks.py)."""
+"""Record batches become readings, a whole column at a time, and these become messages: JSON, or blocks of readings."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, reduce
@@ -12,12 +13,16 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from services.core.block import KEY, block_schema, encode_block
+from services.core.murmur2 import partition_of
 from services.core.reading import MAX_SENSOR_ID, MAX_VALUE
 from services.producer.columns import Columns, decoded
 from services.producer.times import Times, nowhere
 
 MAX_EXAMPLE_LENGTH = 100  # characters of an example
 DEFAULT_SENSOR = "default"
+BLOCK_ROWS = 1000
+BLOCK_BYTES = 500_000  # half of what a broker takes by default; only very long ids make a thousand rows reach it
 NAN = pa.scalar(float("nan"), pa.float64())
 
 Example = tuple[int, str]  # the number of a row in its batch, from 0, and what is in it
@@ -111,6 +116,32 @@ def to_json(readings: Readings) -> list[bytes]:
 def _message_type(measurements: tuple[str, ...]) -> type[msgspec.Struct]:
     fields: list[Any] = [("sensor_id", str), ("time", str), *((name, float | None, None) for name in measurements)]
     return msgspec.defstruct("Message", fields, omit_defaults=True, gc=False)
+
+
+def to_blocks(readings: Readings, partitions: int) -> Iterator[tuple[int, int, bytes]]:
+    """For each block (core/block.py) its partition, the number of its readings, and the message's value.
+
+    A reading is in the partition that librdkafka and Java give its id as a key; those of one partition keep their
+    order. The blocks of a partition are of equal size, or differ by one reading.
+    """
+    if not readings.sent:
+        return
+    partition = pa.array([partition_of(key, partitions) for key in readings.keys], pa.int32()).take(readings.sensor)
+    order = pc.sort_indices(partition)  # which is stable
+    names = pa.array(readings.keys, pa.binary()).cast(pa.string(), safe=False).take(readings.sensor.take(order))
+    times = readings.time.cast(dict(KEY)["time"])
+    columns = [names, *(column.take(order) for column in (times, *readings.numbers.values()))]
+    batch = pa.record_batch(columns, schema=block_schema(tuple(readings.numbers)))
+    row_bytes = 4 + pc.max(pc.binary_length(names)).as_py() + 8 + 9 * len(readings.numbers)
+    max_rows = min(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
+    sizes = {count["values"]: count["counts"] for count in pc.value_counts(partition).to_pylist()}
+    first = 0
+    for number, size in sorted(sizes.items()):
+        pieces = -(-size // max_rows)
+        for piece in range(pieces):
+            rows = (piece + 1) * size // pieces - piece * size // pieces
+            yield number, rows, encode_block(batch.slice(first, rows))
+            first += rows
 
 
 class _Choice:

@@ -39,7 +39,7 @@ class SourceLocation:
             masked = _masked(given)
             if scheme in STORES and masked != given and not rest.startswith("anonymous@"):
                 raise ConfigurationError(
-                    f"PARQUET_URL={masked}: no keys in the URL, please: they are read from AWS_ACCESS_KEY_ID and "
+                    f"PARQUET_URL={masked}: keys must not be in the URL: they are read from AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or from the file that GOOGLE_APPLICATION_CREDENTIALS names"
                 )
             given = masked
@@ -71,7 +71,7 @@ class SourceLocation:
         states = self.list_states(must_exist=True)
         if not states:
             is_glob = GLOB.search(self.path)
-            missing = "no file matches this glob" if is_glob else "this directory holds no *.parquet file"
+            missing = "no file matches this glob" if is_glob else "there is no *.parquet file in this directory"
             raise ConfigurationError(f"PARQUET_URL={self.given}: {missing} ({self.url})")
         return sorted(states)
 

@@ -50,8 +50,8 @@ class Plan:
     seed: int
     start: datetime
     gaps: float = 0.0  # share of the rows that are left out, 0 to 0.5
-    late: float = 0.0  # that come after newer ones
-    duplicates: float = 0.0  # that come twice
+    late: float = 0.0  # that arrive after newer ones
+    duplicates: float = 0.0  # that arrive twice
 
     @property
     def steps(self) -> int:
@@ -65,7 +65,7 @@ class Counts:
 
     rows: int = 0  # in all
     duplicates: int = 0  # that repeat a row
-    late: int = 0  # that come after a newer one, without duplicates
+    late: int = 0  # that arrive after a newer one, without duplicates
     gaps: int = 0  # that were left out
 
 
@@ -118,14 +118,14 @@ def _check(plan: Plan, columns: Columns, out: Path, *, force: bool) -> None:
     if not columns.sensor and plan.sensors > 1:
         raise ConfigurationError("DATA_FEATURE_SENSOR is empty, so all readings belong to one sensor: use --sensors 1")
     if len(columns.names) < len(_named(columns)):
-        raise ConfigurationError("two of the settings DATA_FEATURE_* name one column")
+        raise ConfigurationError("two of the settings DATA_FEATURE_* name the same column")
     if plan.steps < 1:
         raise ConfigurationError(f"--days={plan.days:g} is shorter than --interval={plan.interval_s}: no reading")
     if plan.start.year + plan.days * DAY_S / YEAR_S >= LAST_YEAR:
         days = f"--start={plan.start:%Y-%m-%d} and --days={plan.days:g}"
         raise ConfigurationError(f"{days} go beyond the year {LAST_YEAR}")
     if out.is_dir():
-        raise ConfigurationError(f"{out} is a directory: name a file in it")
+        raise ConfigurationError(f"{out} is a directory: give the path of a file in it")
     if out.exists() and not force:
         raise ConfigurationError(f"{out} exists: --force replaces it")
     if not out.parent.is_dir():

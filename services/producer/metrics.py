@@ -16,13 +16,13 @@ REASONS = (
     "no_measurement",
 )
 
-WATCHING = Gauge("sensor_producer_watching", "1 in a producer that stays and watches for files, else 0.")
+WATCHING = Gauge("sensor_producer_watching", "1 in a producer that keeps watching for files, else 0.")
 ROWS_READ = Counter("sensor_rows_read_total", "Rows read from the files; each was sent or skipped.")
 READINGS_SENT = Counter("sensor_readings_sent_total", "Readings sent to the topic.")
-ROWS_SKIPPED = Counter("sensor_rows_skipped_total", "Rows that are no reading, by reason.", ["reason"])
+ROWS_SKIPPED = Counter("sensor_rows_skipped_total", "Rows that are not readings, by reason.", ["reason"])
 TIMES_DOUBTFUL = Counter(
     "sensor_times_doubtful_total",
-    "Readings sent whose local time came twice (ambiguous) or never (nonexistent).",
+    "Readings sent whose local time occurred twice (ambiguous) or never (nonexistent).",
     ["kind"],
 )
 FILES_SENT = Counter("sensor_files_sent_total", "Files of which every row was sent or skipped.")
@@ -30,11 +30,11 @@ FILES_UNREADABLE = Counter(
     "sensor_files_unreadable_total", "Files found that could not be read; each counts until it changes."
 )
 TRANSACTIONS_ABORTED = Counter(
-    "sensor_transactions_aborted_total", "Transactions that failed; what was in them is sent again."
+    "sensor_transactions_aborted_total", "Transactions that failed; their messages are sent again."
 )
 TRANSACTION_READINGS = Histogram(
     "sensor_transaction_readings",
-    "Readings of a committed transaction.",
+    "Readings per committed transaction.",
     buckets=(1, 10, 100, 1000, 10_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 10_000_000),
 )
 TRANSACTION_SECONDS = Histogram(

@@ -128,7 +128,7 @@ def choose_pacing(settings: Settings, speed: float | None) -> Pacing:
         return FixedRate(settings.producer_rate) if settings.producer_rate else Pacing()
     if settings.producer_rate:
         raise ConfigurationError(
-            f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot both hold: "
-            "leave one out (PRODUCER_RATE=0 is none)"
+            f"PRODUCER_RATE={settings.producer_rate:g} and --speed cannot be combined: "
+            "remove one of them (PRODUCER_RATE=0 means no limit)"
         )
     return Replay(speed, Columns.of(settings))

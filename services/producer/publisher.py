@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from enum import Enum, auto
 from functools import partial
 from itertools import repeat as endlessly
 from typing import Any, NoReturn
@@ -28,6 +27,7 @@ from services.core.config import Settings
 from services.core.errors import (
     ConfigurationError,
     PermanentError,
+    PipelineError,
     StoppedError,
     TransactionAbortedError,
     TransactionExpiredError,
@@ -44,8 +44,7 @@ from services.core.kafka import (
 )
 from services.core.logs import fields
 from services.core.shutdown import Shutdown
-from services.producer.blocks import to_blocks
-from services.producer.encoding import Readings, to_json
+from services.producer.encoding import Readings, to_blocks, to_json
 from services.producer.progress import Progress, encode_progress, progress_topic, read_progress
 
 log = logging.getLogger("producer")
@@ -61,25 +60,6 @@ QUEUE_MESSAGES = 500_000
 # Clients lost to fatal errors in a row, with nothing committed between, before it is called permanent. One such error
 # is INVALID_TXN_STATE, which a broker may answer that was killed in the middle of a transaction.
 MAX_LOSSES = 5
-
-
-class Verdict(Enum):
-    """What a failed transaction means."""
-
-    ABORTED = auto()  # send it again
-    EXPIRED = auto()  # send it again, unless another producer went on meanwhile
-    FENCED = auto()  # another producer has taken over
-    UNDELIVERABLE = auto()  # sending it again would fail again
-
-
-def verdict(cause: KafkaError, age_s: float, timeout_s: float, losses: int) -> Verdict:
-    """What it means that a transaction open for ``age_s`` failed; ``losses``: clients lost in a row, this one included.
-
-    Kafka ends a transaction older than ``timeout_s`` with the same errors as that of a producer that was replaced.
-    """
-    if cause.code() in FENCED:
-        return Verdict.EXPIRED if age_s >= timeout_s else Verdict.FENCED
-    return Verdict.UNDELIVERABLE if cause.code() in NEVER_TAKEN or losses > MAX_LOSSES else Verdict.ABORTED
 
 
 class Publisher:
@@ -250,8 +230,8 @@ class Publisher:
                     raise
                 if deadline is not None and time.monotonic() > deadline:
                     raise ConfigurationError(
-                        f"Kafka at {self._settings.bootstrap_servers} does not start transactions "
-                        f"({cause.str()}): see transaction.state.log.replication.factor of the broker"
+                        f"Kafka at {self._settings.bootstrap_servers} cannot start transactions "
+                        f"({cause.str()}): check the broker's transaction.state.log.replication.factor"
                     ) from error
                 time.sleep(pause)
 
@@ -275,18 +255,21 @@ class Publisher:
         pending, age_s = self.pending, max(self.age_s, time.time() - self._opened_at)
         self._close_books()
         self._is_current = False
-        losses = self._losses + cause.fatal()
-        match verdict(cause, age_s, self._timeout_s, losses):
-            case Verdict.FENCED:
-                text = f"fenced: another producer has taken over {self._source_url}; this one stops"
-                raise PermanentError(text) from error
-            case Verdict.EXPIRED:
-                raise TransactionExpiredError(f"the transaction grew older than {self._timeout_s:g} s") from error
-            case Verdict.UNDELIVERABLE:
-                raise PermanentError(f"{pending} readings were not delivered: {cause.str()}") from error
-            case Verdict.ABORTED:
-                self._losses = losses
-                raise TransactionAbortedError(cause.str()) from error
+        raise self.failure(cause, age_s, pending) from error
+
+    def failure(self, cause: KafkaError, age_s: float, pending: int = 0) -> PipelineError:
+        """What to raise when a transaction fails after ``age_s`` with ``pending`` readings; counts clients lost.
+
+        Kafka ends one that is too old with the same errors as that of a producer that was replaced.
+        """
+        if cause.code() in FENCED:
+            if age_s >= self._timeout_s:
+                return TransactionExpiredError(f"the transaction took longer than {self._timeout_s:g} s")
+            return PermanentError(f"fenced: another producer has taken over {self._source_url}; this one stops")
+        self._losses += cause.fatal()
+        if cause.code() in NEVER_TAKEN or self._losses > MAX_LOSSES:
+            return PermanentError(f"{pending} readings were not delivered: {cause.str()}")
+        return TransactionAbortedError(cause.str())
 
     def _end(self, producer: Producer, cause: KafkaError) -> KafkaError | None:
         """Abort; return the error that made the client unusable, if one did."""

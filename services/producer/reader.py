@@ -4,8 +4,8 @@ A file of a few kilobytes may ask for terabytes (a long text that each row refer
 library that reads it. The memory of the process is limited; if it ends, the file cannot be read, and the next one gets
 a new process.
 
-The two talk through pipes: a request names a file and what is wanted of it, the answers are pairs of a word and what
-belongs to it, "end" or "error" last. The word "batch" is followed by the bytes of Arrow's own format.
+The two talk through pipes: a request names a file and what is wanted of it, the last answer is None or an error. A
+batch is a buffer in Arrow's own format.
 """
 
 from __future__ import annotations
@@ -73,14 +73,13 @@ class Reader:
 
     def footer(self, filesystem: pa.fs.FileSystem, path: str) -> tuple[pa.Schema, int]:
         """The schema of a file, and how many rows it has."""
-        ((_, answer),) = self._ask(Request(filesystem, path))
-        schema, rows = answer
+        ((schema, rows),) = self._ask(Request(filesystem, path))
         return pa.ipc.read_schema(pa.py_buffer(schema)), rows
 
     def batches(self, request: Request) -> Iterator[FileState | pa.RecordBatch]:
         """The state of the file when it was opened, its rows in batches, and its state after the last one."""
-        for word, answer in self._ask(request):
-            yield pa.ipc.open_stream(answer).read_next_batch() if word == "batch" else answer
+        for answer in self._ask(request):
+            yield pa.ipc.open_stream(answer).read_next_batch() if isinstance(answer, pa.Buffer) else answer
 
     def close(self) -> None:
         """End the process."""
@@ -93,7 +92,7 @@ class Reader:
             self._process.wait()
         self._process = None
 
-    def _ask(self, request: Request) -> Iterator[tuple[str, Any]]:
+    def _ask(self, request: Request) -> Iterator[Any]:
         process, answered = self._start(), False
         assert process.stdin is not None
         assert process.stdout is not None
@@ -104,21 +103,21 @@ class Reader:
             while True:
                 if not answers.poll(ANSWER_TIMEOUT_S):
                     raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s")
-                word, answer = answers.recv()
-                if word in ("end", "error"):
+                answer = answers.recv()
+                if answer is None or isinstance(answer, Exception):
                     break
-                yield word, answers.recv_bytes() if word == "batch" else answer
+                yield answer
             answered = True
         except (EOFError, BrokenPipeError) as error:
             code = process.wait()
             how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            raise pa.ArrowException(f"reading it ended the process that did ({how})") from error
+            raise pa.ArrowException(f"reading it ended the reader process ({how})") from error
         finally:
             questions.close()
             answers.close()
             if not answered:  # it would keep sending answers
                 self.close()
-        if word == "error":
+        if answer is not None:
             raise answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -153,29 +152,27 @@ def serve(questions: Connection, answers: Connection) -> None:
             return
         if request.filesystem != filesystem:  # keep connections to an object store
             filesystem = request.filesystem
-        last: tuple[str, Any] = ("end", None)
+        last: Exception | None = None
         try:
-            for word, answer in _answer(request._replace(filesystem=filesystem)):
-                answers.send((word, None if word == "batch" else answer))
-                if word == "batch":
-                    answers.send_bytes(answer)
+            for answer in _answer(request._replace(filesystem=filesystem)):
+                answers.send(answer)
         except (OSError, pa.ArrowException) as error:
-            last = ("error", error)
+            last = error
         except Exception as error:  # noqa: BLE001 - whatever it is, it is about this file
-            last = ("error", pa.ArrowException(f"{type(error).__name__}: {error}"))
+            last = pa.ArrowException(f"{type(error).__name__}: {error}")
         answers.send(last)
 
 
-def _answer(request: Request) -> Iterator[tuple[str, Any]]:
+def _answer(request: Request) -> Iterator[Any]:
     filesystem, path, columns, start, end = request
     with (
         _open(filesystem, path) as stream,
         pq.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES) as parquet,
     ):
         if columns is None:
-            yield "footer", (parquet.schema_arrow.remove_metadata().serialize().to_pybytes(), parquet.metadata.num_rows)
+            yield (parquet.schema_arrow.remove_metadata().serialize().to_pybytes(), parquet.metadata.num_rows)
             return
-        yield "state", _state(filesystem, path, stream)
+        yield _state(filesystem, path, stream)
         groups, skip = _groups_from(parquet.metadata, start)
         left = parquet.metadata.num_rows if end is None else end - start
         for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
@@ -183,10 +180,10 @@ def _answer(request: Request) -> Iterator[tuple[str, Any]]:
             skip = max(0, skip - batch.num_rows)
             left -= wanted.num_rows
             if wanted.num_rows:
-                yield "batch", _packed(wanted)
+                yield _packed(wanted)
             if not left:
                 break
-        yield "state", _state(filesystem, path, stream)
+        yield _state(filesystem, path, stream)
 
 
 def _open(filesystem: pa.fs.FileSystem, path: str) -> pa.NativeFile:
@@ -203,7 +200,7 @@ def _state(filesystem: pa.fs.FileSystem, path: str, stream: pa.NativeFile) -> Fi
 
 def _packed(batch: pa.RecordBatch) -> pa.Buffer:
     if batch.nbytes > MAX_BATCH_BYTES:
-        raise pa.ArrowInvalid(f"{batch.num_rows} rows of it take {batch.nbytes} bytes")
+        raise pa.ArrowInvalid(f"{batch.num_rows} rows need {batch.nbytes} bytes")
     packed = pa.BufferOutputStream()
     with pa.ipc.new_stream(packed, batch.schema) as stream:
         stream.write_batch(batch)

@@ -52,7 +52,7 @@ class SourceFile:
                         row += part.num_rows
                 elif answer != self.state:
                     raise UnreadableFileError(
-                        f"{self.url} changed after it was checked; the next poll, or the next run, sends what it is now"
+                        f"{self.url} changed after it was checked; the next poll or run sends its new contents"
                     )
         except (OSError, pa.ArrowException) as error:
             raise UnreadableFileError(
@@ -151,5 +151,5 @@ def _damage(location: SourceLocation, path: str, error: Exception) -> str:
     except OSError:
         return f"{url} cannot be read: {one_line(error)}"
     if start == MAGIC:
-        return f"{url} is a Parquet file that was cut off or damaged ({size} bytes): {one_line(error)}"
+        return f"{url} is a truncated or damaged Parquet file ({size} bytes): {one_line(error)}"
     return f"{url} is not a Parquet file ({size} bytes, begins with {start!r})"

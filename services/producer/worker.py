@@ -113,7 +113,8 @@ def _check_options(settings: Settings, *, resend: bool, overwrite: bool) -> None
     period_s = settings.producer_watch_seconds
     if period_s and resend:
         raise ConfigurationError(
-            f"PRODUCER_WATCH_SECONDS={period_s:g} and --resend cannot both hold: resend with PRODUCER_WATCH_SECONDS=0"
+            f"PRODUCER_WATCH_SECONDS={period_s:g} and --resend cannot be combined: "
+            "set PRODUCER_WATCH_SECONDS=0 to resend"
         )
     if overwrite and not resend:
-        raise ConfigurationError("--overwrite goes with --resend: it lets rows that are sent again overwrite")
+        raise ConfigurationError("--overwrite is only for --resend: it makes rows that are sent again overwrite")

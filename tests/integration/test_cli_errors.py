@@ -98,9 +98,11 @@ def test_a_wrong_speed_says_how_to_write_it(settings: Settings) -> None:
 
 def test_settings_that_exclude_each_other_are_refused(settings: Settings) -> None:
     line = error_line(run(settings, "produce", "--speed", "60x", PRODUCER_RATE="100"), MISTAKE)
-    assert line == "PRODUCER_RATE=100 and --speed cannot both hold: leave one out (PRODUCER_RATE=0 is none)"
+    assert (
+        line == "PRODUCER_RATE=100 and --speed cannot be combined: remove one of them (PRODUCER_RATE=0 means no limit)"
+    )
     line = error_line(run(settings, "produce", "--resend", PRODUCER_WATCH_SECONDS="5"), MISTAKE)
-    assert line.startswith("PRODUCER_WATCH_SECONDS=5 and --resend cannot both hold")
+    assert line.startswith("PRODUCER_WATCH_SECONDS=5 and --resend cannot be combined")
 
 
 def test_a_watched_directory_must_exist(settings: Settings) -> None:

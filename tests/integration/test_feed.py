@@ -125,7 +125,7 @@ def test_files_are_sent_as_they_become_whole(
     with (data / "a.parquet").open("wb") as growing:
         growing.write(whole[:-1000])
         growing.flush()
-        assert "was cut off or damaged" in watcher.wait_for("unreadable")["error"]
+        assert "is a truncated or damaged Parquet file" in watcher.wait_for("unreadable")["error"]
         write(data / "b.parquet", 500, first=1000)  # what cannot be read holds up nothing else
         files_sent(watcher, 1)
         assert sorted(numbers(settings)) == list(range(1000, 1500))

@@ -300,7 +300,7 @@ def test_what_is_sent_again_is_marked_unless_it_shall_overwrite(
 def test_overwrite_alone_is_refused(settings: Settings) -> None:
     ended = run_cli(settings, "produce", "--overwrite")
     assert ended.returncode == 2
-    assert ended.stderr == "error: --overwrite goes with --resend: it lets rows that are sent again overwrite\n"
+    assert ended.stderr == "error: --overwrite is only for --resend: it makes rows that are sent again overwrite\n"
 
 
 @FORMATS

@@ -43,7 +43,7 @@ def test_rows_of_megabytes_are_not_taken(tmp_path: Path) -> None:
     long = table(40).set_column(4, "sensor", pa.array(["x" * 1_000_000] * 40))
     pq.write_table(long, tmp_path / "a.parquet", use_dictionary=False, compression="none")
     (file,) = open_source(settings(tmp_path)).files
-    with pytest.raises(UnreadableFileError, match="40 rows of it take 4000"):
+    with pytest.raises(UnreadableFileError, match="40 rows need 4000"):
         list(file.readings())
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_crashes_the_reader_is_one_line_and_the_next_is_read(
     good = write(tmp_path / "good.parquet")
     try:
         if where == "footer":
-            with pytest.raises(ConfigurationError, match=r"reading it ended the process that did \(Aborted\)"):
+            with pytest.raises(ConfigurationError, match=r"reading it ended the reader process \(Aborted\)"):
                 open_source(settings(crash))
         else:
             (file,) = open_source(settings(crash)).files

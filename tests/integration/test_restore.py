@@ -152,13 +152,13 @@ def test_rewind_goes_back_under_a_running_consumer(
     assert "partition 0: from 100 to 0\n" in done.stdout
     wait_until(lambda: counts(connection)[0] == 100, "all is stored again")
     done = run_cli(settings, "rewind", "--to-time", "2999-01-01")
-    assert done.stdout == "0 partitions moved: none was further on\n"
+    assert done.stdout == "0 partitions moved: none was beyond it\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--to-offset", "5"], "error: --to-offset needs --partition: each has offsets of its own"),
+        (["--to-offset", "5"], "error: --to-offset needs --partition: each partition has its own offsets"),
         (["--to-offset", "5", "--partition", "9"], "error: --partition=9: "),
         (["--to-offset", "101", "--partition", "0"], "error: --to-offset=101: partition 0 has 0 to 100"),
         (["--to-time", "yesterday"], "error: --to-time=yesterday is not allowed"),

@@ -23,9 +23,8 @@ from services.core.kafka import ARROW, FORMAT_HEADER
 from services.core.measurements import DEFAULT
 from services.core.murmur2 import partition_of
 from services.core.reading import EPOCH, MAX_VALUE, Decoder, Reading, reading_type
-from services.producer.blocks import BLOCK_BYTES, BLOCK_ROWS, to_blocks
 from services.producer.columns import Columns
-from services.producer.encoding import Digest, choose, to_json
+from services.producer.encoding import BLOCK_BYTES, BLOCK_ROWS, Digest, choose, to_blocks, to_json
 from tests.examples import many
 from tests.measured import MEASUREMENTS, reading_of
 

@@ -75,7 +75,7 @@ def test_the_pace_is_chosen_by_rate_or_speed() -> None:
     assert type(choose_pacing(default, None)) is Pacing
     assert isinstance(choose_pacing(default, 60), Replay)
     assert isinstance(choose_pacing(slow, None), FixedRate)
-    with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot both hold"):
+    with pytest.raises(ConfigurationError, match=r"^PRODUCER_RATE=2\.5 and --speed cannot be combined"):
         choose_pacing(slow, 60)
 
 

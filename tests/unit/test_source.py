@@ -625,7 +625,7 @@ def test_keys_in_a_url_are_not_shown() -> None:
         text = problem(url)
         assert "secret" not in text.lower().replace("aws_secret_access_key", "")
         assert "://***@bucket/" in text
-        assert ("no keys in the URL" in text) == (not url.startswith("nowhere"))
+        assert ("keys must not be in the URL" in text) == (not url.startswith("nowhere"))
 
 
 def test_an_at_sign_in_a_path_is_no_secret() -> None:
@@ -699,7 +699,7 @@ def test_a_truncated_file_says_so(tmp_path: Path, part: float) -> None:
     path = write(tmp_path / "a.parquet", 1000)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
-    assert "a.parquet is a Parquet file that was cut off or damaged" in problem(path)
+    assert "a.parquet is a truncated or damaged Parquet file" in problem(path)
 
 
 def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
