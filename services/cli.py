@@ -108,9 +108,8 @@ def _add_services(commands: Commands) -> None:
 
     etl = _command(commands, _run_etl, "etl", "keep the summaries equal to the readings")
     etl.flag("--once", "refresh what is queued, then end")
-    etl.flag(
-        "--reconcile", "compare all summaries with the raw readings, repair them, and print how many rows differed"
-    )
+    what = "compare all summaries with the raw readings, repair them, and print how many rows differed"
+    etl.flag("--reconcile", what)
 
 
 def _add_generate(commands: Commands) -> None:
@@ -124,11 +123,8 @@ def _add_generate(commands: Commands) -> None:
     what = "first day, UTC (default: 2024-01-01)"
     generate.add_argument("--start", type=partial(_time, "--start"), default="2024-01-01", help=what)
     _number(generate, "--seed", 0, 2**63, default=1, help="default: 1")
-    for name, what in (
-        ("gaps", "left out"),
-        ("late", "that arrive after newer ones"),
-        ("duplicates", "that arrive twice"),
-    ):
+    shares = {"gaps": "left out", "late": "that arrive after newer ones", "duplicates": "that arrive twice"}
+    for name, what in shares.items():
         _number(generate, f"--{name}", 0, 0.5, float, default=0.0, help=f"share of rows {what}: 0 to 0.5 (default: 0)")
     generate.flag("--force", "replace OUT if it exists")
 
@@ -164,9 +160,8 @@ def _add_repairs(commands: Commands) -> None:
     what = "make consumers read the topic again from an earlier position"
     rewind = _command(commands, _run_rewind, "rewind", what)
     position = rewind.add_mutually_exclusive_group(required=True)
-    position.add_argument(
-        "--to-beginning", action="store_true", help="from the oldest message that the topic still has"
-    )
+    what = "from the oldest message that the topic still has"
+    position.add_argument("--to-beginning", action="store_true", help=what)
     what = "from the first message sent at or after this time, like 2024-01-01T00:00Z"
     position.add_argument("--to-time", metavar="TIME", help=what)
     what = "from this offset of --partition; one ahead of the current position skips messages"

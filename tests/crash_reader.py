@@ -30,4 +30,4 @@ def answer(request: Request) -> Iterator[Any]:
 
 if __name__ == "__main__":
     reader._answer = answer
-    reader.main()
+    reader.serve()

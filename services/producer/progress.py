@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from confluent_kafka import IsolationLevel, Message, TopicPartition
+from confluent_kafka import IsolationLevel, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from services.core import kafka
@@ -90,8 +90,19 @@ def _read(settings: Settings, topic: str, shutdown: Shutdown) -> dict[str, Progr
 
     found: dict[str, Progress] = {}
     for message in read_topic(settings, topic, 0, 0, end, on_silence=wait):
-        _take(found, topic, message)
+        key, value = str(message.key() or b"", "ascii", "replace"), message.value()
+        found.pop(key, None)
+        if value is not None:  # else it deletes the key, as in any compacted topic
+            found[key] = _decode(value, topic)
     return found
+
+
+def _decode(value: bytes, topic: str) -> Progress:
+    try:
+        return _decoder.decode(value)
+    except ValueError as error:  # msgspec's errors are ValueErrors
+        text = f"Kafka topic {topic} holds a record that is not a producer's progress: {error}"
+        raise PermanentError(text) from error
 
 
 def _end(settings: Settings, topic: str) -> int:
@@ -110,20 +121,6 @@ def _end(settings: Settings, topic: str) -> int:
             request_timeout=REQUEST_TIMEOUT_S,
         )
         return int(futures[partition].result().offset)
-
-
-def _take(found: dict[str, Progress], topic: str, message: Message) -> None:
-    """Add a record to ``found``; one without a value deletes its key, as in any compacted topic."""
-    key, value = str(message.key() or b"", "ascii", "replace"), message.value()
-    if value is None:
-        found.pop(key, None)
-        return
-    try:
-        found[key] = _decoder.decode(value)
-    except ValueError as error:  # msgspec's errors are ValueErrors
-        raise PermanentError(
-            f"Kafka topic {topic} holds a record that is not a producer's progress: {error}"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ A file of a few kilobytes may ask for terabytes (a long text that each row refer
 library that reads it. The memory of the process is limited; if it ends, the file cannot be read, and the next one gets
 a new process.
 
-The two talk through pipes: a request names a file and what is wanted of it, the last answer is None or an error. A
+The two talk through a pipe: a request names a file and what is wanted of it, the last answer is None or an error. A
 batch is a buffer in Arrow's own format.
 """
 
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ PROGRAM = """
 import os
 os.putenv("ARROW_DEFAULT_MEMORY_POOL", "system")
 from services.producer import reader
-reader.main()
+reader.serve()
 """
 COMMAND = [sys.executable, "-c", PROGRAM]
 
@@ -70,6 +70,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._line: Connection
 
     def footer(self, filesystem: pa.fs.FileSystem, path: str) -> tuple[pa.Schema, int]:
         """The schema of a file, and how many rows it has."""
@@ -84,54 +85,48 @@ class Reader:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
+            self._line.close()
             self._process.kill()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
             self._process.wait()
         self._process = None
 
     def _ask(self, request: Request) -> Iterator[Any]:
-        process, answered = self._start(), False
-        assert process.stdin is not None
-        assert process.stdout is not None
-        questions = Connection(os.dup(process.stdin.fileno()), readable=False)
-        answers = Connection(os.dup(process.stdout.fileno()), writable=False)
+        line, answered = self._connect(), False
         try:
-            questions.send(request)
+            line.send(request)
             while True:
-                if not answers.poll(ANSWER_TIMEOUT_S):
+                if not line.poll(ANSWER_TIMEOUT_S):
                     raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s")
-                answer = answers.recv()
+                answer = line.recv()
                 if answer is None or isinstance(answer, Exception):
                     break
                 yield answer
             answered = True
-        except (EOFError, BrokenPipeError) as error:
-            code = process.wait()
+        except (EOFError, ConnectionError) as error:
+            assert self._process is not None
+            code = self._process.wait()
             how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
             raise pa.ArrowException(f"reading it ended the reader process ({how})") from error
         finally:
-            questions.close()
-            answers.close()
             if not answered:  # it would keep sending answers
                 self.close()
         if answer is not None:
             raise answer
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _connect(self) -> Connection:
         if self._process is not None and self._process.poll() is not None:  # it was killed, or crashed
             self.close()
         if self._process is None:
-            self._process = subprocess.Popen(  # noqa: S603 - no text of anybody's
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us
-            )
-        return self._process
+            self._line, theirs = Pipe()
+            with theirs:
+                self._process = subprocess.Popen(  # noqa: S603 - no text of anybody's
+                    COMMAND,
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,  # what a library prints is not an answer
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for us
+                )
+        return self._line
 
 
 READER = Reader()
@@ -141,13 +136,14 @@ atexit.register(READER.close)
 # --- the process that reads --------------------------------------------------------------------------------
 
 
-def serve(questions: Connection, answers: Connection) -> None:
-    """Answer requests until their pipe is closed."""
+def serve() -> None:
+    """Answer requests until the other end of the line is closed."""
+    line = Connection(sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     filesystem = None
     while True:
         try:
-            request: Request = questions.recv()
+            request: Request = line.recv()
         except EOFError:
             return
         if request.filesystem != filesystem:  # keep connections to an object store
@@ -155,12 +151,12 @@ def serve(questions: Connection, answers: Connection) -> None:
         last: Exception | None = None
         try:
             for answer in _answer(request._replace(filesystem=filesystem)):
-                answers.send(answer)
+                line.send(answer)
         except (OSError, pa.ArrowException) as error:
             last = error
         except Exception as error:  # noqa: BLE001 - whatever it is, it is about this file
             last = pa.ArrowException(f"{type(error).__name__}: {error}")
-        answers.send(last)
+        line.send(last)
 
 
 def _answer(request: Request) -> Iterator[Any]:
@@ -214,10 +210,3 @@ def _groups_from(metadata: pq.FileMetaData, start: int) -> tuple[list[int], int]
         before += metadata.row_group(first).num_rows
         first += 1
     return list(range(first, metadata.num_row_groups)), start - before
-
-
-def main() -> None:
-    """The process."""
-    answers = Connection(os.dup(sys.stdout.fileno()), readable=False)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
-    serve(Connection(sys.stdin.fileno(), writable=False), answers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
 
 from services.core.config import Settings
 from services.core.errors import STOPPED, ConfigurationError, PermanentError, PipelineError
@@ -27,24 +26,8 @@ log = logging.getLogger("producer")
 HUNG_AFTER_S = 300.0  # an object store that does not answer is waited for
 
 
-class Feed(Protocol):
-    """What to send: the files that are there (Once), or also those that arrive until shutdown (Watch)."""
-
-    url: str
-    exit_code: int
-
-    def sources(self) -> Iterator[Source]:
-        """The files to send next; ``settle`` is called after each of these."""
-
-    def note_unreadable(self, file: SourceFile, error: PipelineError) -> None:
-        """``file`` turned out to be damaged, or has changed or gone."""
-
-    def settle(self, sent: list[SourceFile], nothing_sent: str) -> None:
-        """Of the last source these files are sent; ``nothing_sent``: why no row was, if it has rows."""
-
-
 class Once:
-    """The files that are there at the start."""
+    """The files that are there at the start; Watch has the same methods for those that arrive until shutdown."""
 
     def __init__(self, settings: Settings, shutdown: Shutdown) -> None:
         self._source = open_source(settings, shutdown)
@@ -60,7 +43,7 @@ class Once:
         yield self._source
 
     def note_unreadable(self, _file: SourceFile | None, error: PipelineError) -> None:
-        """The other files are sent nevertheless."""
+        """It turned out to be damaged, or has changed or gone; the other files are sent nevertheless."""
         FILES_UNREADABLE.inc()
         log.warning("unreadable", extra=fields(error=str(error)))
         self._failures.append(error)
@@ -96,7 +79,7 @@ def run(
     _check_options(settings, resend=resend, overwrite=overwrite)
     mark = ("" if overwrite else REPEATED.decode()) if resend else None
     with monitored(settings, shutdown, "producer", partial(kafka_probe, settings), hung_after_s=HUNG_AFTER_S):
-        feed: Feed = Watch(settings, shutdown) if settings.producer_watch_seconds else Once(settings, shutdown)
+        feed: Watch | Once = Watch(settings, shutdown) if settings.producer_watch_seconds else Once(settings, shutdown)
         admin = connect_admin(settings, shutdown)
         create_topics(admin, settings, progress_topic(settings), shutdown=shutdown)
         topic = topic_id(admin, settings, shutdown)
