@@ -312,8 +312,7 @@ def _run_dead_letters(settings: Settings, options: argparse.Namespace) -> int:
                 )
             lines: Iterable[str] = [f"{delete(settings, shutdown, up_to=options.up_to)} dead letters deleted"]
         case "replay":
-            done = replay(settings, shutdown, reason=options.reason, up_to=options.up_to, overwrite=options.overwrite)
-            lines = done.lines(settings)
+            lines = replay(settings, shutdown, reason=options.reason, up_to=options.up_to, overwrite=options.overwrite)
         case _:
             lines = list_letters(settings, shutdown, reason=options.reason, as_json=options.json)
     for line in lines:

@@ -64,21 +64,17 @@ class DeadLetter:
 
     def outgoing(self, group: str, at_most: int | None) -> Outgoing:
         """Key, value and headers as they are, and our headers; or the first ``at_most`` bytes of the value."""
-        ours = self._headers(group)
-        key, value = self.message.key() or b"", self.message.value() or b""
+        stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
+        origin = (self.message.topic(), *position_of(self.message))
+        values = (*origin, group, 0, stage, self.reason, self.detail, self.reason)
+        named = zip((*CONNECT_HEADERS, REASON_HEADER), values, strict=True)
+        ours: list[Header] = [(name, str(value).encode()) for name, value in named]
         if at_most is not None:
+            key, value = self.message.key() or b"", self.message.value() or b""
             return key[:MAX_KEY_BYTES], value[:at_most], [*ours, (ORIGINAL_BYTES_HEADER, str(len(value)).encode())]
         # Of a letter that was replayed and refused again, only the last reason.
         theirs = [header for header in headers_of(self.message) if header[0] not in OUR_HEADERS]
         return self.message.key(), self.message.value(), [*theirs, *ours]
-
-    def _headers(self, group: str) -> list[Header]:
-        """Why it was not stored, and where it was."""
-        stage = "TASK_PUT" if self.reason in PUT_REASONS else "VALUE_CONVERTER"
-        partition, offset = position_of(self.message)
-        values = (self.message.topic(), partition, offset, group, 0, stage, self.reason, self.detail)
-        ours = zip((*CONNECT_HEADERS, REASON_HEADER), (*values, self.reason), strict=True)
-        return [(name, str(value).encode()) for name, value in ours]
 
 
 class DeadLetterTopic:

@@ -6,7 +6,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -46,37 +45,6 @@ NOT_REPLAYED = OUR_HEADERS | {REPEAT_HEADER, LETTER_HEADER}
 LINE = "{offset:>6}  {time}  {reason:20} {topic}[{partition}]@{source_offset}  {detail}  {value!r}"
 
 
-@dataclass(slots=True)
-class Replayed:
-    """What became of the letters: how many were sent, ``refused`` again, or ``hopeless`` and so not sent.
-
-    ``is_known``: consumers have read all that was sent; what is not ``refused`` is stored.
-    """
-
-    names: list[bytes] = field(default_factory=list)  # of those that were sent
-    refused: Counter[str] = field(default_factory=Counter)  # by reason
-    hopeless: Counter[str] = field(default_factory=Counter)
-    is_known: bool = True
-
-    def lines(self, settings: Settings) -> Iterator[str]:
-        """What a person wants to know."""
-        sent = len(self.names)
-        line = f"{sent} dead letters sent to {settings.kafka_topic}"
-        stored = sent - self.refused.total()
-        if not self.is_known:
-            line += f"; no consumer of group {settings.kafka_group} has read them yet"
-        elif sent:
-            line += f": {stored} stored, or there already"
-            line += f"; {_by_reason(self.refused)} refused again" if self.refused else ""
-        yield line
-        if self.hopeless:
-            yield f"{_by_reason(self.hopeless)} not sent: they can never be stored"
-        if stored and self.is_known:
-            yield (
-                "messages that were stored stay in the list until they are deleted: dead-letters delete --up-to OFFSET"
-            )
-
-
 def _by_reason(counts: Counter[str]) -> str:
     reasons = ", ".join(f"{count} {printable(reason)}" for reason, count in counts.most_common())
     return f"{counts.total()} ({reasons})"
@@ -104,49 +72,62 @@ def what_is_known(letter: Message) -> dict[str, object]:
 
 def replay(
     settings: Settings, shutdown: Shutdown, *, reason: str | None, up_to: int | None = None, overwrite: bool = False
-) -> Replayed:
+) -> Iterator[str]:
     """Send the original key, value and headers of the dead letters there are now to the topic of readings.
 
     They are marked as repeated, so sending one twice is harmless: it fills a gap, but overwrites nothing that has been
     stored since. With ``overwrite`` they count as new. One that is refused again becomes a newer dead letter, which
     replaces the older one. What no limits could make a reading is not sent.
 
-    Waits until the consumers have read them, if there are any. Raises PermanentError with the count if some could not
-    be sent.
+    Waits until the consumers have read them, if there are any, and yields what a person wants to know. Raises
+    PermanentError with the count if some could not be sent.
     """
     admin = connect_admin(settings, shutdown)
-    result = Replayed()
-    mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
-    letters = read_letters(settings, shutdown, reason=reason, up_to=up_to)
     producer = Producer(
         client_settings(settings, "replay")
         | {"enable.idempotence": True, "message.max.bytes": DEAD_LETTER_MAX_BYTES, "partitioner": PARTITIONER}
     )
-    messages = _outgoing(letters, mark, result, settings.measurements)
-    answers = deliver(producer, settings.kafka_topic, messages, FLUSH_TIMEOUT_S)
+    names: list[bytes] = []  # of the letters that are sent
+    hopeless: Counter[str] = Counter()  # those that are not, by reason
+
+    def messages() -> Iterator[Outgoing]:
+        mark: list[Header] = [] if overwrite else [(REPEAT_HEADER, REPEATED)]
+        for letter in read_letters(settings, shutdown, reason=reason, up_to=up_to):
+            if why := why_hopeless(letter, settings.measurements):
+                hopeless[why] += 1
+                continue
+            theirs: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
+            names.append(name_of(letter))
+            yield letter.key(), letter.value(), [*theirs, *mark, (LETTER_HEADER, names[-1])]
+
+    answers = deliver(producer, settings.kafka_topic, messages(), FLUSH_TIMEOUT_S)
     failed = [answer for answer in answers if isinstance(answer, KafkaError)]
     if failed:
-        raise PermanentError(f"{len(failed)} of {len(result.names)} dead letters were not sent: {failed[0].str()}")
+        raise PermanentError(f"{len(failed)} of {len(names)} dead letters were not sent: {failed[0].str()}")
     last = dict(sorted(answer for answer in answers if not isinstance(answer, KafkaError)))  # offset by partition
-    result.is_known = not last or (_has_members(admin, settings) and _wait_until_read(settings, last, shutdown))
-    if result.is_known and last:
+    is_known = _has_members(admin, settings) and _wait_until_read(settings, last, shutdown) if last else True
+    yield from _outcome(settings, shutdown, names, hopeless, is_known=is_known)
+
+
+def _outcome(
+    settings: Settings, shutdown: Shutdown, names: list[bytes], hopeless: Counter[str], *, is_known: bool
+) -> Iterator[str]:
+    """What became of the letters that were sent; ``is_known``: consumers have read all of them."""
+    line, stored = f"{len(names)} dead letters sent to {settings.kafka_topic}", 0
+    if not is_known:
+        line += f"; no consumer of group {settings.kafka_group} has read them yet"
+    elif names:
         # By the name of the letter that each replaces: one may be there twice after a crash.
         newer = {replaced_by(letter): reason_of(letter) for letter in read_letters(settings, shutdown)}
-        result.refused = Counter(newer[name] for name in result.names if name in newer)
-    return result
-
-
-def _outgoing(
-    letters: Iterator[Message], mark: list[Header], result: Replayed, measurements: tuple[str, ...]
-) -> Iterator[Outgoing]:
-    """What is sent for each letter, noted in ``result``."""
-    for letter in letters:
-        if hopeless := why_hopeless(letter, measurements):
-            result.hopeless[hopeless] += 1
-        else:
-            theirs: list[Header] = [header for header in headers_of(letter) if header[0] not in NOT_REPLAYED]
-            result.names.append(name_of(letter))
-            yield letter.key(), letter.value(), [*theirs, *mark, (LETTER_HEADER, result.names[-1])]
+        refused = Counter(newer[name] for name in names if name in newer)
+        stored = len(names) - refused.total()
+        line += f": {stored} stored, or there already"
+        line += f"; {_by_reason(refused)} refused again" if refused else ""
+    yield line
+    if hopeless:
+        yield f"{_by_reason(hopeless)} not sent: they can never be stored"
+    if stored:
+        yield "messages that were stored stay in the list until they are deleted: dead-letters delete --up-to OFFSET"
 
 
 def why_hopeless(letter: Message, measurements: tuple[str, ...]) -> str:
