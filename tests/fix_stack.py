@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from services.core.config import Settings
 from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
+from services.core.shutdown import Shutdown
 from services.etl.rollup import BASE
 from services.local.security import Security
 from services.local.servers import free_port as free_port
@@ -159,7 +160,7 @@ def settings(servers: Settings, request: pytest.FixtureRequest) -> Settings:
         }
     )
     if request.node.get_closest_marker("without_topics") is None:
-        create_topics(request.getfixturevalue("kafka_admin"), own)
+        create_topics(request.getfixturevalue("kafka_admin"), own, shutdown=Shutdown())
     return own
 
 

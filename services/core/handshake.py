@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.core.config import Settings
 
@@ -17,30 +17,29 @@ ANSWER_TIMEOUT_S = 2.0
 REFUSED_TIMEOUT_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Mismatch(NamedTuple):
     """What to tell the user, with the settings to check; unless ``certain``, the server may only be starting."""
 
     text: str
-    certain: bool
+    certain: bool = True
 
 
-def find_problem(settings: Settings) -> Problem | None:
+def find_mismatch(settings: Settings) -> Mismatch | None:
     """Why the listener does not answer us; None if nothing takes connections there."""
     try:
         line = socket.create_connection((settings.kafka_host, settings.kafka_port), ANSWER_TIMEOUT_S)
     except OSError:
         return None
-    protocol, problem = settings.kafka_security_protocol, None
+    protocol, found = settings.kafka_security_protocol, None
     with line:
         if protocol.endswith("SSL"):
-            problem = _problem_with_tls(line, settings)
+            found = _tls_mismatch(line, settings)
         elif _speaks_tls(line):
             text = f"it speaks TLS, and KAFKA_SECURITY_PROTOCOL={protocol} is plain text: set SSL or SASL_SSL"
-            problem = Problem(text, certain=True)
+            found = Mismatch(text)
     sasl = "" if protocol.startswith("SASL") else " (does it ask for SASL?)"
     text = f"something takes connections there, but does not answer to KAFKA_SECURITY_PROTOCOL={protocol}{sasl}"
-    return problem or Problem(text, certain=False)
+    return found or Mismatch(text, certain=False)
 
 
 def _speaks_tls(line: socket.socket) -> bool:
@@ -54,7 +53,7 @@ def _speaks_tls(line: socket.socket) -> bool:
     return True
 
 
-def _problem_with_tls(line: socket.socket, settings: Settings) -> Problem | None:
+def _tls_mismatch(line: socket.socket, settings: Settings) -> Mismatch | None:
     context = ssl.create_default_context(cafile=settings.kafka_ssl_ca_location or None)
     if settings.kafka_ssl_certificate_location:
         context.load_cert_chain(
@@ -71,14 +70,14 @@ def _problem_with_tls(line: socket.socket, settings: Settings) -> Problem | None
     except ssl.SSLCertVerificationError as error:
         reason = error.verify_message.rstrip(".")
         text = f"its certificate is not to be trusted: {reason} (check KAFKA_SSL_CA_LOCATION and KAFKA_HOST)"
-        return Problem(text, certain=True)
+        return Mismatch(text)
     except OSError as error:
         reason = getattr(error, "reason", None) or ""
         if "ALERT" in reason:
             words = reason.lower().replace("_", " ")
             text = f"it refuses us: {words} (check KAFKA_SSL_CERTIFICATE_LOCATION and KAFKA_SSL_KEY_LOCATION)"
-            return Problem(text, certain=True)
-        return Problem(
+            return Mismatch(text)
+        return Mismatch(
             f"it does not speak TLS, and KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} does: "
             "set PLAINTEXT or SASL_PLAINTEXT, or correct the address",
             certain=False,

@@ -17,7 +17,7 @@ from services.core.backoff import at_start
 from services.core.config import Settings
 from services.core.credentials import check_files
 from services.core.errors import ConfigurationError, PermanentError, TransientError
-from services.core.handshake import find_problem
+from services.core.handshake import find_mismatch
 from services.core.logs import OnceInAWhile, fields
 from services.core.shutdown import Shutdown
 
@@ -184,9 +184,9 @@ def raise_if_refused(errors: Sequence[KafkaError], settings: Settings, *, last: 
                 f"{where}: it refuses user {settings.kafka_sasl_username}: {said} "
                 "(check KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD and KAFKA_SASL_MECHANISM)"
             )
-    problem = find_problem(settings)
-    if problem is not None and (problem.certain or last):
-        raise ConfigurationError(f"{where}: {problem.text}")
+    mismatch = find_mismatch(settings)
+    if mismatch is not None and (mismatch.certain or last):
+        raise ConfigurationError(f"{where}: {mismatch.text}")
 
 
 def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> NewTopic:
@@ -197,7 +197,7 @@ def new_topic(settings: Settings, name: str, partitions: int, **config: str) -> 
     return NewTopic(name, partitions, settings.kafka_replication_factor, config=options)
 
 
-def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shutdown: Shutdown | None = None) -> None:
+def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shutdown: Shutdown) -> None:
     """Create the topic of readings, its dead letters, and ``topics``, where they do not exist.
 
     Where they all exist, nobody needs the right to create them. Raises ConfigurationError when no broker answers
@@ -216,7 +216,7 @@ def create_topics(admin: AdminClient, settings: Settings, *topics: NewTopic, shu
         ),
         *topics,
     ]
-    wait_for_kafka(partial(_create, admin, wanted), settings, shutdown or Shutdown())
+    wait_for_kafka(partial(_create, admin, wanted), settings, shutdown)
 
 
 def _create(admin: AdminClient, topics: list[NewTopic]) -> None:

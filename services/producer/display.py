@@ -33,7 +33,7 @@ class RowsPerSecond(ProgressColumn):
 def show_rows(total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call, again and again, with how many of ``total`` rows are done."""
     if not (total and sys.stderr.isatty()):
-        yield _LogLines(total).update
+        yield _log_lines(total)
         return
     rows = TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows")
     columns = (rows, BarColumn(), RowsPerSecond(), TimeRemainingColumn())
@@ -61,20 +61,18 @@ def _log_to(stream: TextIO, instead_of: TextIO) -> None:
             handler.setStream(stream)
 
 
-class _LogLines:
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._before = 0.0, math.inf  # time and rows of the last line
+def _log_lines(total: int) -> Callable[[int], None]:
+    then, rows_then = 0.0, math.inf  # of the last line
 
-    def update(self, rows: int) -> None:
-        now, (then, rows_then) = time.monotonic(), self._before
+    def update(rows: int) -> None:
+        nonlocal then, rows_then
+        now = time.monotonic()
         if rows < rows_then:  # at the start, and after an aborted transaction
-            self._before = now, rows
+            then, rows_then = now, rows
         elif now - then >= LOG_INTERVAL_S:
-            self._before = now, rows
             speed = (rows - rows_then) / (now - then)
-            left = round((self._total - rows) / speed) if speed > 0 else None
-            log.info(
-                "producing",
-                extra=fields(rows=rows, of=self._total, rows_per_second=round(speed), seconds_left=left),
-            )
+            left = round((total - rows) / speed) if speed > 0 else None
+            log.info("producing", extra=fields(rows=rows, of=total, rows_per_second=round(speed), seconds_left=left))
+            then, rows_then = now, rows
+
+    return update

@@ -76,17 +76,12 @@ class Source:
     unreadable: tuple[ConfigurationError, ...] = ()
 
     @property
-    def found(self) -> int:
-        """How many files there are."""
-        return len(self.files) + len(self.unreadable)
-
-    @property
     def rows(self) -> int:
         """Rows of all files together; of files with the same contents one counts."""
         return sum({file.fingerprint: file.rows for file in self.files}.values())
 
 
-def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
+def open_source(settings: Settings, shutdown: Shutdown) -> Source:
     """Find and check the files that PARQUET_URL names.
 
     It is a file; or a directory: all ``*.parquet`` in it and below, but for names that start with ``.`` or
@@ -107,7 +102,7 @@ def open_source(settings: Settings, shutdown: Shutdown | None = None) -> Source:
     return Source(location.url, tuple(files), tuple(unreadable))
 
 
-def check_file(location: SourceLocation, path: str, columns: Columns, shutdown: Shutdown | None = None) -> SourceFile:
+def check_file(location: SourceLocation, path: str, columns: Columns, shutdown: Shutdown) -> SourceFile:
     """The file at ``path``. Raises ConfigurationError if it is damaged or lacks columns, StoppedError on shutdown."""
     url = location.scheme + path
     try:
@@ -122,7 +117,7 @@ def check_file(location: SourceLocation, path: str, columns: Columns, shutdown: 
     return SourceFile(url, path, location.filesystem, columns, rows, fingerprint, state)
 
 
-def _contents(location: SourceLocation, path: str, state: FileState, shutdown: Shutdown | None) -> str:
+def _contents(location: SourceLocation, path: str, state: FileState, shutdown: Shutdown) -> str:
     """Something that changes when the contents of a file do, and not otherwise.
 
     Of a local file it is the hash of all its bytes: a time stamp would change with every copy and checkout, and might
@@ -134,8 +129,8 @@ def _contents(location: SourceLocation, path: str, state: FileState, shutdown: S
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(BUFFER_BYTES):
-            if shutdown is not None and shutdown.requested:  # a large file takes minutes
-                raise StoppedError("the files were not checked to the end")
+            if shutdown.requested:  # a large file takes minutes
+                raise StoppedError("stopped before all files were checked; nothing was sent")
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -50,12 +50,13 @@ class Once:
 
     def settle(self, sent: list[SourceFile], nothing_sent: str) -> None:
         """Raise PermanentError where a file was not sent to its end, or nothing could be sent."""
-        if self._failures:
-            count = f"{len(self._failures)} of {self._source.found}"
-            raise PermanentError(f"{count} files were not sent to their end: {self._failures[0]}")
+        failures, files = self._failures, len(self._source.files)
+        if failures:
+            found = files + len(self._source.unreadable)
+            raise PermanentError(f"{len(failures)} of {found} files were not sent to their end: {failures[0]}")
         if nothing_sent:
             raise PermanentError(f"no row of {self.url} could be sent: {nothing_sent}")
-        if len(sent) == len(self._source.files):
+        if len(sent) == files:
             self.exit_code = 0
 
 

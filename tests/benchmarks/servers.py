@@ -23,6 +23,7 @@ from services.core.database import connect
 from services.core.kafka import client_settings, create_topics
 from services.core.measurements import DEFAULT
 from services.core.reading import reading_type
+from services.core.shutdown import Shutdown
 from services.local.runtime import KAFKA_VERSION
 from tests.benchmarks.goals import KEYS
 from tests.benchmarks.history import BATCH, COPY, History, Row
@@ -152,7 +153,7 @@ class Bench:
         self._topics += 1
         names = {"kafka_topic": f"bench_{os.getpid()}_{self._topics}", "kafka_group": f"g{time.time_ns()}"}
         changed = self.settings.model_copy(update={**names, **changes})
-        create_topics(AdminClient(client_settings(changed, "bench")), changed)
+        create_topics(AdminClient(client_settings(changed, "bench")), changed, shutdown=Shutdown())
         return changed
 
     def fill(self, settings: Settings, rows: Iterable[tuple[Any, ...]], every_bad: int = 0) -> None:

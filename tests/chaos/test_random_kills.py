@@ -27,6 +27,7 @@ from services.core.database import connect
 from services.core.errors import TransientError
 from services.core.kafka import client_settings, create_topics, position_of
 from services.core.offsets import group_lag
+from services.core.shutdown import Shutdown
 from services.local.stack import Stack
 from tests.chaos.bystanders import Bystander, dump, read_live_view, read_live_view_at_once
 from tests.chaos.slow_commits import slow_commits
@@ -305,7 +306,7 @@ def make_chaos(directory: Path, seed: int) -> Iterator[Chaos]:
         upgrade(settings)
         with connect(settings) as connection:
             empty(connection)
-        create_topics(AdminClient(client_settings(settings, "test")), settings)
+        create_topics(AdminClient(client_settings(settings, "test")), settings, shutdown=Shutdown())
         with slow_commits(settings) as of_consumers:
             chaos = Chaos(settings, None, directory, seed)
             chaos.settings_of["consumer"] = of_consumers
@@ -314,7 +315,7 @@ def make_chaos(directory: Path, seed: int) -> Iterator[Chaos]:
     with make_stack(directory / "stack") as stack:
         settings = stack_settings(stack).model_copy(update=update)
         upgrade(settings)
-        create_topics(AdminClient(client_settings(settings, "test")), settings)
+        create_topics(AdminClient(client_settings(settings, "test")), settings, shutdown=Shutdown())
         yield Chaos(settings, stack, directory, seed)
 
 

@@ -20,6 +20,7 @@ from confluent_kafka.admin import AdminClient
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, create_topics, headers_of
+from services.core.shutdown import Shutdown
 from services.local.check import Key, Values
 from tests.expected import Expected, Sample, committed_offsets, member_ids
 from tests.fix_services import PATIENCE_S, Service, StartService, publish, read_topic, wait_until
@@ -50,7 +51,7 @@ def a_case(own: Settings, name: str, rows: dict[Key, Values]) -> Expected:
     settings = own.model_copy(
         update={"kafka_topic": f"{own.kafka_topic}-{name}", "kafka_group": f"{own.kafka_group}-{name}"}
     )
-    create_topics(AdminClient(client_settings(settings, "test")), settings)
+    create_topics(AdminClient(client_settings(settings, "test")), settings, shutdown=Shutdown())
     return Expected(settings, f"{name}-p", rows)
 
 

@@ -21,6 +21,7 @@ from confluent_kafka.admin import (
 
 from services.core.config import Settings
 from services.core.kafka import client_settings, create_topics, headers_of
+from services.core.shutdown import Shutdown
 from services.local.kafka import KafkaProcess
 from tests.expected import committed_offsets, member_ids
 from tests.fix_services import PATIENCE_S, StartService, message, minutes, publish, read_topic, wait_until
@@ -50,7 +51,7 @@ def with_topics(settings: Settings, name: str, limit: int, letters_limit: int | 
     admin = AdminClient(client_settings(own, "test"))
     for created in admin.create_topics(topics).values():
         created.result()
-    create_topics(admin, own)
+    create_topics(admin, own, shutdown=Shutdown())
     return own
 
 
@@ -133,7 +134,7 @@ def test_a_lost_topic_of_dead_letters_is_one_line(settings: Settings, start: Sta
     last = consumer.log_path.read_text(encoding="utf-8").splitlines()[-1]
     assert last.startswith(f"error: Kafka topic {settings.dead_letter_topic} refuses dead letters: ")
     assert committed_offsets(settings)[0] == 1
-    create_topics(admin, settings)
+    create_topics(admin, settings, shutdown=Shutdown())
     letters = consume(settings, start)
     assert [value for value, _ in letters] == [b"not json"]
 
@@ -174,7 +175,7 @@ def test_a_broker_without_the_new_group_protocol_is_used_with_the_classic_one(
     settings: Settings, own_kafka: Settings, connection: psycopg.Connection, start: StartService
 ) -> None:
     own = settings.model_copy(update={"kafka_host": own_kafka.kafka_host, "kafka_port": own_kafka.kafka_port})
-    create_topics(AdminClient(client_settings(own, "test")), own)
+    create_topics(AdminClient(client_settings(own, "test")), own, shutdown=Shutdown())
     publish(own, [message(time=minutes(0), temperature=1.0)], partition=0)
     consumers = [start("consume", settings=own) for _ in range(2)]
     wait_until(lambda: count(connection) == 1, "the reading is stored")
@@ -197,7 +198,7 @@ def test_without_the_right_to_send_dead_letters_one_line_says_so(
 ) -> None:
     own = settings.model_copy(update={"kafka_host": own_kafka.kafka_host, "kafka_port": own_kafka.kafka_port})
     admin = AdminClient(client_settings(own, "test"))
-    create_topics(admin, own)
+    create_topics(admin, own, shutdown=Shutdown())
     deny = AclBinding(
         ResourceType.TOPIC,
         own.dead_letter_topic,

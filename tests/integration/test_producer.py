@@ -510,7 +510,9 @@ def send_forever(publisher: Publisher, messages: Readings) -> None:
 
 def test_a_fenced_client_ends_when_all_that_it_sent_was_answered(settings: Settings) -> None:
     """Or the answers could damage the memory of the process."""
-    create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
+    create_topics(
+        AdminClient(client_settings(settings, "test")), settings, progress_topic(settings), shutdown=Shutdown()
+    )
     rows = 20_000
     messages = Readings(
         rows=rows,
@@ -547,7 +549,7 @@ def test_a_transaction_that_kafka_ended_is_sent_again_unless_another_producer_we
         producer_transaction_rows=10_000_000,
     )
     replaced = changed(alone, kafka_topic=f"{settings.kafka_topic}_replaced")
-    create_topics(AdminClient(client_settings(replaced, "test")), replaced)
+    create_topics(AdminClient(client_settings(replaced, "test")), replaced, shutdown=Shutdown())
     sleeper = start("produce", settings=alone)
     sleep_in_transaction(sleeper, alone)
     zombie = start("produce", settings=replaced)

@@ -10,6 +10,7 @@ from confluent_kafka.admin import AdminClient
 from services.core.config import Settings
 from services.core.kafka import client_settings, create_topics
 from services.core.offsets import group_lag
+from services.core.shutdown import Shutdown
 from tests.fix_services import StartService, message, minutes, publish, run_cli, wait_until
 from tests.fix_stack import empty
 
@@ -97,7 +98,7 @@ def test_a_topic_that_is_created_again_begins_at_its_beginning(
     for done in admin.delete_topics([settings.kafka_topic]).values():
         done.result()
     wait_until(lambda: settings.kafka_topic not in admin.list_topics(timeout=5).topics, "the topic is gone")
-    create_topics(admin, settings)
+    create_topics(admin, settings, shutdown=Shutdown())
     send(settings, 1000, 1200)
     wait_until(lambda: counts(connection)[0] == 300, "the new topic is stored from its beginning", timeout_s=60)
     assert consumer.stop() == 0

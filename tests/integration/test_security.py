@@ -261,7 +261,7 @@ def test_each_command_tells_it_in_one_line(client: Settings) -> None:
 def test_no_password_is_in_a_log_a_file_or_a_command_line(
     client: Settings, tls_stack: Stack, security: Security
 ) -> None:
-    create_topics(connect_admin(client, Shutdown()), client)
+    create_topics(connect_admin(client, Shutdown()), client, shutdown=Shutdown())
     publish(client, [message(temperature=1.0)])
     for arguments in (["consume", "--until-caught-up"], ["etl", "--once"]):
         done = run_cli(client, *arguments, LOG_LEVEL="DEBUG")

@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, Conf
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.core.kafka import client_settings, create_topics
+from services.core.shutdown import Shutdown
 from services.local.stack import Stack
 from services.producer.progress import progress_topic
 from tests.fix_services import read_topic, wait_until
@@ -44,7 +45,7 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
         }
     )
     topics = (own.kafka_topic, own.dead_letter_topic, progress_topic(own).topic)
-    create_topics(admin, own, progress_topic(own))
+    create_topics(admin, own, progress_topic(own), shutdown=Shutdown())
     in_step = {"min.insync.replicas": "1"}
     readings = in_step | {"compression.type": "uncompressed"}
     assert [changed(admin, topic) for topic in topics] == [
@@ -55,12 +56,14 @@ def test_topics_have_what_the_settings_say(settings: Settings) -> None:
     partitions = admin.list_topics(timeout=10).topics
     assert [len(partitions[topic].partitions) for topic in topics] == [own.kafka_partitions, 1, 1]
 
-    create_topics(admin, own.model_copy(update={"kafka_min_insync_replicas": 0, "kafka_partitions": 9}))
+    create_topics(
+        admin, own.model_copy(update={"kafka_min_insync_replicas": 0, "kafka_partitions": 9}), shutdown=Shutdown()
+    )
     assert changed(admin, own.kafka_topic) == readings
     assert changed(admin, settings.kafka_topic) == {"compression.type": "uncompressed"}  # the brokers' defaults
 
     compressed = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}.lz4", "kafka_compression": "lz4"})
-    create_topics(admin, compressed)
+    create_topics(admin, compressed, shutdown=Shutdown())
     assert changed(admin, compressed.kafka_topic) == {"compression.type": "lz4"}
 
 
@@ -94,7 +97,7 @@ def test_a_broker_that_goes_away_meanwhile_is_waited_for(own_stack: Stack, setti
     own_stack.kafka.kill()
     try:
         with pytest.raises(ConfigurationError, match="Kafka does not answer"):
-            create_topics(admin, late.model_copy(update={"startup_timeout_seconds": 0}))
+            create_topics(admin, late.model_copy(update={"startup_timeout_seconds": 0}), shutdown=Shutdown())
         waiting.start()
     finally:
         own_stack.kafka.start()
@@ -119,8 +122,8 @@ class Watched(AdminClient):
 def test_topics_that_exist_are_not_asked_for(settings: Settings) -> None:
     """Where an operator has made them, services do without the right to create topics."""
     admin = Watched(client_settings(settings, "test"))
-    create_topics(admin, settings)
+    create_topics(admin, settings, shutdown=Shutdown())
     assert not admin.asked
     other = settings.model_copy(update={"kafka_topic": f"{settings.kafka_topic}_other"})
-    create_topics(admin, other)
+    create_topics(admin, other, shutdown=Shutdown())
     assert admin.asked == {other.kafka_topic, other.dead_letter_topic}

@@ -114,7 +114,7 @@ def test_the_columns_are_those_that_the_producer_reads(tmp_path: Path) -> None:
     )
     make(tmp_path / "a.parquet", replace(PLAN, sensors=1), settings)
     assert pq.read_schema(tmp_path / "a.parquet").names == ["at", "celsius", "percent"]
-    (file,) = open_source(settings).files
+    (file,) = open_source(settings, Shutdown()).files
     assert sum(readings.sent for readings in file.readings()) == 2400
     with pytest.raises(ConfigurationError, match="DATA_FEATURE_SENSOR is empty"):
         make(tmp_path / "b.parquet", PLAN, settings)

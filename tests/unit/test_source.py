@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from services.core.config import Settings
 from services.core.errors import ConfigurationError, PermanentError, UnreadableFileError
 from services.core.reading import EARLIEST, LATEST, MAX_VALUE, Decoder, Reading, reading_type
+from services.core.shutdown import Shutdown
 from services.producer.columns import Columns
 from services.producer.encoding import Readings, choose, to_json
 from services.producer.finding import SourceLocation
@@ -378,7 +379,7 @@ def write(path: Path, rows: int = 3, **options: Any) -> Path:
 
 
 def found(url: Path | str, root: Path) -> list[str]:
-    return [str(Path(file.path).relative_to(root)) for file in open_source(settings(url)).files]
+    return [str(Path(file.path).relative_to(root)) for file in open_source(settings(url), Shutdown()).files]
 
 
 def temperatures(file: SourceFile, start: int = 0) -> list[float | None]:
@@ -438,7 +439,7 @@ def test_a_file_url_is_a_file(tmp_path: Path) -> None:
 def test_rows_come_in_order_from_any_start_over_row_groups_and_batches(tmp_path: Path) -> None:
     rows = BATCH_ROWS * 2 + 7
     path = write(tmp_path / "a.parquet", rows, row_group_size=BATCH_ROWS - 11)
-    (file,) = open_source(settings(path)).files
+    (file,) = open_source(settings(path), Shutdown()).files
     assert file.rows == rows
     for start in (0, 1, BATCH_ROWS - 12, BATCH_ROWS - 11, BATCH_ROWS, BATCH_ROWS + 1, rows - 1, rows):
         assert temperatures(file, start) == list(map(float, range(start, rows))), start
@@ -446,7 +447,7 @@ def test_rows_come_in_order_from_any_start_over_row_groups_and_batches(tmp_path:
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    (file,) = open_source(settings(write(tmp_path / "a.parquet", 0))).files
+    (file,) = open_source(settings(write(tmp_path / "a.parquet", 0)), Shutdown()).files
     assert (file.rows, list(file.readings())) == (0, [])
 
 
@@ -459,7 +460,7 @@ def test_columns_with_no_value_at_all_only_skip_rows() -> None:
 
 def test_one_column_may_serve_twice(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", 1)
-    (file,) = open_source(settings(path, data_feature_humid="temp")).files
+    (file,) = open_source(settings(path, data_feature_humid="temp"), Shutdown()).files
     (messages,) = file.readings()
     assert [(r.temperature, r.humidity) for r in readings(messages)] == [(0.0, 0.0)]
 
@@ -475,7 +476,7 @@ def test_an_unchanged_file_keeps_its_fingerprint_however_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.parquet")
-    first = fingerprints(open_source(settings(path)))
+    first = fingerprints(open_source(settings(path), Shutdown()))
     os.utime(path, (0, 0))
     monkeypatch.chdir(tmp_path)
     for name in (
@@ -486,29 +487,29 @@ def test_an_unchanged_file_keeps_its_fingerprint_however_it_is_named(
         "./a.parquet",
         f"{tmp_path}/../{tmp_path.name}",
     ):
-        assert fingerprints(open_source(settings(name))) == first, name
+        assert fingerprints(open_source(settings(name), Shutdown())) == first, name
 
 
 def test_another_file_of_the_same_name_size_and_time_has_another_fingerprint(tmp_path: Path) -> None:
     """The footers are equal too: plain encoding, no statistics, one value changed."""
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     path = write(tmp_path / "a.parquet", 100, **options)
-    first, size = fingerprints(open_source(settings(path))), path.stat().st_size
+    first, size = fingerprints(open_source(settings(path), Shutdown())), path.stat().st_size
     times_before = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     changed = table(100).to_pylist()
     changed[50]["temp"] = 12345
     pq.write_table(pa.Table.from_pylist(changed, table(100).schema), path, **options)
     os.utime(path, ns=times_before)
     assert path.stat().st_size == size
-    assert fingerprints(open_source(settings(path))) != first
+    assert fingerprints(open_source(settings(path), Shutdown())) != first
 
 
 def test_a_copy_under_another_name_is_the_same_file_and_another_mapping_is_not(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(path.read_bytes())
-    source = open_source(settings(tmp_path))
+    source = open_source(settings(tmp_path), Shutdown())
     first, copy = fingerprints(source)
-    (mapped,) = fingerprints(open_source(settings(path, data_feature_humid="temp")))
+    (mapped,) = fingerprints(open_source(settings(path, data_feature_humid="temp"), Shutdown()))
     assert first == copy != mapped
     assert source.rows == 3
 
@@ -517,7 +518,7 @@ def test_the_fingerprint_at_the_defaults_stays_what_it_was(tmp_path: Path) -> No
     """Or all that was sent before an upgrade would be sent again."""
     path = write(tmp_path / "a.parquet")
     contents = hashlib.sha256(path.read_bytes()).hexdigest()
-    (found,) = fingerprints(open_source(settings(path)))
+    (found,) = fingerprints(open_source(settings(path), Shutdown()))
     assert found == hashlib.sha256("\0".join((contents, "time", "temp", "humid", "sensor")).encode()).hexdigest()
 
 
@@ -543,7 +544,7 @@ def test_a_zone_or_unit_that_makes_a_difference_makes_another_file(
 
     def fingerprint(zone: str = "UTC", unit: str = "s") -> str:
         changes = {"data_feature_timezone": zone, "data_feature_date_unit": unit}
-        return fingerprints(open_source(settings(path, **changes)))[0]
+        return fingerprints(open_source(settings(path, **changes), Shutdown()))[0]
 
     assert (fingerprint(zone="Europe/Berlin") != fingerprint()) == zone_counts
     assert (fingerprint(zone="Europe/Berlin") != fingerprint(zone="Asia/Kathmandu")) == zone_counts
@@ -555,7 +556,8 @@ def test_an_object_is_its_name_size_and_time(tmp_path: Path, monkeypatch: pytest
 
     def objects() -> list[str]:
         place = SourceLocation("", "s3://", str(tmp_path), pa.fs.SubTreeFileSystem("/", pa.fs.LocalFileSystem()))
-        return [check_file(place, str(tmp_path / name), COLUMNS).fingerprint for name in ("a.parquet", "b.parquet")]
+        paths = (str(tmp_path / name) for name in ("a.parquet", "b.parquet"))
+        return [check_file(place, path, COLUMNS, Shutdown()).fingerprint for path in paths]
 
     path = write(tmp_path / "a.parquet")
     os.utime(path, (1, 1))
@@ -572,8 +574,8 @@ def test_the_digest_of_rows_is_that_of_their_messages_however_they_lie_in_the_fi
     rows = BATCH_ROWS + 5
     once = write(tmp_path / "a.parquet", rows)
     cut = write(tmp_path / "b.parquet", rows + 10, row_group_size=7_001, compression="zstd")
-    (first,) = open_source(settings(once)).files
-    (second,) = open_source(settings(cut)).files
+    (first,) = open_source(settings(once), Shutdown()).files
+    (second,) = open_source(settings(cut), Shutdown()).files
     for end in (0, 1, BATCH_ROWS - 1, BATCH_ROWS, rows):
         assert first.digest(end).hexdigest() == second.digest(end).hexdigest()
     assert first.digest(rows).hexdigest() != second.digest(rows + 1).hexdigest()
@@ -586,7 +588,7 @@ def test_the_digest_of_rows_is_that_of_their_messages_however_they_lie_in_the_fi
 
 def problem(url: Path | str, **changes: str) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        open_source(settings(url, **changes))
+        open_source(settings(url, **changes), Shutdown())
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -677,7 +679,7 @@ def test_a_file_that_cannot_be_read_keeps_the_others_from_nothing(tmp_path: Path
     (tmp_path / "a.parquet").write_bytes(b"rubbish")
     write(tmp_path / "b.parquet")
     pq.write_table(pa.table({"time": [1]}), tmp_path / "z.parquet")
-    source = open_source(settings(tmp_path))
+    source = open_source(settings(tmp_path), Shutdown())
     assert [Path(file.path).name for file in source.files] == ["b.parquet"]
     first, last = (str(error) for error in source.unreadable)
     assert "a.parquet is not a Parquet file" in first
@@ -717,14 +719,14 @@ def test_damage_in_the_middle_names_the_row(tmp_path: Path) -> None:
     start = pq.ParquetFile(path).metadata.row_group(1).column(2).data_page_offset
     damaged[start : start + 200] = b"\xff" * 200
     path.write_bytes(damaged)
-    (file,) = open_source(settings(path)).files
+    (file,) = open_source(settings(path), Shutdown()).files
     with pytest.raises(PermanentError, match=rf"a\.parquet cannot be read beyond row \d+ of {rows}: "):
         list(file.readings())
 
 
 def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", BATCH_ROWS * 2)
-    (file,) = open_source(settings(path)).files
+    (file,) = open_source(settings(path), Shutdown()).files
     going = file.readings()
     rows = next(going).rows
     write(tmp_path / "longer", BATCH_ROWS * 3).replace(path)
@@ -737,7 +739,7 @@ def test_a_file_that_is_written_over_while_it_is_read_is_not_sent_to_its_end(tmp
     """What was read may be of both contents."""
     path = write(tmp_path / "a.parquet", 3 * BATCH_ROWS, row_group_size=BATCH_ROWS)
     contents = path.read_bytes()
-    (file,) = open_source(settings(path)).files
+    (file,) = open_source(settings(path), Shutdown()).files
     going = file.readings()
     next(going)
     path.write_bytes(contents)
@@ -746,7 +748,7 @@ def test_a_file_that_is_written_over_while_it_is_read_is_not_sent_to_its_end(tmp
 
 
 def test_a_file_that_went_away_is_one_line(tmp_path: Path) -> None:
-    (file,) = open_source(settings(write(tmp_path / "a.parquet"))).files
+    (file,) = open_source(settings(write(tmp_path / "a.parquet")), Shutdown()).files
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(PermanentError, match="cannot be read beyond row 0 of 3"):
         list(file.readings())
