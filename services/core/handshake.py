@@ -35,8 +35,9 @@ def find_mismatch(settings: Settings) -> Mismatch | None:
         if protocol.endswith("SSL"):
             found = _tls_mismatch(line, settings)
         elif _speaks_tls(line):
-            text = f"it speaks TLS, and KAFKA_SECURITY_PROTOCOL={protocol} is plain text: set SSL or SASL_SSL"
-            found = Mismatch(text)
+            found = Mismatch(
+                f"it speaks TLS, and KAFKA_SECURITY_PROTOCOL={protocol} is plain text: set SSL or SASL_SSL"
+            )
     sasl = "" if protocol.startswith("SASL") else " (does it ask for SASL?)"
     text = f"something takes connections there, but does not answer to KAFKA_SECURITY_PROTOCOL={protocol}{sasl}"
     return found or Mismatch(text, certain=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from textwrap import shorten
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from services.core.config import Settings
 from services.core.errors import ConfigurationError
 from services.core.measurements import DEFAULT, measurement
-from services.producer.times import DEFAULT_TIMES, TimeFormat, is_number, is_text
+from services.producer.times import TimeFormat, is_number, is_text
 
 MAX_LIST_LENGTH = 1000  # characters of the names of a file's columns
 
@@ -27,7 +27,7 @@ class Columns:
     measurements: tuple[tuple[str, str], ...]  # name and column of each that has one
     sensor: str
     max_past: timedelta | None = None
-    times: TimeFormat = DEFAULT_TIMES
+    times: TimeFormat = field(default_factory=TimeFormat)
 
     @classmethod
     def of(cls, settings: Settings) -> Columns:

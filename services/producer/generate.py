@@ -34,7 +34,6 @@ DAY_S, YEAR_S = 86_400, 31_557_600
 WARMEST_S = 200 * DAY_S + 15 * 3600  # since a year began: in July, in the afternoon
 LAST_YEAR = 9999
 
-
 # The mean, and how far a year, a day, the sensor and chance move a reading from it.
 WAVES = {TEMPERATURE: (11.0, 8.0, 4.0, 4.0, 0.3), HUMIDITY: (65.0, 0.0, -12.0, 10.0, 2.0)}
 OTHER = (500.0, 0.0, 0.0, 0.0, 50.0)

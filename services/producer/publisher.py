@@ -255,9 +255,9 @@ class Publisher:
         pending, age_s = self.pending, max(self.age_s, time.time() - self._opened_at)
         self._close_books()
         self._is_current = False
-        raise self.failure(cause, age_s, pending) from error
+        raise self.error_after(cause, age_s, pending) from error
 
-    def failure(self, cause: KafkaError, age_s: float, pending: int = 0) -> PipelineError:
+    def error_after(self, cause: KafkaError, age_s: float, pending: int = 0) -> PipelineError:
         """What to raise when a transaction fails after ``age_s`` with ``pending`` readings; counts clients lost.
 
         Kafka ends one that is too old with the same errors as that of a producer that was replaced.

@@ -89,9 +89,6 @@ class TimeFormat:
         return Times(instants, bad, pc.or_(far, pc.or_(out_of_reach, out)), doubtful)
 
 
-DEFAULT_TIMES = TimeFormat()
-
-
 def is_text(kind: pa.DataType) -> bool:
     """Whether values of this type are text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

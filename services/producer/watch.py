@@ -46,16 +46,15 @@ class Watch:
         WATCHING.set(1)
 
     def sources(self) -> Iterator[Source]:
-        """What each poll finds; the first one is empty: with it the publisher ends what an earlier run left open."""
+        """Nothing, with which the publisher ends what an earlier run left open; then what each poll finds."""
         log.info("watching", extra=fields(url=self.url, seconds=self._period_s))
-        started = False
+        yield Source(self.url, ())
         while not self._shutdown.requested:
             try:
                 source = self.poll()
             except StoppedError:
                 return
-            if source.files or not started:
-                started = True
+            if source.files:
                 yield source
             self._shutdown.wait(self._period_s)
 

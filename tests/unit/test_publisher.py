@@ -36,7 +36,7 @@ def test_what_is_raised_for_a_failed_transaction(
     settings = Settings(_env_file=None, producer_transaction_timeout_seconds=60)
     publisher = Publisher(settings, "a.parquet", Shutdown())
     for _ in range(losses - 1):
-        publisher.failure(KafkaError(KafkaError.INVALID_TXN_STATE, fatal=True), 1.0)
-    found = publisher.failure(KafkaError(code, fatal=losses > 0), age_s)
+        publisher.error_after(KafkaError(KafkaError.INVALID_TXN_STATE, fatal=True), 1.0)
+    found = publisher.error_after(KafkaError(code, fatal=losses > 0), age_s)
     assert type(found) is expected
     assert ("fenced" in str(found)) == (code in {KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
