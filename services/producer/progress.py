@@ -89,20 +89,16 @@ def _read(settings: Settings, topic: str, shutdown: Shutdown) -> dict[str, Progr
         log.warning("waiting_for_progress", extra=fields(topic=topic, end=end))
 
     found: dict[str, Progress] = {}
-    for message in read_topic(settings, topic, 0, 0, end, on_silence=wait):
-        key, value = str(message.key() or b"", "ascii", "replace"), message.value()
-        found.pop(key, None)
-        if value is not None:  # else it deletes the key, as in any compacted topic
-            found[key] = _decode(value, topic)
-    return found
-
-
-def _decode(value: bytes, topic: str) -> Progress:
     try:
-        return _decoder.decode(value)
+        for message in read_topic(settings, topic, 0, 0, end, on_silence=wait):
+            key, value = str(message.key() or b"", "ascii", "replace"), message.value()
+            found.pop(key, None)
+            if value is not None:  # else it deletes the key, as in any compacted topic
+                found[key] = _decoder.decode(value)
     except ValueError as error:  # msgspec's errors are ValueErrors
         text = f"Kafka topic {topic} holds a record that is not a producer's progress: {error}"
         raise PermanentError(text) from error
+    return found
 
 
 def _end(settings: Settings, topic: str) -> int:

@@ -252,13 +252,13 @@ class Publisher:
         cause = self._failure or error.args[0]
         cause = self._end(producer, error.args[0]) or cause
         # While a machine is suspended only the wall clock runs.
-        pending, age_s = self.pending, max(self.age_s, time.time() - self._opened_at)
+        meaning = self.error_after(cause, max(self.age_s, time.time() - self._opened_at))
         self._close_books()
         self._is_current = False
-        raise self.error_after(cause, age_s, pending) from error
+        raise meaning from error
 
-    def error_after(self, cause: KafkaError, age_s: float, pending: int = 0) -> PipelineError:
-        """What to raise when a transaction fails after ``age_s`` with ``pending`` readings; counts clients lost.
+    def error_after(self, cause: KafkaError, age_s: float) -> PipelineError:
+        """What to raise when the open transaction fails after ``age_s``; counts clients lost.
 
         Kafka ends one that is too old with the same errors as that of a producer that was replaced.
         """
@@ -268,7 +268,7 @@ class Publisher:
             return PermanentError(f"fenced: another producer has taken over {self._source_url}; this one stops")
         self._losses += cause.fatal()
         if cause.code() in NEVER_TAKEN or self._losses > MAX_LOSSES:
-            return PermanentError(f"{pending} readings were not delivered: {cause.str()}")
+            return PermanentError(f"{self.pending} readings were not delivered: {cause.str()}")
         return TransactionAbortedError(cause.str())
 
     def _end(self, producer: Producer, cause: KafkaError) -> KafkaError | None:
