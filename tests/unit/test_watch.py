@@ -137,5 +137,5 @@ def test_the_end_of_the_service_ends_the_hashing(tmp_path: Path) -> None:
     watching = Watch(make_settings(parquet_url=str(tmp_path)), shutdown)
     watching.poll()
     shutdown.request()
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError, match="nothing was sent"):
         watching.poll()
