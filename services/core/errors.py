@@ -1,4 +1,21 @@
-"""Every error that this project raises on purpose.
+"""The error tree.
+
+    PipelineError
+    |-- ConfigurationError             a user's mistake; one line, exit code 2
+    |   `-- ProtocolNotOfferedError    the brokers do not offer the group protocol of Kafka 4
+    |-- TransientError                 a server is unavailable or busy; wait and try again
+    |   |-- TransactionAbortedError    nothing of the producer's transaction is visible; send it again
+    |   |   `-- TransactionExpiredError    Kafka ended it, and another producer may have taken over
+    |   `-- LeaseLostError             another etl instance leads
+    |-- PermanentError                 no retry can help; one line, exit code 1
+    |   `-- UnreadableFileError        a file is damaged, or has changed or gone since it was checked
+    |-- StoppedError                   a signal ended it early; one line, exit code 130
+    |-- AbandonedError                 what was under way was given up; the database knows where to continue
+    |   |-- PartitionsMovedError       a partition is not where the batch began
+    |   `-- OutOfPlaceError            a message was fetched before its partition moved
+    |-- HistoryClosedError             readings from a time whose raw history is closed; they become dead letters
+    |-- ChunkDroppedError              raw readings were dropped while a summary was computed from them
+    `-- MalformedMessageError          a message is not a reading; it becomes a dead letter
 
 Errors of libraries are translated once, where they enter (core/database.py, core/kafka.py), by class, code or
 SQLSTATE. Each message is one line: what is wrong, which setting or file, what to do.
