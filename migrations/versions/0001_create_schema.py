@@ -233,7 +233,7 @@ def create_readings() -> None:
     op.execute(f"ALTER TABLE sensor_data SET ({COMPRESSION})")
     op.execute("""
         COMMENT ON TABLE sensor_data IS
-            'raw readings, one row for each sensor and time; for each field the last non-null value wins'
+            'raw readings, one row per sensor and time; for each field the last non-null value wins'
     """)
     op.execute("GRANT SELECT, INSERT, UPDATE ON sensor_data TO sensor_consumer")
     op.execute("GRANT ALL ON sensor_data TO CURRENT_USER")
@@ -247,7 +247,8 @@ def create_readings() -> None:
     """)
     op.execute("""
         COMMENT ON FUNCTION hold_readings IS
-            'until the transaction ends no reading is stored: waits for those who are storing some, in turn'
+            'stops the storing of readings until the transaction ends; first waits, in turn, for transactions '
+            'that are storing some'
     """)
     op.execute("REVOKE EXECUTE ON FUNCTION hold_readings FROM PUBLIC")
     op.execute("GRANT EXECUTE ON FUNCTION hold_readings TO sensor_etl")
@@ -279,8 +280,8 @@ def create_progress() -> None:
     """)
     op.execute("""
         COMMENT ON TABLE partition_progress IS
-            'the next offset of each partition, advanced in the transaction that stores what lies before it; the topic '
-            'by its id, so that one that is deleted and created again begins at its beginning'
+            'next offset of each partition, advanced in the transaction that stores everything before it; topics are '
+            'identified by their id, so a topic that is deleted and created again starts at its beginning'
     """)
     op.execute("""
         CREATE FUNCTION advance_partitions(topic text, numbers int[], expected bigint[], next bigint[]) RETURNS void
@@ -342,7 +343,8 @@ def create_summaries() -> None:
     """)
     op.execute("""
         COMMENT ON COLUMN summary_state.closed_before IS
-            'the consumer stores no reading of an earlier time: some of its interval is, or soon will be, gone'
+            'the consumer stores no reading from before this time: its interval is no longer complete, or soon will '
+            'not be'
     """)
     op.execute("""
         COMMENT ON COLUMN summary_state.frozen_before IS
@@ -363,7 +365,7 @@ def create_summaries() -> None:
     """)
     op.execute("""
         COMMENT ON TABLE raw_chunk IS
-            'chunks of sensor_data that etl has seen; one that is gone marks history that is no longer whole'
+            'chunks of sensor_data that etl has seen; a chunk that is gone marks history that is no longer complete'
     """)
     op.execute("""
         CREATE TABLE etl_lease (
@@ -375,7 +377,7 @@ def create_summaries() -> None:
     op.execute("INSERT INTO etl_lease DEFAULT VALUES")
     op.execute("""
         COMMENT ON TABLE etl_lease IS
-            'the session of the one etl that leads: nothing that etl decides on is changed by any other'
+            'the session of the leading etl; no other session changes anything that etl decides on'
     """)
     op.execute("""
         CREATE TABLE summary_check (
@@ -388,7 +390,8 @@ def create_summaries() -> None:
     """)
     op.execute("""
         COMMENT ON TABLE summary_check IS
-            'when etl last compared a summary with the raw readings, how far back it has come, and what it ever found'
+            'when etl last compared a summary with the raw readings, how far back it has got, and how many rows '
+            'ever differed'
     """)
     for table in ("summary_refresh_queue", "summary_state", "raw_chunk", "etl_lease", "summary_check"):
         op.execute(f"ALTER TABLE {table} OWNER TO sensor_etl")
@@ -404,7 +407,8 @@ def create_queue_state() -> None:
     """)
     op.execute("""
         COMMENT ON VIEW refresh_queue_state IS
-            'how many ranges of changed readings wait for their summaries, and how long the oldest has; 0: none waits'
+            'number of ranges of changed readings that wait for their summaries, and how many seconds the oldest has '
+            'waited; 0: none waits'
     """)
     # A view sees what its owner may see.
     op.execute("ALTER VIEW refresh_queue_state OWNER TO sensor_etl")

@@ -84,13 +84,13 @@ def freshness_chart(queues: list[QueueSample]) -> Figure:
 
 
 def series_chart(series: Series, name: str) -> Figure:
-    """The average as a line, from least to greatest as a band. ``name`` keeps the zoom as long as it is the same."""
+    """The average as a line, from minimum to maximum as a band. ``name`` keeps the zoom as long as it is the same."""
     data: list[Figure] = []
     for at, points in enumerate(pieces(series.points)):
         times = [point.start for point in points]
         edge = [point.least for point in points] + [point.greatest for point in reversed(points)]
         band = {"fill": "toself", "fillcolor": BAND, "hoverinfo": "skip", "showlegend": not at}
-        data.append(line([*times, *reversed(times)], edge, "least to greatest", BAND, **band))
+        data.append(line([*times, *reversed(times)], edge, "minimum to maximum", BAND, **band))
         data.append(
             line(
                 times,

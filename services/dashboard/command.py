@@ -44,5 +44,5 @@ def listen(page: Dash, host: str, port: int) -> Any:
     try:
         return waitress.create_server(page.server, host=host, port=port, threads=THREADS, ident=None)
     except (OSError, ValueError) as error:  # ValueError: a host that has no address
-        reason = error.strerror if isinstance(error, OSError) else "there is no such address here"
+        reason = error.strerror if isinstance(error, OSError) else "this machine has no such address"
         raise ConfigurationError(f"the dashboard cannot listen on {host}:{port} (--host, --port): {reason}") from error

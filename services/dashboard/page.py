@@ -253,8 +253,8 @@ def describe(series: Series, name: str) -> str:
     what = "intervals" if series.width == series.stored else "points"
     return (
         f"{name}: {len(points):,} {what} of {duration(series.width)} from {points[0].start:%Y-%m-%d %H:%M} to "
-        f"{series.end:%Y-%m-%d %H:%M}, {readings:,} readings; least {min(point.least for point in points):.6g}, "
-        f"greatest {max(point.greatest for point in points):.6g}, newest average {points[-1].average:.6g}."
+        f"{series.end:%Y-%m-%d %H:%M}, {readings:,} readings; minimum {min(point.least for point in points):.6g}, "
+        f"maximum {max(point.greatest for point in points):.6g}, newest average {points[-1].average:.6g}."
     )
 
 
@@ -264,7 +264,7 @@ def note(series: Series) -> str:
         return ""
     return (
         f"Each point joins {series.width // series.stored:,} intervals of {duration(series.stored)}: there are too "
-        "many to draw. A shorter range shows them one by one."
+        "many to draw individually. A shorter range shows each one."
     )
 
 

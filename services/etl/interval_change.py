@@ -99,8 +99,8 @@ class IntervalChange:
                     setting=new.measurement.interval_setting.upper(),
                     old=old.minutes,
                     new=new.minutes,
-                    detail=f"intervals of both widths begin together at {boundary} for the first time, and closing "
-                    "history up to there would refuse readings of now; the old width stays",
+                    detail=f"intervals of both widths first begin together at {boundary}; closing history up to "
+                    "there would refuse current readings, so the old width stays",
                 ),
             )
         return None

@@ -24,7 +24,7 @@ REFRESH_SECONDS = Histogram(
 )
 MIRROR_SECONDS = Histogram(
     "sensor_mirror_seconds",
-    "Time of one transaction that brings the summaries up to the aggregates.",
+    "Time of one transaction that brings the summaries up to date with the aggregates.",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 INTERVALS_REFRESHED = Counter(
@@ -42,11 +42,14 @@ CHUNKS_COMPRESSED = Counter(
 )
 SUMMARY_DIFFERENCES = Counter(
     "sensor_summary_differences_total",
-    "Summary rows that differed from the raw readings although nothing waited; they are repaired. Should stay 0.",
+    "Summary rows that differed from the raw readings although no refresh was pending; they are repaired. "
+    "Should stay 0.",
     ["measurement"],
 )
 DUTY_FAILURES = Counter(
-    "sensor_etl_duty_failures_total", "Failed tries of what etl does beside the refresh; each is tried again.", ["duty"]
+    "sensor_etl_duty_failures_total",
+    "Failed attempts of etl's duties other than the refresh; each is retried.",
+    ["duty"],
 )
 
 

@@ -49,14 +49,14 @@ def _of_kafka(settings: Settings, kafka: KafkaStatus | str) -> Iterator[Problem]
     if alone and not kafka.is_rebalancing:
         numbers = ", ".join(str(each.partition) for each in alone)
         yield Problem(
-            f"{sum(each.lag for each in alone):,} messages wait in {kafka.topic} and nobody consumes their partitions "
-            f"({numbers})",
+            f"{sum(each.lag for each in alone):,} messages are waiting in {kafka.topic}, and no consumer has their "
+            f"partitions ({numbers})",
             f"start sensor-pipeline consume (KAFKA_GROUP={settings.kafka_group})",
         )
     if kafka.dead_letters is not None and kafka.dead_letters.count:
         yield Problem(
             f"{kafka.dead_letters.count:,} messages were not stored (dead letters in {kafka.dead_letter_topic})",
-            "look with sensor-pipeline dead-letters list; then replay what may be stored now, delete what is settled",
+            "check them with sensor-pipeline dead-letters list; replay those that can be stored now, delete the rest",
         )
 
 
@@ -67,7 +67,7 @@ def _of_database(settings: Settings, database: Database | str) -> Iterator[Probl
         found = "no migration" if database.revision is None else f"migration {database.revision}"
         yield Problem(
             f"the database has {found}, this version needs {database.newest_revision}",
-            "run alembic upgrade head, or use the version of sensor-pipeline that made the database",
+            "run alembic upgrade head, or use the version of sensor-pipeline that created the database",
         )
     elif database.tables is not None:
         yield from _of_queue(database.tables)
@@ -76,18 +76,18 @@ def _of_database(settings: Settings, database: Database | str) -> Iterator[Probl
 
 def _advice(reason: str) -> str:
     if "too many" in reason or "connection slots" in reason:
-        return "end connections that nobody needs (pg_stat_activity), or raise max_connections"
+        return "end unused connections (pg_stat_activity), or raise max_connections"
     if "permission denied" in reason:
-        return "ask as a role that may: set POSTGRE_USER to sensor_etl or to the database's owner"
+        return "use a role with the rights: set POSTGRE_USER to sensor_etl or to the database's owner"
     return "start it, or correct POSTGRE_HOST and POSTGRE_PORT"
 
 
 def _of_queue(tables: Tables) -> Iterator[Problem]:
-    waiting = f"readings have waited {tables.freshness_seconds:,.0f} s for their summaries"
+    waiting = f"readings have been waiting {tables.freshness_seconds:,.0f} s for their summaries"
     if not tables.etl_leads and tables.freshness_seconds > UNATTENDED_AFTER_S:
-        yield Problem(f"{waiting} and no etl runs", "start sensor-pipeline etl")
+        yield Problem(f"{waiting}, and no etl is running", "start sensor-pipeline etl")
     elif tables.freshness_seconds > BEHIND_AFTER_S:
-        yield Problem(f"{waiting} although etl runs", "look at etl's log and at the database's load")
+        yield Problem(f"{waiting}, although etl is running", "check etl's log and the database's load")
 
 
 def _of_intervals(settings: Settings, tables: Tables) -> Iterator[Problem]:

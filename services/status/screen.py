@@ -81,16 +81,18 @@ def _tables(tables: Tables) -> Iterator[str]:
         table = measurement(summary.measurement).summary
         yield _line(f"  {table}", f"{_rows(summary.rows)}, {width}{_check(summary.check)}")
     yield _line("  aggregates", ", ".join(tables.aggregates) or "none: etl has not run yet")
-    leads = "an etl works" if tables.etl_leads else "no etl runs"
+    leads = "etl is running" if tables.etl_leads else "no etl is running"
     waiting = f"{_many(tables.queue_rows, 'entry', 'entries')}, the oldest {tables.freshness_seconds:,.1f} s old"
-    yield _line("  refresh queue", f"{waiting if tables.queue_rows else 'empty: all is summarised'}; {leads}")
+    yield _line("  refresh queue", f"{waiting if tables.queue_rows else 'empty: everything is summarised'}; {leads}")
 
 
 def _check(check: Check | None) -> str:
     if check is None:
         return ""
-    found = f"; {check.differences:,} ever differed, last {_moment(check.differed_at)}" if check.differences else ""
-    return f", compared {check.age_seconds:,.0f} s ago{found}"
+    compared = f", compared {check.age_seconds:,.0f} s ago"
+    if not check.differences:
+        return compared
+    return f"{compared}; {check.differences:,} differed in total, last at {_moment(check.differed_at)}"
 
 
 def _rows(rows: Rows) -> str:

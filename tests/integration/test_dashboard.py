@@ -149,7 +149,7 @@ def test_too_many_intervals_are_joined_and_the_page_says_so(
     page.monitor.sample_database()
     shown = page.chart("s1", "temperature")
     assert shown["joined.children"].startswith(
-        "Each point joins 3 intervals of 10 minutes: there are too many to draw."
+        "Each point joins 3 intervals of 10 minutes: there are too many to draw individually."
     )
     assert "9 points of 30 minutes" in shown["chart-text.children"]
     found = page.summaries.series("temperature", "s1", None)
@@ -426,7 +426,7 @@ def test_the_page_draws_the_summary_of_one_sensor(settings: Settings, open_page:
 
     # What comes is shown without a touch.
     fill(settings, reading_of("attic", minutes(2160), 10.0, 99.0))
-    page.wait_for("#chart-text", "greatest 99")
+    page.wait_for("#chart-text", "maximum 99")
     assert console(page.browser) == []
 
 

@@ -156,7 +156,7 @@ def test_large_tables_are_not_counted(
 def test_messages_that_nobody_consumes_are_a_problem(settings: Settings, capsys: Capture) -> None:
     Expected(settings).send(samples(7), partition=1)
     (found,) = problems(settings, capsys)
-    assert found == f"7 messages wait in {settings.kafka_topic} and nobody consumes their partitions (1)"
+    assert found == f"7 messages are waiting in {settings.kafka_topic}, and no consumer has their partitions (1)"
 
 
 def test_a_queue_that_nobody_works_on_is_a_problem(
@@ -168,7 +168,7 @@ def test_a_queue_that_nobody_works_on_is_a_problem(
     assert problems(settings, capsys) == []
     connection.execute("UPDATE summary_refresh_queue SET queued_at = now() - interval '1 minute'")
     (found,) = problems(settings, capsys)
-    assert re.fullmatch(r"readings have waited 6\d s for their summaries and no etl runs", found)
+    assert re.fullmatch(r"readings have been waiting 6\d s for their summaries, and no etl is running", found)
     connection.execute("UPDATE etl_lease SET expires_at = now() + interval '1 minute'")
     assert problems(settings, capsys) == []
     _, state = ask(settings, capsys)
@@ -178,7 +178,7 @@ def test_a_queue_that_nobody_works_on_is_a_problem(
     assert 60 <= tables["freshness_seconds"] < 90
     connection.execute("UPDATE summary_refresh_queue SET queued_at = now() - interval '1 hour'")
     (found,) = problems(settings, capsys)
-    assert found.endswith("although etl runs")
+    assert found.endswith(", although etl is running")
 
 
 def test_intervals_that_differ_from_the_settings_are_a_problem(
