@@ -138,7 +138,8 @@ class Aggregates:
     def switch(self, rollup: Rollup, boundary: datetime | None) -> int:
         """Let the new aggregate feed the summary, in one transaction; returns how many of the summary's rows are new.
 
-        They are from ``boundary`` on. Without one the width is the same, and so are the rows.
+        They are from ``boundary`` on. Without one the width is the same, and so are the rows. Raises ChunkDroppedError
+        if the readings from there on are no longer complete: the change must begin again, at a later boundary.
 
         The view comes last, since its readers wait from then on; whether its lock can be had is tried before.
         """
@@ -147,10 +148,10 @@ class Aggregates:
         with self._lease.transaction():
             filled = 0
             if boundary is not None:
+                self._history.switch(rollup.name, boundary)
                 self._connection.execute(statement("delete_from", rollup), {"boundary": boundary})
                 fill = statement("fill_from", rollup, materialized=self.materialized()[rollup.aggregate])
                 filled = self._connection.execute(fill, {"boundary": boundary}).rowcount
-                self._history.switch(rollup.name, boundary)
             self._write_state(rollup)
             self._connection.execute(statement("replace_live_view", rollup))
         self.current[rollup.name] = rollup

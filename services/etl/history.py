@@ -42,6 +42,7 @@ from datetime import datetime, timedelta
 from psycopg import Connection
 
 from services.core.database import one, queries
+from services.core.errors import ChunkDroppedError
 from services.core.logs import fields
 from services.etl.lease import Lease
 from services.etl.metrics import CHUNKS_DROPPED
@@ -146,9 +147,20 @@ class History:
         return True
 
     def switch(self, measurement: str, boundary: datetime) -> None:
-        """In the caller's transaction, which lets another width feed the summary from the boundary on."""
+        """In the caller's transaction, which lets another width feed the summary from the boundary on.
+
+        Raises ChunkDroppedError if the readings from there on are no longer complete.
+        """
+        self.check_chunks()
         self.read()
+        if self.boundaries[measurement].frozen > boundary:
+            raise ChunkDroppedError(f"raw readings after {boundary} were dropped while an interval was changed")
         self._move({measurement: self.boundaries[measurement].switch(boundary)})
+
+    def check_chunks(self) -> None:
+        """In the caller's transaction. Raises ChunkDroppedError if a chunk is gone that was not noted yet."""
+        if one(self._connection, SQL["is_chunk_missing"])[0]:
+            raise ChunkDroppedError("a chunk was dropped and not noted yet")
 
     def is_queued_before(self, boundary: datetime) -> bool:
         """Whether something of before the boundary waits for its summaries."""

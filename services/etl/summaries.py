@@ -170,7 +170,8 @@ class SummaryMirror:
         """Those that TimescaleDB takes for a refresh that a crash has ended, as far as we may: they connect again."""
         with suppress(UndefinedTable, UndefinedColumn, InsufficientPrivilege):  # other versions; others' sessions
             for (pid,) in self._connection.execute(SQL["end_mistaken_sessions"]):
-                log.warning("session_ended", extra=fields(pid=pid, reason="it has the pid of a refresh before a crash"))
+                reason = "it has the pid of a refresh from before a crash"
+                log.warning("session_ended", extra=fields(pid=pid, reason=reason))
 
     def pace(self, took_s: float) -> None:
         """A step of history took this long: take less at once where it is slow, so that other work gets its turn."""
@@ -222,8 +223,7 @@ class SummaryMirror:
     def _mirroring(self) -> Iterator[dict[str, sql.Identifier]]:
         """A transaction that changes summaries; the tables of the aggregates."""
         with self._lease.transaction():
-            if one(self._connection, SQL["is_chunk_missing"])[0]:
-                raise ChunkDroppedError("a chunk was dropped while it was refreshed")
+            self._history.check_chunks()
             self._connection.execute(SQL["never_compare_all_pairs"])
             yield self._aggregates.materialized()
 

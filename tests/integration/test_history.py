@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -11,6 +12,7 @@ from psycopg import sql
 
 from services.consumer.sink import Sink
 from services.core.config import Settings
+from services.core.errors import ChunkDroppedError
 from services.etl.worker import Leader
 from tests.fix_services import NOWHERE
 from tests.measured import reading_of, write_to
@@ -60,6 +62,26 @@ def test_an_interval_change_keeps_the_summaries_of_chunks_that_were_just_dropped
     write_to(sink, [reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
     run_once(connection, settings)
     connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
+    run_once(connection, settings, temperature_interval=15)
+    assert rows_of(connection) == [(OLD, 10, 1.0), (NEW, 15, 2.0)]
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_a_chunk_that_is_dropped_while_an_interval_changes_keeps_its_summary(
+    settings: Settings, connection: psycopg.Connection, sink: Sink, *, is_noted: bool
+) -> None:
+    write_to(sink, [reading_of("a", OLD, 1.0), reading_of("a", NEW, 2.0)], NOWHERE)
+    run_once(connection, settings)
+    leader = Leader(connection, settings.model_copy(update={"temperature_interval": 15}))
+    leader.take_over()
+    steps = leader.change.steps()
+    next(steps)  # the new aggregate exists, and holds nothing yet
+    connection.execute("SELECT drop_chunks('sensor_data', older_than => %s)", (NEW,))
+    if is_noted:
+        leader.summaries.refresh_queued()
+    with suppress(ChunkDroppedError):
+        list(steps)
+    assert rows_of(connection)[0] == (OLD, 10, 1.0)
     run_once(connection, settings, temperature_interval=15)
     assert rows_of(connection) == [(OLD, 10, 1.0), (NEW, 15, 2.0)]
 
