@@ -60,6 +60,7 @@ class Aggregates:
         One that is new beside others is behind as well; it catches up later (summaries.py).
         """
         self._read_bases()
+        self.building.clear()
         stored = stored_rollups(self._connection)
         with self._lease.transaction():
             for rollup in self._set_aside():

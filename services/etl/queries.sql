@@ -17,9 +17,9 @@ FROM etl_lease
 LOCK TABLE summary_state IN SHARE ROW EXCLUSIVE MODE
 
 -- name: take_lease
--- As it was seen: nobody has taken or renewed it since.
+-- As it was seen: nobody has taken or renewed it since. Our own is renewed all the time.
 UPDATE etl_lease SET holder = pg_backend_pid(), expires_at = clock_timestamp() + make_interval(secs => %(lasts)s)
-WHERE holder = %(holder)s AND expires_at = %(expires_at)s::timestamptz
+WHERE holder = %(holder)s AND (expires_at = %(expires_at)s::timestamptz OR holder = pg_backend_pid())
 
 -- name: is_leading
 SELECT holder = pg_backend_pid() FROM etl_lease

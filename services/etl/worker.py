@@ -166,6 +166,7 @@ class Leader:
     def take_over(self) -> SummaryMirror | None:
         """What does the work, with all that it needs; None if another instance leads."""
         if not self.lease.try_take():
+            self._is_prepared = False  # whoever leads may change what we know
             return None
         if not self._is_prepared:
             self.aggregates.prepare()
@@ -206,6 +207,7 @@ class Leader:
                     raise
                 failure = failure or error
         self.lease.release()
+        self._is_prepared = False
         if failure is not None:
             raise failure
 

@@ -602,6 +602,16 @@ def test_a_leader_asks_nothing_before_it_takes_over(connection: psycopg.Connecti
     Leader(connection, settings)
 
 
+def test_a_leader_that_leads_again_knows_what_another_has_changed(
+    connection: psycopg.Connection, settings: Settings
+) -> None:
+    leader = Leader(connection, settings)
+    leader.run_once()
+    Leader(connection, settings.model_copy(update={"temperature_interval": 15})).run_once()
+    leader.take_over()
+    assert leader.aggregates.current["temperature"].minutes == 15
+
+
 @pytest.mark.parametrize("width", [1, 7, 10, 60, 1440, 7 * 1440, 366 * 1440])
 def test_intervals_begin_where_timescaledb_begins_them(connection: psycopg.Connection, width: int) -> None:
     length = timedelta(minutes=width)
