@@ -63,11 +63,11 @@ def _password(default: str, what: str) -> Any:
 
 
 def _password_file(setting: str) -> Any:
-    return Field("", description=f"file with that password; it wins over {setting}")
+    return Field("", description=f"file with that password; takes precedence over {setting}")
 
 
 def _login_password(login: str) -> Any:
-    return _password("", f"password that migrate sets for the role {login}; empty: it is left alone")
+    return _password("", f"password that migrate sets for the role {login}; empty: the role is left alone")
 
 
 def _names(given: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def _zone(name: str) -> str:
     if name == "UTC" or name in known:
         return name
     if not known:
-        raise ValueError("there is no database of time zones: install the package tzdata, the system's or Python's")
+        raise ValueError("there is no time zone database: install tzdata, the system package or the Python package")
     (nearest,) = difflib.get_close_matches(name, known, 1) or [""]
     meant = f"did you mean {nearest}?" if nearest else "it takes an IANA name such as Europe/Berlin"
     raise ValueError(f"there is no such time zone ({meant})")
@@ -116,8 +116,8 @@ class Settings(BaseModel, frozen=True):
     postgre_password_file: str = _password_file("POSTGRE_PASSWORD")
     postgre_dbname: Name = _text("sensors", "name of the database")
     postgre_sslmode: SslMode = _choice("prefer", SslMode, "TLS to PostgreSQL")
-    postgre_sslrootcert: str = _text("", "file with the CA of PostgreSQL's certificate; system: those of the system")
-    postgre_sslcert: str = _text("", "file with the certificate shown to PostgreSQL")
+    postgre_sslrootcert: str = _text("", "file with the CA of PostgreSQL's certificate; system: the system's CAs")
+    postgre_sslcert: str = _text("", "file with the client certificate for PostgreSQL")
     postgre_sslkey: str = _text("", "file with that certificate's private key")
 
     sensor_consumer_password: SecretStr = _login_password("sensor_consumer")
@@ -133,25 +133,25 @@ class Settings(BaseModel, frozen=True):
     kafka_port: int = _number(9092, 1, 65535, "port of the Kafka broker")
     kafka_topic: Topic = _text("sensor_data", "topic of the readings: letters, digits, '.', '_' and '-'")
     kafka_partitions: int = _number(6, 1, 10_000, "partitions of the topic when it is created")
-    kafka_replication_factor: int = _number(1, 1, 100, "copies of each partition when the topic is created")
+    kafka_replication_factor: int = _number(1, 1, 100, "replicas of each partition when the topic is created")
     kafka_min_insync_replicas: int = _number(0, 0, 100, "min.insync.replicas of the topics", zero="broker default")
     kafka_compression: Literal["none", "lz4", "zstd"] = _text(
-        "none", "compression of the topic when it is created: none (then the broker refuses bombs), lz4 or zstd"
+        "none", "compression.type of topics we create: none (the broker then refuses decompression bombs), lz4 or zstd"
     )
     kafka_group: Name = _text("sensor_data_consumer", "consumer group of the consumers")
     kafka_group_protocol: Literal["auto", "consumer", "classic"] = _text(
-        "auto", "how consumers share partitions: consumer (Kafka 4), classic, or auto: the first where offered"
+        "auto", "group protocol: consumer (Kafka 4), classic, or auto (consumer where the brokers support it)"
     )
     kafka_session_timeout_ms: int = _number(
-        45_000, 6000, 1_800_000, "silence in ms after which a classic consumer counts as dead (else the broker decides)"
+        45_000, 6000, 1_800_000, "session timeout of a classic consumer in ms (else the broker decides)"
     )
     kafka_security_protocol: SecurityProtocol = _choice("PLAINTEXT", SecurityProtocol, "protocol to Kafka")
     kafka_sasl_mechanism: SaslMechanism = _choice("SCRAM-SHA-512", SaslMechanism, "SASL mechanism")
     kafka_sasl_username: str = _text("", "SASL user name")
     kafka_sasl_password: SecretStr = _password("", "SASL password")
     kafka_sasl_password_file: str = _password_file("KAFKA_SASL_PASSWORD")
-    kafka_ssl_ca_location: str = _text("", "file with the CA of the broker's certificate; empty: those of the system")
-    kafka_ssl_certificate_location: str = _text("", "file with the certificate shown to the broker")
+    kafka_ssl_ca_location: str = _text("", "file with the CA of the broker's certificate; empty: the system's CAs")
+    kafka_ssl_certificate_location: str = _text("", "file with the client certificate for the broker")
     kafka_ssl_key_location: str = _text("", "file with that certificate's private key")
     kafka_ssl_key_password: SecretStr = _password("", "password of that private key")
 
@@ -159,9 +159,9 @@ class Settings(BaseModel, frozen=True):
         "data/measurements.parquet", "file, directory or glob of Parquet files: a local path, or s3:// or gs://"
     )
     data_feature_date: Name = _text("time_hour", "column of the Parquet file with the time")
-    data_feature_timezone: Zone = _text("UTC", "zone of times that have none: an IANA name such as Europe/Berlin")
+    data_feature_timezone: Zone = _text("UTC", "time zone of times without one: an IANA name such as Europe/Berlin")
     data_feature_date_unit: Literal["", "s", "ms", "us", "ns"] = _text(
-        "", "unit of times that are numbers since 1970: s, ms, us or ns; empty: they are not numbers"
+        "", "unit of numeric times since 1970: s, ms, us or ns; empty: times are not numbers"
     )
     data_feature_sensor: str = _text("origin", "column with the sensor's id; empty: all are of sensor 'default'")
 
@@ -199,7 +199,9 @@ class Settings(BaseModel, frozen=True):
     metrics_host: Name = _text("127.0.0.1", "address to serve /metrics, /livez and /readyz at; 0.0.0.0: all addresses")
     metrics_port: int = _number(0, 0, 65535, "port of these pages, different for each service", zero="off")
     startup_timeout_seconds: float = _number(15, 0, 3600, "seconds to wait for Kafka and PostgreSQL at the start")
-    log_level: Annotated[Severity, BeforeValidator(_level)] = _choice("INFO", Severity, "least severity that is logged")
+    log_level: Annotated[Severity, BeforeValidator(_level)] = _choice(
+        "INFO", Severity, "minimum severity that is logged"
+    )
     log_format: Literal["auto", "text", "json"] = _text("auto", "text, json, or auto: text on terminals, else json")
 
     @model_validator(mode="after")
@@ -213,7 +215,7 @@ class Settings(BaseModel, frozen=True):
         if self.kafka_min_insync_replicas > (copies := self.kafka_replication_factor):
             yield (
                 f"KAFKA_MIN_INSYNC_REPLICAS={self.kafka_min_insync_replicas}: KAFKA_REPLICATION_FACTOR={copies} makes "
-                "fewer copies, so no message would ever be taken"
+                "fewer replicas, so the broker would refuse every message"
             )
         if self.compress_after_days and 0 < (kept := self.raw_retention_days) <= self.compress_after_days:
             yield (

@@ -35,10 +35,10 @@ def check_files(settings: Settings, authority: str, certificate: str, key: str, 
     for setting in (authority, certificate):
         path = getattr(settings, setting)
         if path and (setting, path) != SYSTEM:
-            with _blamed(setting, path, "the file holds no certificate in PEM form"):
+            with _blamed(setting, path, "the file does not contain a PEM certificate"):
                 context.load_verify_locations(path)
     if path := getattr(settings, key):
-        with _blamed(key, path, "the file holds no private key in PEM form, or one that its password does not open"):
+        with _blamed(key, path, "the file does not contain a PEM private key, or its password is wrong"):
             # Without a password of ours OpenSSL would ask for one at the terminal.
             context.load_cert_chain(getattr(settings, certificate), path, lambda: key_password)
 

@@ -162,7 +162,7 @@ def _translate_connect(error: psycopg.OperationalError, settings: Settings) -> E
         return _pooled(settings)
     if "authentication method requirement" in text:
         remedy = "set POSTGRE_SSLMODE=verify-full, or scram-sha-256 in its pg_hba.conf"
-        return ConfigurationError(f"{server} asks for the password in clear text: {remedy}")
+        return ConfigurationError(f"{server} requests the password in clear text: {remedy}")
     is_lost = any(words in text for words in LOST_WORDS)
     refused = error.pgconn is not None and bool(error.pgconn.used_password) and not is_lost
     busy = any(word in text for word in ("slots", "too many", "starting up", "shutting down", "recovery"))
@@ -200,7 +200,7 @@ def connect_at_start(settings: Settings, shutdown: Shutdown, *, tables: bool = F
 
 def _remedy(text: str) -> str:
     if "resolve host" in text or "translate host name" in text:
-        return "there is no host of this name"
+        return "there is no host with this name"
     if "invalid response to SSL negotiation" in text:
         return "what answers there is not PostgreSQL"
     return "start it, or correct the address"

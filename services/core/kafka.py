@@ -167,7 +167,7 @@ def wait_for_kafka(
     def give_up(_: TransientError) -> ConfigurationError:
         raise_if_refused(errors, settings, last=True)
         unknown = any(each.code() == KafkaError._RESOLVE for each in errors)
-        remedy = "there is no host of this name" if unknown else "start it, or correct the address"
+        remedy = "there is no host with this name" if unknown else "start it, or correct the address"
         return ConfigurationError(f"Kafka does not answer at {address} (KAFKA_HOST, KAFKA_PORT): {remedy}")
 
     address = settings.bootstrap_servers

@@ -87,9 +87,9 @@ def names_of(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not a name: small letters, digits and _, a letter first, at most 31")
+            raise ValueError(f"{name!r} is not a name: at most 31 of a to z, 0 to 9 and _, starting with a letter")
         if name in TAKEN or name in KEYWORDS.split() or name.startswith("sensor_data"):
-            raise ValueError(f"{name} has another meaning here or in SQL: choose another name")
+            raise ValueError(f"{name} is reserved, here or in SQL: choose another name")
         if names.count(name) > 1:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} appears twice")
     return names

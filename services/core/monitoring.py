@@ -45,10 +45,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 BUILD = Info("sensor_build", "The service and its version.")  # Prometheus stores it as sensor_build_info
 READY = Gauge("sensor_ready", "1 while /readyz says that the service is ready, else 0.")
-SILENT = Gauge("sensor_main_loop_silent_seconds", "Time since the main loop was last seen to go round.")
+SILENT = Gauge("sensor_main_loop_silent_seconds", "Time since the main loop was last seen to iterate.")
 CONNECTED = Gauge("sensor_server_connected", "1 while the server is connected and works for us, else 0.", ["server"])
-OUTAGES = Counter("sensor_outages_total", "Times that a server was lost, by the server.", ["server"])
-RETRIES = Counter("sensor_retries_total", "Failed tries that are repeated, by the server that failed.", ["server"])
+OUTAGES = Counter("sensor_outages_total", "Times that the connection to a server was lost, by server.", ["server"])
+RETRIES = Counter("sensor_retries_total", "Failed attempts that are repeated, by server.", ["server"])
 
 
 class Dependency:

@@ -24,7 +24,7 @@ def run(settings: Settings, action: str, directory: Path, *, tls: bool) -> int:
         stack.down()
         return 0
     if not any(server.data_path.exists() for server in stack.servers):
-        say(f"no servers were ever started in {stack.directory}: the local stack is that of a directory")
+        say(f"no servers were ever started in {stack.directory}: each directory has a local stack of its own")
     for server in stack.servers:
         pid = f"pid {server.pid}" if server.pid else "no process"
         say(f"{server.name:12} {server.state:8} {pid}, port {server.port}, log {server.log_path}")
@@ -41,4 +41,4 @@ def _up(stack: Stack, settings: Settings, *, tls: bool) -> None:
     security = secure(stack.directory / "tls", settings) if tls else None
     Stack(stack.directory, settings, security, say).up(detach=True)
     if security is not None:
-        say(f"what clients need is in {security.directory / 'client.env'}: add its lines to .env")
+        say(f"settings for clients are in {security.directory / 'client.env'}: add its lines to .env")

@@ -62,7 +62,9 @@ def alone(lock: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigurationError(f"another demo is running in {lock.parent.resolve()}: wait for its end") from error
+            raise ConfigurationError(
+                f"another demo is running in {lock.parent.resolve()}: wait until it ends"
+            ) from error
         yield
 
 
@@ -111,8 +113,8 @@ class Demo:
         file = Path(self._settings.parquet_url)
         if not file.exists():
             raise ConfigurationError(
-                f"PARQUET_URL={file}: there is no such file in {Path.cwd()}; the demo needs a local one "
-                "(its own is in the clone: run it there)"
+                f"PARQUET_URL={file}: there is no such file in {Path.cwd()}; the demo needs a local file "
+                "(the sample file is in the clone: run the demo there)"
             )
 
     def run(self, *, keep: bool, tls: bool) -> int:
@@ -183,7 +185,7 @@ class Demo:
             if code >= 0:
                 lines = service.log_lines()
                 raise PermanentError(f"{name} ended with exit code {code}: {lines[-1] if lines else ''}")
-            say(f"{name} was killed by {signal.Signals(-code).name}; starting it again")
+            say(f"{name} was killed by {signal.Signals(-code).name}; restarting it")
             service.start()
 
     def _wait_until_done(self) -> None:

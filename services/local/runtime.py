@@ -83,7 +83,7 @@ def make_writable(directory: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     raise ConfigurationError(
-        f"{directory.resolve()} cannot be written ({reason}): give it back to the user who runs this (sudo chown), "
+        f"{directory.resolve()} cannot be written ({reason}): return ownership to the user who runs this (sudo chown), "
         "remove it, or work in a directory that can be written"
     )
 
@@ -120,8 +120,8 @@ def check_jars(by_name: Mapping[str, str]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise PermanentError(
-                f"{by_name.get(name, name)}: its SHA-256 is {found.get(name, 'missing')}, and should be "
-                f"{expected.get(name, 'that of a file we know')}; delete it, and find out where it came from"
+                f"{by_name.get(name, name)}: its SHA-256 is {found.get(name, 'missing')}, but should be "
+                f"{expected.get(name, 'that of a known file')}; delete it, and find out where it came from"
             )
 
 

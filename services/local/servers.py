@@ -110,7 +110,7 @@ class Server(ABC):
             code = self._supervisor.wait()
             self._end_supervisor()
             if code == supervisor.EXIT_LOCKED:
-                raise PermanentError(f"{self.name}: another process has its data open ({self.data_path})")
+                raise PermanentError(f"{self.name}: another process is using its data ({self.data_path})")
             raise PermanentError(f"{self.name} could not be started{self._log_tail()}")
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:

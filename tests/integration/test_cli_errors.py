@@ -113,10 +113,10 @@ def test_a_watched_directory_must_exist(settings: Settings) -> None:
 def test_a_host_that_does_not_exist_is_one_line(settings: Settings) -> None:
     line = error_line(run(settings, "etl", POSTGRE_HOST="nowhere.invalid"), MISTAKE)
     assert line.startswith("PostgreSQL does not answer at nowhere.invalid:")
-    assert line.endswith(": there is no host of this name")
+    assert line.endswith(": there is no host with this name")
     line = error_line(run(settings, "produce", KAFKA_HOST="nowhere.invalid"), MISTAKE)
     assert line.startswith("Kafka does not answer at nowhere.invalid:")
-    assert line.endswith(": there is no host of this name")
+    assert line.endswith(": there is no host with this name")
 
 
 def test_another_service_on_the_port_is_recognised(settings: Settings) -> None:

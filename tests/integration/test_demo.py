@@ -65,13 +65,13 @@ def test_the_demo_ends_with_every_row_right_even_if_the_consumer_is_killed(
     workspace: Path, demo: subprocess.Popen[bytes]
 ) -> None:
     wait_until(lambda: "readings stored" in output(workspace), "the first readings", timeout_s=60)
-    refused(workspace, f"another demo is running in {workspace}/.local: wait for its end")
+    refused(workspace, f"another demo is running in {workspace}/.local: wait until it ends")
     consumer = PidFile.read(workspace / ".local" / "demo" / "consumer.pid")
     assert consumer is not None
     os.kill(consumer.server.pid, signal.SIGKILL)
     assert demo.wait(150) == 0, output(workspace)
     lines = output(workspace).splitlines()
-    assert "consumer was killed by SIGKILL; starting it again" in lines
+    assert "consumer was killed by SIGKILL; restarting it" in lines
     assert_right(lines)
 
 

@@ -142,7 +142,7 @@ def test_data_is_opened_once(ready: Stack, local: Settings) -> None:
     pid_file = ready.directory / "timescaledb.pid"
     kept = pid_file.read_bytes()
     pid_file.unlink()  # as if it had been lost
-    with pytest.raises(PermanentError, match="another process has its data open"):
+    with pytest.raises(PermanentError, match="another process is using its data"):
         twin.timescaledb.start()
     pid_file.write_bytes(kept)
     assert ready.timescaledb.running

@@ -175,7 +175,7 @@ class Impostor:
 
 def test_who_answers_for_the_server_is_not_told_the_password(settings: Settings) -> None:
     impostor = Impostor()
-    with pytest.raises(ConfigurationError, match="asks for the password in clear text: set POSTGRE_SSLMODE"):
+    with pytest.raises(ConfigurationError, match="requests the password in clear text: set POSTGRE_SSLMODE"):
         connect(settings.model_copy(update={"postgre_host": "127.0.0.1", "postgre_port": impostor.port}))
     impostor.close()
     assert settings.postgre_password.get_secret_value().encode() not in impostor.heard

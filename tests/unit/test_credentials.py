@@ -127,7 +127,7 @@ def test_a_file_without_a_certificate_is_named(monkeypatch: pytest.MonkeyPatch, 
     for content in ("", "not a certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         path.write_text(content, encoding="utf-8")
         assert mistake(monkeypatch, **{name: path}).startswith(
-            f"{name}={path}: the file holds no certificate in PEM form"
+            f"{name}={path}: the file does not contain a PEM certificate"
         )
 
 
@@ -141,7 +141,7 @@ def test_a_certificate_and_a_key_belong_together(
         mistake(monkeypatch, **{certificate: one.certificate, key: other.key})
         == f"{key}={other.key}: the key does not belong to the certificate"
     )
-    unusable = "the file holds no private key in PEM form, or one that its password does not open"
+    unusable = "the file does not contain a PEM private key, or its password is wrong"
     assert mistake(monkeypatch, **{key: one.certificate}) == f"{key}={one.certificate}: {unusable}"
     assert (
         mistake(monkeypatch, **{certificate: opened.certificate, key: opened.key}) == f"{key}={opened.key}: {unusable}"
@@ -165,7 +165,7 @@ def test_a_key_with_a_password_needs_it(monkeypatch: pytest.MonkeyPatch, authori
     assert arguments["ssl.key.location"] == str(opened.key)
     assert arguments["ssl.key.password"] == "hunter2"
     line = mistake(monkeypatch, KAFKA_SSL_KEY_PASSWORD="hunter3")
-    assert line.endswith("or one that its password does not open")
+    assert line.endswith("or its password is wrong")
     assert "hunter" not in line
 
 

@@ -36,12 +36,12 @@ def test_the_expected_jars_are_taken(jars: dict[str, str]) -> None:
 
 def test_a_jar_that_was_changed_is_refused(jars: dict[str, str]) -> None:
     Path(jars["b-2.jar"]).write_text("other", encoding="utf-8")
-    with pytest.raises(PermanentError, match=r"b-2\.jar: its SHA-256 is [0-9a-f]{64}, and should be [0-9a-f]{64}"):
+    with pytest.raises(PermanentError, match=r"b-2\.jar: its SHA-256 is [0-9a-f]{64}, but should be [0-9a-f]{64}"):
         check_jars(jars)
 
 
 def test_a_jar_more_or_less_is_refused(jars: dict[str, str]) -> None:
-    with pytest.raises(PermanentError, match="should be that of a file we know"):
+    with pytest.raises(PermanentError, match="should be that of a known file"):
         check_jars(jars | {"c-3.jar": jars["a-1.jar"]})
     del jars["a-1.jar"]
     with pytest.raises(PermanentError, match=r"a-1\.jar: its SHA-256 is missing"):
