@@ -38,7 +38,7 @@ from services.core.reading import Decoder
 from services.core.shutdown import Shutdown
 from services.local.kafka import KafkaProcess
 from services.producer.encoding import Readings
-from services.producer.progress import progress_topic
+from services.producer.progress import Progress, progress_topic
 from services.producer.publisher import Publisher
 from tests.fix_services import PATIENCE_S, Service, StartService, read_topic, rows_of, run_cli, wait_until
 from tests.fix_stack import ROOT, free_port
@@ -455,6 +455,24 @@ def test_killed_again_and_again_each_row_is_there_once(
 
 def has_committed(service: Service, commits: int) -> bool:
     return service.process.poll() is not None or len(service.events("transaction_committed")) >= commits
+
+
+def test_readings_are_visible_with_their_progress_only(settings: Settings) -> None:
+    """Kafka does not take a record that is too large; without it the reading would be sent twice."""
+    create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
+    readings = Readings(
+        rows=1,
+        keys=[b"s1"],
+        sensor=pa.array([0]),
+        time=pa.array([0], pa.timestamp("us")),
+        numbers={"temperature": pa.array([7.0])},
+    )
+    with Publisher(settings, "source", Shutdown()) as publisher:
+        publisher.start()
+        publisher.send(readings)
+        with pytest.raises(PermanentError, match="1 readings were not delivered"):
+            publisher.commit({"file": Progress(url="x" * 2_000_000)})
+    assert numbers(settings) == Counter()
 
 
 def test_sigterm_commits_what_is_read_and_the_next_run_goes_on(
