@@ -89,7 +89,16 @@ def _level(text: str) -> str:
     return text.upper() if text.islower() and text.upper() in logging.getLevelNamesMapping() else text
 
 
+def _secret(secret: SecretStr) -> SecretStr:
+    try:
+        secret.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("the value is not text in UTF-8") from None  # the cause would show a part of it
+    return secret
+
+
 Zone = Annotated[str, AfterValidator(_zone)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names), PlainSerializer(",".join)]
 Name = Annotated[str, Field(min_length=1)]
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -112,7 +121,7 @@ class Settings(BaseModel, frozen=True):
     postgre_host: Name = _text("localhost", "host name or address of PostgreSQL with TimescaleDB")
     postgre_port: int = _number(5432, 1, 65535, "port of PostgreSQL")
     postgre_user: Name = _text("postgres", "role to connect as")
-    postgre_password: SecretStr = _password("postgres", "password of POSTGRE_USER")
+    postgre_password: Secret = _password("postgres", "password of POSTGRE_USER")
     postgre_password_file: str = _password_file("POSTGRE_PASSWORD")
     postgre_dbname: Name = _text("sensors", "name of the database")
     postgre_sslmode: SslMode = _choice("prefer", SslMode, "TLS to PostgreSQL")
@@ -120,13 +129,13 @@ class Settings(BaseModel, frozen=True):
     postgre_sslcert: str = _text("", "file with the client certificate for PostgreSQL")
     postgre_sslkey: str = _text("", "file with that certificate's private key")
 
-    sensor_consumer_password: SecretStr = _login_password("sensor_consumer")
+    sensor_consumer_password: Secret = _login_password("sensor_consumer")
     sensor_consumer_password_file: str = _password_file("SENSOR_CONSUMER_PASSWORD")
-    sensor_etl_password: SecretStr = _login_password("sensor_etl")
+    sensor_etl_password: Secret = _login_password("sensor_etl")
     sensor_etl_password_file: str = _password_file("SENSOR_ETL_PASSWORD")
-    sensor_grafana_password: SecretStr = _login_password("sensor_grafana")
+    sensor_grafana_password: Secret = _login_password("sensor_grafana")
     sensor_grafana_password_file: str = _password_file("SENSOR_GRAFANA_PASSWORD")
-    sensor_dashboard_password: SecretStr = _login_password("sensor_dashboard")
+    sensor_dashboard_password: Secret = _login_password("sensor_dashboard")
     sensor_dashboard_password_file: str = _password_file("SENSOR_DASHBOARD_PASSWORD")
 
     kafka_host: Name = _text("localhost", "host name or address of a Kafka broker")
@@ -148,12 +157,12 @@ class Settings(BaseModel, frozen=True):
     kafka_security_protocol: SecurityProtocol = _choice("PLAINTEXT", SecurityProtocol, "protocol to Kafka")
     kafka_sasl_mechanism: SaslMechanism = _choice("SCRAM-SHA-512", SaslMechanism, "SASL mechanism")
     kafka_sasl_username: str = _text("", "SASL user name")
-    kafka_sasl_password: SecretStr = _password("", "SASL password")
+    kafka_sasl_password: Secret = _password("", "SASL password")
     kafka_sasl_password_file: str = _password_file("KAFKA_SASL_PASSWORD")
     kafka_ssl_ca_location: str = _text("", "file with the CA of the broker's certificate; empty: the system's CAs")
     kafka_ssl_certificate_location: str = _text("", "file with the client certificate for the broker")
     kafka_ssl_key_location: str = _text("", "file with that certificate's private key")
-    kafka_ssl_key_password: SecretStr = _password("", "password of that private key")
+    kafka_ssl_key_password: Secret = _password("", "password of that private key")
 
     parquet_url: Name = _text(
         "data/measurements.parquet", "file, directory or glob of Parquet files: a local path, or s3:// or gs://"
@@ -314,6 +323,8 @@ def _line(problem: ErrorDetails, model: type[Settings]) -> str:
     if not problem["loc"]:
         return str(said)
     name = str(problem["loc"][0])
+    if problem["input"] is None:  # names_in, which says in which line, knows the default measurements only
+        return f"{DOTENV}: {name.upper()} has no value; write {name.upper()}=value"
     field = model.model_fields[name]
     value = "" if field.annotation is SecretStr else " ".join(str(problem["input"]).splitlines())
     return f"{name.upper()}={value}: {said}" if said else f"{name.upper()}={value} is not allowed ({field.description})"

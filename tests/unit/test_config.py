@@ -123,6 +123,12 @@ def test_a_value_may_not_end_with_a_line_break(monkeypatch: pytest.MonkeyPatch) 
         load_settings()
 
 
+def test_a_password_that_is_not_text_is_one_line_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRE_PASSWORD", os.fsdecode(b"hunter\xff"))
+    with pytest.raises(ConfigurationError, match=r"^POSTGRE_PASSWORD=: the value is not text in UTF-8$"):
+        load_settings()
+
+
 def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRE_PASSWORD", "hunter2")
     monkeypatch.setenv("KAFKA_SASL_PASSWORD", "hunter3")
@@ -158,6 +164,12 @@ def test_a_wrong_value_in_dotenv_is_one_line(tmp_path: Path) -> None:
 def test_a_dotenv_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"POSTGRE_USER=\xff\xfe\n")
     with pytest.raises(ConfigurationError, match=r"^\.env cannot be read: [^\n]*$"):
+        load_settings()
+
+
+def test_a_setting_of_another_measurement_without_a_value_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MEASUREMENTS=co2\nCO2_INTERVAL\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"^\.env: CO2_INTERVAL has no value; write CO2_INTERVAL=value$"):
         load_settings()
 
 

@@ -452,7 +452,7 @@ def test_without_a_database_of_zones_only_utc_is_known(monkeypatch: pytest.Monke
     monkeypatch.setattr("services.core.config.available_timezones", lambda: set[str]())
     assert load_settings().data_feature_timezone == "UTC"
     monkeypatch.setenv("DATA_FEATURE_TIMEZONE", "Europe/Berlin")
-    with pytest.raises(ConfigurationError, match="install the package tzdata"):
+    with pytest.raises(ConfigurationError, match="there is no time zone database: install tzdata"):
         load_settings()
 
 
