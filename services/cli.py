@@ -98,8 +98,7 @@ def _add_services(commands: Commands) -> None:
     produce = _command(commands, _run_produce, "produce", "send the readings of PARQUET_URL to the Kafka topic")
     produce.flag("--resend", "send files again that were sent before; they only fill gaps")
     produce.flag("--overwrite", "with --resend: overwrite what is stored")
-    what = "replay by event time, 60 times as fast"
-    produce.add_argument("--speed", metavar="60x", help=what)
+    produce.add_argument("--speed", metavar="60x", help="replay by event time, 60 times as fast")
     what = f"stay, and check for new files every PRODUCER_WATCH_SECONDS, or {WATCH_SECONDS} if that is 0"
     produce.flag("--watch", what)
 
@@ -157,8 +156,7 @@ def _add_views(commands: Commands) -> None:
 
 
 def _add_repairs(commands: Commands) -> None:
-    what = "make consumers read the topic again from an earlier position"
-    rewind = _command(commands, _run_rewind, "rewind", what)
+    rewind = _command(commands, _run_rewind, "rewind", "make consumers read the topic again from an earlier position")
     position = rewind.add_mutually_exclusive_group(required=True)
     what = "from the oldest message that the topic still has"
     position.add_argument("--to-beginning", action="store_true", help=what)

@@ -45,13 +45,7 @@ CONNECT_TIMEOUT_S = 5
 # libpq's words, and the server's, for TLS that does not fit: no SQLSTATE comes with them.
 TLS_WORDS = ("certificate", "private key", "alert unknown ca", "does not support SSL", "no pg_hba.conf entry")
 # libpq's words for a connection that ended after the password was sent.
-LOST_WORDS = (
-    "closed the connection",
-    "could not receive data",
-    "could not send data",
-    "timeout expired",
-    "SYSCALL error",
-)
+LOST_WORDS = ("closed the connection", "could not receive data", "could not send data", "timeout expired", "SYSCALL")
 
 # A pooler may drop the options without a word. The server reports this one to its clients, and nobody else sets it.
 DATE_STYLE = "ISO,YMD"

@@ -44,12 +44,9 @@ def setting_of(name: str) -> str:
 def with_synonyms(values: Mapping[str, str | None]) -> dict[str, str | None]:
     """The values by the lower-case setting that each name stands for; the setting's own name wins."""
     lower = {name.lower(): value for name, value in values.items()}
-    return {setting_of(name): value for name, value in lower.items() if not _is_address(name, value)} | lower
-
-
-def _is_address(name: str, value: str | None) -> bool:
-    """For a Service called postgres, Kubernetes sets POSTGRES_PORT to a URL."""
-    return name == "postgres_port" and (value or "").startswith("tcp://")
+    if (lower.get("postgres_port") or "").startswith("tcp://"):  # Kubernetes sets it so for a Service called postgres
+        del lower["postgres_port"]
+    return {setting_of(name): value for name, value in lower.items()} | lower
 
 
 def names_in(dotenv: Path, settings: Collection[str]) -> list[str]:

@@ -33,6 +33,7 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._own = self._pair("ca")
+        self.certificate = self._own.certificate  # for those who trust this authority
         directory.mkdir(parents=True, exist_ok=True)
         if not self.certificate.exists():
             usage = x509.KeyUsage(
@@ -51,11 +52,6 @@ class Authority:
                 x509.BasicConstraints(ca=True, path_length=0), critical=True
             )
             _write(self._own, builder.add_extension(usage, critical=True).sign(key, hashes.SHA256()), key)
-
-    @property
-    def certificate(self) -> Path:
-        """What those who trust this authority are given."""
-        return self._own.certificate
 
     def issue(self, file: str, name: str, *, host: str = "") -> Pair:
         """A pair for ``name``, and for the server ``host`` if given; ``file`` is what its two files are called."""

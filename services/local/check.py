@@ -49,7 +49,10 @@ def read_rows(files: Iterable[Path], settings: Settings) -> dict[Key, Values]:
         values = [finite(table[name].cast(pa.float64())) if name else [None] * len(times) for name in columns]
         for time, sensor, *measured in zip(times, sensors, *values, strict=True):
             if time is not None and any(value is not None for value in measured):
-                rows[sensor, time] = later(rows.get((sensor, time)), measured)
+                before = rows.get((sensor, time), measured)
+                rows[sensor, time] = tuple(
+                    old if new is None else new for old, new in zip(before, measured, strict=True)
+                )
     return rows
 
 
@@ -83,13 +86,6 @@ def finite(column: pa.ChunkedArray) -> list[float | None]:
     """The numbers of a column; None for NaN and infinity."""
     numbers: list[float | None] = pc.if_else(pc.is_finite(column), column, None).to_pylist()
     return numbers
-
-
-def later(before: Values | None, values: Sequence[float | None]) -> Values:
-    """What is stored after another reading of the same sensor and time: of each measurement the last that is one."""
-    if before is None:
-        return tuple(values)
-    return tuple(old if new is None else new for old, new in zip(before, values, strict=True))
 
 
 def differences_in_readings(connection: Connection, rows: dict[Key, Values], names: Sequence[str]) -> list[str]:

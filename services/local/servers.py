@@ -76,6 +76,10 @@ class Server(ABC):
         record = PidFile.read(self._pid_path)
         return record.server.alive() if record else None
 
+    def _keeper(self) -> psutil.Process | None:
+        record = PidFile.read(self._pid_path)
+        return record.supervisor.alive() if record else None
+
     def check_port(self) -> None:
         """Raise ConfigurationError when another program has the port."""
         if problem := port_problem(self.port):
@@ -147,10 +151,6 @@ class Server(ABC):
                 process.send_signal(signal.SIGKILL)
             psutil.wait_procs([process], timeout=10)
             self._end_supervisor()
-
-    def _keeper(self) -> psutil.Process | None:
-        record = PidFile.read(self._pid_path)
-        return record.supervisor.alive() if record else None
 
     def _end_supervisor(self) -> None:
         """Wait for the supervisor's end; one that this process started loses its lifeline."""

@@ -88,7 +88,10 @@ class PidFile:
 
 def main() -> int:
     """Run the server that the lifeline orders; returns its exit code, or 0 after a stop that was asked for."""
-    order = Order(**json.loads(_read_line()))
+    line = sys.stdin.buffer.readline()  # takes no more than that: the starter writes nothing else before the answer
+    if not line.endswith(b"\n"):
+        return 0  # the starter is gone
+    order = Order(**json.loads(line))
     # The server inherits the lock, so that it outlives a killed supervisor for as long as data is open.
     lock = os.open(order.lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -108,17 +111,6 @@ def main() -> int:
             Path(order.pid_path).unlink(missing_ok=True)
             return 0
     return code if code >= 0 else EXIT_BY_SIGNAL - code  # the pid file stays, and says "crashed"
-
-
-def _read_line() -> bytes:
-    """The first line of the lifeline; the starter writes no other one before it has an answer."""
-    line = b""
-    while not line.endswith(b"\n"):
-        part = os.read(0, 65536)
-        if not part:
-            raise SystemExit(0)
-        line += part
-    return line
 
 
 def _stop_with_starter() -> None:

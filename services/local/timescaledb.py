@@ -19,13 +19,7 @@ class TimescaleDB(Server):
     port_setting = "POSTGRE_PORT"
 
     def __init__(
-        self,
-        directory: Path,
-        port: int,
-        user: str,
-        password: str,
-        dbname: str,
-        security: Security | None = None,
+        self, directory: Path, port: int, user: str, password: str, dbname: str, security: Security | None = None
     ) -> None:
         super().__init__(directory, port)
         self._user, self._password, self._dbname = user, password, dbname
