@@ -43,16 +43,12 @@ def show_summary(connection: psycopg.Connection, summary: str) -> None:
     query = sql.SQL("SELECT * FROM {} ORDER BY interval_start, sensor_id LIMIT 4").format(sql.Identifier(summary))
     cursor = connection.execute(query)
     names = [column.name for column in cursor.description or ()]
-    rows = [[show_value(value) for value in row] for row in cursor]
+    rows = [
+        [f"{value:.2f}" if isinstance(value, float) else str(value).removesuffix("+00:00") for value in row]
+        for row in cursor
+    ]
     widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
     say("")
     say(summary)
     for cells in (names, *rows):
         say("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-def show_value(value: object) -> str:
-    """A value as a person reads it."""
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return str(value).removesuffix("+00:00") if not isinstance(value, str | int) else str(value)

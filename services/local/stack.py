@@ -52,14 +52,13 @@ class Stack:
         Raises ConfigurationError when a port is taken (then nothing was started), PermanentError when a server dies
         while starting (then the others that were started here are stopped again).
         """
-        missing = [server for server in self.servers if not server.running]
+        missing = []
         for server in self.servers:
-            if server not in missing:
+            if server.running:
                 self._report(f"{server.name} is already running (pid {server.pid}, port {server.port})")
-        if not missing:
-            return
-        for server in missing:
-            server.check_port()
+            else:
+                server.check_port()
+                missing.append(server)
         try:
             _start_all(missing)
         except BaseException:
@@ -94,7 +93,7 @@ def _start_all(servers: list[Server]) -> None:
         server.start()
         server.wait_ready()
 
-    with ThreadPoolExecutor(len(servers)) as pool:
+    with ThreadPoolExecutor() as pool:
         starts = [pool.submit(start, server) for server in servers]
         try:
             for each in as_completed(starts):
