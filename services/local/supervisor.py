@@ -106,7 +106,7 @@ def main() -> int:
         started.write(b"started\n")
     threading.Thread(target=_stop_with_starter, daemon=True).start()
     while (code := server.poll()) is None:
-        if signal.sigwait(AWAITED) != signal.SIGCHLD:
+        if signal.sigwait(AWAITED) != signal.SIGCHLD and server.poll() is None:
             _stop(server, order.stop_timeout_s)
             Path(order.pid_path).unlink(missing_ok=True)
             return 0

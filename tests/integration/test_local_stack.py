@@ -244,6 +244,25 @@ def test_how_a_server_ended_by_itself_is_known(tmp_path: Path) -> None:
     assert lasting.state == "stopped"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the order of pending signals is Linux's")
+def test_a_server_that_died_before_its_supervisor_was_asked_to_stop_it_has_crashed(tmp_path: Path) -> None:
+    server = Command(tmp_path, "sleep", "60")
+    server.start()
+    record = PidFile.read(tmp_path / f"{server.name}.pid")
+    assert record is not None
+    keeper = psutil.Process(record.supervisor.pid)
+    wait_until(lambda: keeper.num_threads() == 2 and keeper.status() == psutil.STATUS_SLEEPING, "it waits for signals")
+    keeper.suspend()
+    wait_until(lambda: keeper.status() == psutil.STATUS_STOPPED, "it stands still")
+    psutil.Process(record.server.pid).kill()
+    wait_until(lambda: not server.running, "the server is a zombie")
+    keeper.terminate()  # it will see this signal before that of its child
+    keeper.resume()
+    wait_until(lambda: server.exit_code is not None, "it ends")
+    assert (server.exit_code, server.state) == (-signal.SIGKILL, "crashed")
+    server.stop()
+
+
 def test_no_signal_is_blocked_in_a_server(tmp_path: Path) -> None:
     """Its supervisor blocks those that it waits for."""
     shown = Command(tmp_path, "grep", "SigBlk", "/proc/self/status")
