@@ -459,7 +459,9 @@ def has_committed(service: Service, commits: int) -> bool:
 
 def test_readings_are_visible_with_their_progress_only(settings: Settings) -> None:
     """Kafka does not take a record that is too large; without it the reading would be sent twice."""
-    create_topics(AdminClient(client_settings(settings, "test")), settings, progress_topic(settings))
+    create_topics(
+        AdminClient(client_settings(settings, "test")), settings, progress_topic(settings), shutdown=Shutdown()
+    )
     readings = Readings(
         rows=1,
         keys=[b"s1"],
