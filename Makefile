@@ -42,8 +42,8 @@ demo-down: setup ## stop a demo that was left running
 unit: setup ## the tests that need no servers
 	@$(BIN)/python -m pytest tests/unit -m "not slow"
 
-# Three workers, each with servers of its own; native servers have one database, which they would empty for each other.
-WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 3 --dist worksteal)
+# Four workers, each with servers of its own; native servers have one database, which they would empty for each other.
+WORKERS = $(if $(TEST_POSTGRE_HOST),,--numprocesses 4 --dist worksteal)
 
 # What depends on the number of measurements, with more of them.
 MORE := $(addprefix tests/unit/test_,$(addsuffix .py,blocks decoding reading sink)) \

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 
@@ -29,7 +30,6 @@ AMBIGUOUS, NONEXISTENT = DOUBTS = ("ambiguous", "nonexistent")
 DAY = timedelta(days=1)
 MICROSECOND = timedelta(microseconds=1)
 START = EPOCH.replace(tzinfo=None)
-EXACT_DIGITS = 40  # after the point, of a double between the years 1900 and 9999: enough for any rounding
 LAST = datetime(9999, 12, 31, 23, 59)  # noqa: DTZ001 - of any zone
 
 
@@ -161,14 +161,17 @@ def _counted(numbers: pa.Array, unit: str) -> tuple[pa.Array, pa.Array]:
     low, high = (float(_count(moment, unit)) for moment in (EARLIEST - DAY, LATEST + DAY))
     far = pc.fill_null(pc.or_(pc.less(doubles, low), pc.greater(doubles, high)), False)
     none = pc.or_(far, pc.fill_null(pc.is_nan(doubles), False))
-    if not pa.types.is_decimal(kind):
-        numbers = pc.if_else(none, None, numbers if pa.types.is_integer(kind) else doubles)
-        numbers = numbers.cast(pa.decimal256(76, EXACT_DIGITS))
-    # The point moves, the digits stay.
-    scale, digits = numbers.type.scale, {"s": 6, "ms": 3, "us": 0, "ns": -3}[unit]
-    kept = pc.if_else(none, pa.scalar(None, numbers.type), numbers).cast(pa.decimal256(76, scale))
-    microseconds = pc.round(kept.view(pa.decimal256(76, scale - digits)), 0, "half_up")
-    return microseconds.cast(pa.int64()).cast(pa.timestamp("us")), far
+    kept = pc.if_else(none, None, doubles if pa.types.is_floating(kind) else numbers).dictionary_encode()
+    # In Python, since Arrow divides some decimals of 256 bits wrongly.
+    microseconds = pa.array([_nearest(number, unit) for number in kept.dictionary.to_pylist()], pa.int64())
+    return microseconds.take(kept.indices).cast(pa.timestamp("us")), far
+
+
+def _nearest(number: float | Decimal, unit: str) -> int:
+    """The nearest whole microsecond, the later one of two, exactly."""
+    units, parts = number.as_integer_ratio()
+    parts *= UNITS_PER_SECOND[unit]
+    return (2 * units * UNITS_PER_SECOND["us"] + parts) // (2 * parts)
 
 
 def _to_utc(shown: pa.Array, zone: str) -> tuple[pa.Array, dict[str, pa.Array]]:

@@ -275,7 +275,7 @@ def test_numbers_are_units_since_1970(kind: pa.DataType, unit: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("number", [0.0365, 0.0735, -0.0365, 1719792000123.0005])
+@pytest.mark.parametrize("number", [0.0365, 0.0735, -0.0365, 1719792000123.0005, -67108863999.99999])
 def test_a_double_near_the_middle_of_two_microseconds_is_exactly_what_it_is(number: float) -> None:
     """What its shortest text says is another number."""
     assert read(pa.array([number]), unit="ms")[0] == [nearest(Fraction(number), "ms")]
