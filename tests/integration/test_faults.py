@@ -177,6 +177,7 @@ def test_a_merge_cut_at_its_commit_is_repeated_without_harm(
     expected.wait_until_stored()
 
 
+@pytest.mark.slow
 def test_connections_cut_at_any_step_of_a_refresh_leave_exact_summaries(
     proxied: Settings, proxy: Proxy, expected: Expected, start: StartService
 ) -> None:

@@ -164,6 +164,7 @@ def test_a_file_that_goes_while_it_is_sent_does_not_end_the_watching(
     assert watcher.stop() == 0
 
 
+@pytest.mark.slow
 def test_killed_while_watching_each_row_is_there_once(arriving: tuple[Settings, Path], start: StartService) -> None:
     """With a transaction every few milliseconds, so that a kill meets each of its steps."""
     settings, data = arriving

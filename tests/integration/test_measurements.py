@@ -276,6 +276,7 @@ def test_an_etl_that_dies_while_it_catches_up_goes_on_where_it_was(
     assert len(summary(connection, "noise")) == 6
 
 
+@pytest.mark.slow
 def test_a_measurement_is_added_to_a_pipeline_under_load(
     settings: Settings, connection: psycopg.Connection, start: StartService, clean: None
 ) -> None:

@@ -733,7 +733,7 @@ def believed_density(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregates, "minutes_pay", lambda _, **__: Pipeline.is_dense)
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_the_pipeline_does_what_the_model_says(settings: Settings, examples: int) -> None:
     with connect(settings) as database:
 
@@ -765,7 +765,7 @@ def test_the_pipeline_does_what_the_model_says(settings: Settings, examples: int
     ],
     ids=str,
 )
-@pytest.mark.parametrize("event", ["cut", "store"])
+@pytest.mark.parametrize("event", ["cut", pytest.param("store", marks=pytest.mark.slow)])
 def test_at_any_statement_of_a_change_of_interval_and_retention(
     settings: Settings, event: str, density: tuple[bool, bool]
 ) -> None:

@@ -314,6 +314,7 @@ def test_chunks_that_were_merged_or_split_are_not_gone(settings: Settings, conne
 # etl looks for itself ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_leader_finds_and_repairs_what_differs(
     settings: Settings, connection: psycopg.Connection, start: StartService, history: list[tuple[object, ...]]
 ) -> None:
