@@ -182,6 +182,7 @@ def freeze_and_wake(own: Settings, start: StartService, freezes: list[tuple[str,
     case.wait_until_stored()
 
 
+@pytest.mark.slow
 def test_a_frozen_consumer_that_wakes_up_overwrites_nothing_and_joins_again(own: Settings, start: StartService) -> None:
     freeze_and_wake(own, start, FREEZES)
 
